@@ -1,0 +1,1 @@
+"""Measuring speed and accuracy, and the search under a budget."""

@@ -1,0 +1,1 @@
+"""The commands optimize and attnopt: one file per command."""

@@ -1,0 +1,1 @@
+"""Kernels and per-target emission."""

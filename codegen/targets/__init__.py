@@ -1,0 +1,1 @@
+"""Descriptions of devices, one TOML file per target."""

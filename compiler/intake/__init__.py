@@ -1,0 +1,1 @@
+"""Reading model files and example inputs safely, and making the Program from them."""

@@ -1,0 +1,1 @@
+"""Turning every spelling of attention into the one canonical op, by probing."""

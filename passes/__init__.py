@@ -1,0 +1,1 @@
+"""Graph rewrites of attention, one file per pass; the file is the registration."""
