@@ -32,7 +32,7 @@ _HOME = {
     "optimize": "attnopt.autotune.optimize",
 }
 
-__all__ = ["Problem", "__version__", "apply", "inspect", "load", "optimize"]  # noqa: F822
+__all__ = ["Problem", "__version__", "apply", "inspect", "load", "optimize"]
 
 
 def __getattr__(name: str) -> object:
