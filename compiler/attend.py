@@ -1,0 +1,123 @@
+"""Attention in plain torch, by backend name: what `attnopt::attention` runs and what lowering inlines.
+
+Every function takes q `[batch, heads, S, head_dim]`, k `[batch, kv_heads, T, head_dim]`, v `[batch, kv_heads, T, v_dim]`, the
+extras in the order of `spec.extras`, and the spec; it returns `[batch, heads, S, v_dim]` in q's dtype. All are traceable by
+`torch.export` with dynamic batch and lengths, so a lowered program holds aten operators only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnopt.compiler.errors import Problem
+from attnopt.compiler.spec import AttentionSpec
+
+Backend = Callable[[Tensor, Tensor, Tensor, Sequence[Tensor], AttentionSpec], Tensor]
+
+
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: AttentionSpec
+) -> Tensor:
+    """The definition, with the whole score matrix in memory. Every other backend is tested against it."""
+    k, v = _repeat(k, spec.group), _repeat(v, spec.group)
+    logits = torch.matmul(q, k.transpose(-1, -2)) * spec.scale
+    if spec.softcap:
+        logits = torch.tanh(logits / spec.softcap) * spec.softcap
+    bias = extra(extras, spec, "bias")
+    if bias is not None:
+        logits = logits + bias
+    if spec.softmax32:
+        logits = logits.float()
+    keep = kept(q, k, extras, spec)
+    if spec.fill == "min":
+        if keep is not None:
+            logits = logits.masked_fill(~keep, torch.finfo(logits.dtype).min)
+        return torch.matmul(logits.softmax(-1).to(v.dtype), v)
+    if keep is not None:
+        logits = logits.masked_fill(~keep, float("-inf"))
+    if keep is None and bias is None:
+        return torch.matmul(logits.softmax(-1).to(v.dtype), v)
+    empty = (logits == float("-inf")).all(-1, keepdim=True)
+    weights = logits.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+    return torch.matmul(weights.to(v.dtype), v)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: AttentionSpec) -> Tensor:
+    """torch's fused scaled_dot_product_attention. It has no soft cap: `runs_on_sdpa` says so beforehand."""
+    grouped = spec.group > 1
+    if spec.mask.kind == "causal" and not spec.extras:
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=spec.scale, enable_gqa=grouped
+        )
+    mask = _sdpa_mask(q, k, extras, spec)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, scale=spec.scale, enable_gqa=grouped
+    )
+
+
+def runs_on_sdpa(spec: AttentionSpec) -> str:
+    """Empty when `sdpa` computes this spec; otherwise the reason why not."""
+    if spec.softcap:
+        return "scaled_dot_product_attention has no logit soft cap"
+    return ""
+
+
+def kept(q: Tensor, k: Tensor, extras: Sequence[Tensor], spec: AttentionSpec) -> Tensor | None:
+    """All that drops keys, joined into one bool tensor broadcastable to [batch, heads, S, T]; None when nothing does."""
+    parts: list[Tensor] = []
+    if spec.mask.kind != "full":
+        parts.append(spec.mask.dense(q.shape[-2], k.shape[-2], q.device))
+    keep = extra(extras, spec, "keep")
+    if keep is not None:
+        parts.append(keep)
+    padding = extra(extras, spec, "padding")
+    if padding is not None:
+        parts.append(padding[:, None, None, :])
+    if not parts:
+        return None
+    joined = parts[0]
+    for part in parts[1:]:
+        joined = joined & part
+    return joined
+
+
+def extra(extras: Sequence[Tensor], spec: AttentionSpec, name: str) -> Tensor | None:
+    """The extra tensor called `name`, or None."""
+    return extras[spec.extras.index(name)] if name in spec.extras else None
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: AttentionSpec) -> Tensor:
+    """Run the backend that the spec names."""
+    backend = BACKENDS.get(spec.backend)
+    if backend is None:
+        raise Problem(
+            "A302",
+            f"unknown attention backend `{spec.backend}`",
+            help=f"known backends: {', '.join(sorted(BACKENDS))}",
+        )
+    return backend(q, k, v, extras, spec)
+
+
+def _sdpa_mask(
+    q: Tensor, k: Tensor, extras: Sequence[Tensor], spec: AttentionSpec
+) -> Tensor | None:
+    keep = kept(q, k, extras, spec)
+    bias = extra(extras, spec, "bias")
+    if keep is None:
+        return bias.to(q.dtype) if bias is not None else None
+    if bias is None and spec.fill == "-inf":
+        return keep
+    lowest = torch.finfo(q.dtype).min if spec.fill == "min" else float("-inf")
+    base = torch.zeros((), dtype=q.dtype, device=q.device) if bias is None else bias.to(q.dtype)
+    return torch.where(keep, base, torch.full((), lowest, dtype=q.dtype, device=q.device))
+
+
+def _repeat(x: Tensor, times: int) -> Tensor:
+    return x if times == 1 else x.repeat_interleave(times, dim=1)
+
+
+BACKENDS: dict[str, Backend] = {"reference": reference, "sdpa": sdpa}

@@ -1,0 +1,52 @@
+"""The canonical op `attnopt::attention(q, k, v, extras, spec)`: implementation, shape kernel and gradient.
+
+The implementation runs the backend that the spec names (`attend.run`); the gradient recomputes the reference and
+differentiates it, so every raised or rewritten graph runs, exports, compiles and trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnopt.compiler import attend
+from attnopt.compiler.spec import parse_spec
+
+
+@torch.library.custom_op("attnopt::attention", mutates_args=())
+def attention(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: str) -> Tensor:
+    """softmax(scale q k^T + masks) v as `spec` says; shapes as in `attnopt.compiler.spec`."""
+    out = attend.run(q, k, v, extras, parse_spec(spec))
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: str) -> Tensor:
+    batch, heads, queries = q.shape[0], q.shape[1], q.shape[2]
+    return q.new_empty((batch, queries, heads, v.shape[3])).transpose(1, 2)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, v, extras, spec = inputs
+    ctx.spec = spec
+    ctx.save_for_backward(q, k, v, *extras)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    saved = [tensor.detach() for tensor in ctx.saved_tensors]
+    for tensor in saved:
+        tensor.requires_grad_(tensor.is_floating_point())
+    with torch.enable_grad():
+        out = attend.reference(saved[0], saved[1], saved[2], saved[3:], parse_spec(ctx.spec))
+    wanted = [tensor for tensor in saved if tensor.requires_grad]
+    grads = iter(torch.autograd.grad(out, wanted, grad, allow_unused=True))
+    found = [next(grads) if tensor.requires_grad else None for tensor in saved]
+    return found[0], found[1], found[2], found[3:], None
+
+
+attention.register_autograd(_backward, setup_context=_setup)
+
+ATTENTION = torch.ops.attnopt.attention.default

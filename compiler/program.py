@@ -1,0 +1,241 @@
+"""`Program`: a traced model as an FX graph with its example inputs, its attention sites and its residual sublayers.
+
+Copies share the weights: a rewrite sets attributes of the copy and never writes into a tensor.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from attnopt.compiler.ops import ATTENTION
+from attnopt.compiler.site import Site, Sublayer, Unraised
+from attnopt.compiler.spec import AttentionSpec, parse_spec
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One call of the model: inputs, and which positions are real.
+
+    `valid` is bool `[batch, seq]`, True at real tokens, or None when every position is real.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    valid: Tensor | None = None
+
+
+@dataclass
+class Program:
+    """A model as a graph. `module` is called like the model, with `args` and `kwargs` shaped like the example.
+
+    `dynamic` maps input name -> {dim: symbol name} for what may vary; `fixed` says in words which dims may not.
+    `prefix` is dropped from module names that are shown.
+    """
+
+    module: fx.GraphModule
+    example: Batch
+    name: str = "model"
+    prefix: str = ""
+    dynamic: dict[str, dict[int, str]] = field(default_factory=dict)
+    fixed: tuple[str, ...] = ()
+    sites: tuple[Site, ...] = ()
+    unraised: tuple[Unraised, ...] = ()
+    sublayers: tuple[Sublayer, ...] = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    def run(self, batch: Batch) -> Any:
+        """The outputs for one batch, without gradients."""
+        with torch.no_grad():
+            return self.module(*batch.args, **batch.kwargs)
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The FX graph."""
+        return self.module.graph
+
+    def node(self, name: str) -> fx.Node:
+        """The node called `name`. Raises KeyError when a rewrite has removed it."""
+        found = self.find(name)
+        if found is None:
+            raise KeyError(f"no node `{name}` in the graph of {self.name}")
+        return found
+
+    def find(self, name: str) -> fx.Node | None:
+        """The node called `name`, or None."""
+        return next((node for node in self.graph.nodes if node.name == name), None)
+
+    def has(self, name: str) -> bool:
+        """Whether a node called `name` is still in the graph."""
+        return self.find(name) is not None
+
+    def attentions(self) -> list[fx.Node]:
+        """All nodes of the canonical op, in graph order."""
+        return [node for node in self.graph.nodes if node.target is ATTENTION]
+
+    def site(self, id: str) -> Site:
+        """The site with this id. Raises KeyError."""
+        return next(site for site in self.sites if site.id == id)
+
+    def spec(self, site: Site) -> AttentionSpec:
+        """The spec that the graph holds now for a site."""
+        return parse_spec(str(self.node(site.node).args[4]))
+
+    def weight(self, name: str) -> Tensor:
+        """A parameter or buffer by dotted name."""
+        return attribute(self.module, name)
+
+    def parameter_nodes(self, name: str) -> list[fx.Node]:
+        """The get_attr nodes that read the parameter `name`."""
+        return [n for n in self.graph.nodes if n.op == "get_attr" and n.target == name]
+
+    def copy(self) -> Program:
+        """A copy with a graph of its own and shared weights."""
+        return replace(self, module=copy_module(self.module))
+
+    def with_sites(self, sites: Iterable[Site]) -> Program:
+        """The same program with other sites recorded."""
+        return replace(self, sites=tuple(sites))
+
+    def set_weight(self, name: str, value: Tensor) -> None:
+        """Replace the parameter `name` (the shape may change), or add it, in this copy alone."""
+        path, _, leaf = name.rpartition(".")
+        owner = _own_submodule(self.module, path) if path else self.module
+        is_buffer = leaf in owner._buffers
+        for table in (owner._parameters, owner._buffers, owner.__dict__):
+            table.pop(leaf, None)
+        if is_buffer or not value.is_floating_point():
+            owner.register_buffer(leaf, value.detach())
+        else:
+            owner.register_parameter(leaf, torch.nn.Parameter(value.detach(), requires_grad=False))
+
+    def parameter(self, name: str, value: Tensor, before: fx.Node) -> fx.Node:
+        """Add a parameter and a get_attr node that reads it, placed before a node."""
+        self.set_weight(name, value)
+        with self.graph.inserting_before(before):
+            node = self.graph.get_attr(name)
+        node.meta["val"] = _fake_like(before, value)
+        return node
+
+    def call(
+        self, target: Callable[..., Any], args: tuple[Any, ...], before: fx.Node, **kwargs: Any
+    ) -> fx.Node:
+        """Insert a call_function node before a node, with its fake value worked out in `meta["val"]`."""
+        with self.graph.inserting_before(before):
+            node = self.graph.call_function(target, args, kwargs)
+        infer(node)
+        if "nn_module_stack" in before.meta:
+            node.meta["nn_module_stack"] = before.meta["nn_module_stack"]
+        return node
+
+    def clean(self) -> None:
+        """Drop dead nodes and unused weights, check the graph and recompile. Call once after a rewrite."""
+        self.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+        self.module.delete_all_unused_submodules()
+        self.graph.lint()
+        self.module.recompile()
+
+
+def copy_module(module: fx.GraphModule) -> fx.GraphModule:
+    """A GraphModule with a copied graph that shares every tensor with the given one."""
+    made = fx.GraphModule(module, copy.deepcopy(module.graph))
+    made.graph._codegen = copy.copy(module.graph._codegen)
+    made.recompile()
+    return made
+
+
+def attribute(module: torch.nn.Module, name: str) -> Any:
+    """A nested attribute by dotted name."""
+    found: Any = module
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def infer(node: fx.Node) -> Any:
+    """Work out and store `meta["val"]` of a call_function node from its inputs' fake values."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    fakes = [x for x in pytree.tree_leaves((args, kwargs)) if hasattr(x, "fake_mode")]
+    if not fakes:
+        raise ValueError(f"no input of `{node.name}` has a fake value")
+    with fakes[0].fake_mode:
+        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return node.meta["val"]
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and keeps the values of named nodes."""
+
+    def __init__(self, module: fx.GraphModule, names: Sequence[str]) -> None:
+        super().__init__(module)
+        self.names, self.found = set(names), dict[str, Any]()
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self.names:
+            self.found[n.name] = value
+        return value
+
+
+def record(program: Program, names: Sequence[str], batch: Batch) -> tuple[dict[str, Any], Any]:
+    """The values of the named nodes for one batch, and the model's outputs. Raises KeyError on unknown names."""
+    for name in names:
+        program.node(name)
+    recorder = _Recorder(program.module, names)
+    flat, _ = pytree.tree_flatten((batch.args, dict(batch.kwargs)))
+    with torch.no_grad():
+        out = recorder.run(*_ordered(program, batch, flat), enable_io_processing=False)
+    return recorder.found, out
+
+
+def _ordered(program: Program, batch: Batch, flat: list[Any]) -> list[Any]:
+    codegen: Any = program.graph._codegen
+    if not hasattr(codegen, "process_inputs"):
+        return flat
+    names = [n.name for n in program.graph.nodes if n.op == "placeholder"]
+    kwargs = dict(batch.kwargs)
+    if batch.args or len(kwargs) != len(names) or set(kwargs) != set(names):
+        return flat
+    return [kwargs[name] for name in names]
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run a block with this many torch threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _fake_like(node: fx.Node, value: Tensor) -> Any:
+    for other in node.graph.nodes:
+        fake = other.meta.get("val")
+        if hasattr(fake, "fake_mode"):
+            return fake.fake_mode.from_tensor(value, static_shapes=True)
+    raise ValueError("the graph holds no fake values")
+
+
+def _own_submodule(module: torch.nn.Module, path: str) -> torch.nn.Module:
+    """The submodule at `path`, made private to this copy (its tensors stay shared)."""
+    owner = module
+    for part in path.split("."):
+        child = owner._modules.get(part)
+        fresh = torch.nn.Module() if child is None else copy.copy(child)
+        fresh._parameters = dict(getattr(child, "_parameters", {}))
+        fresh._buffers = dict(getattr(child, "_buffers", {}))
+        fresh._modules = dict(getattr(child, "_modules", {}))
+        owner._modules[part] = fresh
+        owner = fresh
+    return owner
