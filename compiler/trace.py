@@ -1,0 +1,216 @@
+"""Trace a loaded model with `torch.export` (non-strict) to the pre-decomposition ATen graph, and normalise it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from attnopt.compiler.errors import Problem
+from attnopt.compiler.intake.loaded import Loaded
+from attnopt.compiler.program import Batch, Program
+
+aten = torch.ops.aten
+_INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
+_ASSERTS = (
+    aten._assert_tensor_metadata.default,
+    aten._assert_scalar.default,
+    aten.sym_constrain_range_for_size.default,
+)
+
+
+def trace(loaded: Loaded) -> Program:
+    """The model as a Program of ATen operators, nothing raised yet. Raises `Problem` A201 when it cannot be traced."""
+    example = Batch(tuple(loaded.args), dict(loaded.kwargs))
+    exported = loaded.exported
+    if exported is None:
+        assert loaded.module is not None
+        exported = _export(loaded.module, example)
+    module = exported.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    normalise(module)
+    dynamic, fixed = _dims(module)
+    return Program(
+        module, example, name=loaded.name, prefix=loaded.root_prefix, dynamic=dynamic, fixed=fixed
+    )
+
+
+def _export(module: torch.nn.Module, example: Batch) -> torch.export.ExportedProgram:
+    failure: Exception | None = None
+    for shapes in (_every_dim, _first_dim, _no_dim):
+        dynamic = (
+            pytree.tree_map(shapes, example.args),
+            pytree.tree_map(shapes, dict(example.kwargs)),
+        )
+        try:
+            with _slow_paths():
+                return torch.export.export(
+                    module,
+                    example.args,
+                    dict(example.kwargs),
+                    dynamic_shapes=_by_signature(dynamic),
+                    strict=False,
+                )
+        except Exception as error:  # any failure of the model's own code under tracing lands here
+            failure = error
+    assert failure is not None
+    raise Problem(
+        "A201",
+        f"torch.export could not trace {type(module).__name__}",
+        where=_user_line(failure),
+        why=f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}",
+        help="models whose control flow depends on values of tensors cannot be traced; "
+        "wrap the part that can be in a module and optimize that",
+    ) from failure
+
+
+def _by_signature(dynamic: tuple[Any, dict[str, Any]]) -> Any:
+    args, kwargs = dynamic
+    if not args:
+        return kwargs
+    return args if not kwargs else (*args, *kwargs.values())
+
+
+def _every_dim(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return None
+    return {dim: torch.export.Dim.AUTO for dim in range(value.dim())} or None
+
+
+def _first_dim(value: Any) -> Any:
+    return {0: torch.export.Dim.AUTO} if isinstance(value, Tensor) and value.dim() else None
+
+
+def _no_dim(value: Any) -> Any:
+    return None
+
+
+@contextmanager
+def _slow_paths() -> Iterator[None]:
+    """Trace nn.MultiheadAttention through its plain operators, not through its fused inference kernel."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def normalise(module: fx.GraphModule) -> None:
+    """Inline no-grad regions; drop shape assertions, inactive dropout and casts that change nothing. In place."""
+    graph = module.graph
+    while _inline_regions(module):
+        pass
+    for node in list(graph.nodes):
+        if node.op == "call_module" and str(node.target).startswith("_guards_fn"):
+            graph.erase_node(node)
+        elif node.target in _ASSERTS and not node.users:
+            graph.erase_node(node)
+        elif _changes_nothing(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    module.delete_all_unused_submodules()
+    graph.lint()
+    module.recompile()
+
+
+def _changes_nothing(node: fx.Node) -> bool:
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    if node.target in (aten.dropout.default, aten.feature_dropout.default):
+        return node.args[2] is False or node.args[1] == 0.0
+    if node.target in (aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default):
+        return True
+    if node.target in (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other,
+                       aten.type_as.default, aten._to_copy.default, aten.float.default if hasattr(aten, "float") else None):  # fmt: skip
+        before, after = node.args[0].meta.get("val"), node.meta.get("val")
+        return (
+            isinstance(before, Tensor)
+            and isinstance(after, Tensor)
+            and before.dtype == after.dtype
+            and before.device == after.device
+        )
+    return node.target is aten.slice.Tensor and _whole_slice(node)
+
+
+def _whole_slice(node: fx.Node) -> bool:
+    arguments = [*node.args, *(None,) * (5 - len(node.args))]
+    _, _, start, end, step = arguments[:5]
+    return start in (None, 0) and end in (None, 2**63 - 1) and step in (None, 1)
+
+
+def _inline_regions(module: fx.GraphModule) -> bool:
+    """Inline the first remaining no-grad or autocast region; False when there is none."""
+    for node in module.graph.nodes:
+        name = getattr(node.target, "__name__", "")
+        if node.op != "call_function" or name not in _INLINED:
+            continue
+        if name == "wrap_with_autocast" and node.args[2]:
+            raise Problem(
+                "A202",
+                "the model runs a region under torch.autocast",
+                where=node.name,
+                help="optimize the model without autocast, in the dtype it should run in",
+            )
+        at = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")
+        body = getattr(module, str(node.args[at].target))  # type: ignore[union-attr]
+        _inline(module, node, body, node.args[at + 1 :])
+        return True
+    return False
+
+
+def _inline(module: fx.GraphModule, node: fx.Node, body: fx.GraphModule, inputs: tuple[Any, ...]) -> None:
+    values: dict[fx.Node, Any] = {}
+    given = iter(inputs)
+    result: Any = None
+    for inner in body.graph.nodes:
+        if inner.op == "placeholder":
+            values[inner] = next(given)
+        elif inner.op == "output":
+            result = fx.map_arg(inner.args[0], lambda n: values[n])
+        else:
+            if inner.op == "get_attr" and not hasattr(module, str(inner.target)):
+                setattr(module, str(inner.target), getattr(body, str(inner.target)))
+            with module.graph.inserting_before(node):
+                values[inner] = module.graph.node_copy(inner, lambda n: values[n])
+    for user in list(node.users):
+        if user.target is operator.getitem:
+            user.replace_all_uses_with(result[user.args[1]])
+            module.graph.erase_node(user)
+    if node.users:
+        node.replace_all_uses_with(result if isinstance(result, fx.Node) else result[0])
+    module.graph.erase_node(node)
+
+
+def _dims(module: fx.GraphModule) -> tuple[dict[str, dict[int, str]], tuple[str, ...]]:
+    dynamic: dict[str, dict[int, str]] = {}
+    fixed: list[str] = []
+    for node in module.graph.nodes:
+        value = node.meta.get("val")
+        if node.op != "placeholder" or not isinstance(value, Tensor):
+            continue
+        dynamic[node.name] = {}
+        for dim, size in enumerate(value.shape):
+            if isinstance(size, torch.SymInt):
+                dynamic[node.name][dim] = str(size.node.expr)
+            else:
+                fixed.append(f"dim {dim} of `{node.name}` is fixed at {int(size)}")
+    return dynamic, tuple(fixed)
+
+
+def _user_line(error: Exception) -> str:
+    frames = []
+    trace: Any = error.__traceback__
+    while trace is not None:
+        frames.append((trace.tb_frame.f_code.co_filename, trace.tb_lineno))
+        trace = trace.tb_next
+    own = [f for f in frames if "/torch/" not in f[0] and "/compiler/trace.py" not in f[0]]
+    return f"{own[-1][0]}:{own[-1][1]}" if own else ""
+
+
