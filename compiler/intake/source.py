@@ -1,0 +1,148 @@
+"""`load`: what the user typed, as a `Loaded` model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from attnopt.compiler.errors import Problem
+from attnopt.compiler.intake.callable_model import is_callable_path, load_callable
+from attnopt.compiler.intake.detect import Kind, detect
+from attnopt.compiler.intake.export_model import load_export
+from attnopt.compiler.intake.hf_inputs import from_text, made_up, task_of, varying_dims
+from attnopt.compiler.intake.hf_model import (
+    HFModel,
+    is_hf,
+    read_directory,
+    read_tokenizer,
+    set_attention,
+)
+from attnopt.compiler.intake.inputs import Batch, load_batches, missing, varying
+from attnopt.compiler.intake.loaded import Kind as Source
+from attnopt.compiler.intake.loaded import Loaded, check_finite, check_runs
+from attnopt.compiler.intake.pickle_model import read_module
+
+
+def load(
+    source: str,
+    *,
+    inputs: Path | None = None,
+    text: Path | None = None,
+    batch: int | None = None,
+    length: int | None = None,
+    allow_globals: Sequence[str] = (),
+    trust: bool = False,
+    dtype: torch.dtype | None = None,
+    attention: str | None = None,
+) -> Loaded:
+    """Read a model safely, find example inputs for it, and run it once on them.
+
+    `source` is a `.pt`, a `.pt2`, a directory of `save_pretrained`, or `module.path:callable`;
+    files are told apart by their content. `allow_globals` and `trust` widen what a pickle may
+    restore. `attention` picks the spelling of a transformers model (eager, sdpa). `batch` and
+    `length` size inputs made from a config or from `text`. Raises `Problem` A101 to A117.
+    """
+    given = load_batches(inputs)[0] if inputs is not None else None
+    request = _Request(given, text, batch, length, attention, dtype)
+    path = Path(source)
+    if not path.exists() and is_callable_path(source):
+        module, own = load_callable(source)
+        request.batch = given or own
+        return _checked(
+            request.finish(module, source.rpartition(":")[2], "callable", source), source
+        )
+    kind = detect(path)
+    if kind is Kind.EXPORT:
+        return _checked(request.exported(path, allow_globals, trust=trust), source)
+    if kind is Kind.HF:
+        module, real, notes = read_directory(path, dtype, attention, trust=trust)
+        request.tokenizer = read_tokenizer(path)
+        loaded = request.finish(module, path.resolve().name, "hf", source, notes)
+        return _checked(replace(loaded, weights="real" if real else "meta"), source)
+    module, notes = read_module(path, allow_globals, trust=trust)
+    return _checked(request.finish(module, path.stem, "pickle", source, notes), source)
+
+
+def _checked(loaded: Loaded, source: str) -> Loaded:
+    check_finite(loaded, source)
+    check_runs(loaded, source)
+    return loaded
+
+
+class _Request:
+    """What the user asked for besides the model itself."""
+
+    def __init__(
+        self,
+        batch: Batch | None,
+        text: Path | None,
+        rows: int | None,
+        length: int | None,
+        attention: str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        self.batch, self.text, self.rows, self.length = batch, text, rows, length
+        self.attention, self.dtype = attention, dtype
+        self.tokenizer: object | None = None
+
+    def exported(self, path: Path, allow_globals: Sequence[str], *, trust: bool) -> Loaded:
+        """Load a `.pt2`; its graph is fixed, so neither dtype nor attention can be chosen."""
+        if self.attention or self.dtype:
+            raise Problem(
+                "A114",
+                "an exported program has its attention and its dtype built in",
+                where=str(path),
+                help="export it with the ones you want",
+            )
+        self._refuse_text(str(path))
+        return load_export(path, self.batch, allow_globals, trust=trust)
+
+    def finish(
+        self, module: nn.Module, name: str, kind: Source, where: str, notes: tuple[str, ...] = ()
+    ) -> Loaded:
+        """Wrap a transformers model, choose the inputs, and put it all together."""
+        if self.dtype is not None:
+            module = module.to(self.dtype)
+        if is_hf(module):
+            return self._hf(module, name, kind, where, notes)
+        if self.attention is not None:
+            raise Problem("A114", "--attention is for models of transformers", where=where)
+        self._refuse_text(where)
+        if self.batch is None:
+            raise missing(where)
+        args, kwargs = self.batch
+        dims = varying(module, args, kwargs)
+        return Loaded(module, None, args, kwargs, name, kind, sequence_dims=dims, notes=notes)
+
+    def _hf(
+        self, hf: nn.Module, name: str, kind: Source, where: str, notes: tuple[str, ...]
+    ) -> Loaded:
+        set_attention(hf, self.attention)
+        task = task_of(hf)
+        if self.batch is not None:
+            made, note = self.batch, ""
+        elif self.text is not None:
+            made, note = from_text(hf, task, self.tokenizer, self.text, self.rows, self.length)
+        else:
+            made, note = made_up(hf, task, self.rows, self.length, where)
+        args, kwargs = made
+        module = HFModel(hf).eval()
+        dims = varying_dims(kwargs) if not args else varying(module, args, kwargs)
+        notes = (*notes, note) if note else notes
+        return Loaded(
+            module, None, args, kwargs, name, kind, task, self.tokenizer, "hf.",
+            sequence_dims=dims, notes=notes,
+        )  # fmt: skip
+
+    def _refuse_text(self, where: str) -> None:
+        if self.text is not None:
+            raise Problem(
+                "A117",
+                "--text needs a transformers model with its tokenizer beside it",
+                where=where,
+                help="use --inputs",
+            )
