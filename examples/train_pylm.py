@@ -9,6 +9,8 @@ the run ends by itself, and a resumed run goes on where it stopped.
 
     python examples/train_pylm.py --minutes 75 --threads 2
     python examples/train_pylm.py --minutes 75 --threads 2 --resume   # after an interruption
+
+Once the budget is spent, `--resume` trains no more and writes the model's folder anew.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import shutil
 import sysconfig
 import tempfile
@@ -28,111 +29,23 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from pylm_card import SLICE_WINDOWS, card, held_out_nll, measure, token_nll
+from pylm_corpus import (
+    CONTEXT,
+    VOCAB,
+    Corpus,
+    calibration_text,
+    encode,
+    joined,
+    read_corpus,
+    train_tokenizer,
+)
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-CONTEXT = 1024
-VOCAB = 2048
-SEPARATOR = "<|endoftext|>"
-CALIBRATION_BYTES = 250_000
-SLICE_WINDOWS = 8
-HELD_OUT = (
-    "asyncio/locks.py",
-    "csv.py",
-    "email/header.py",
-    "graphlib.py",
-    "heapq.py",
-    "http/cookies.py",
-    "ipaddress.py",
-    "json/decoder.py",
-    "queue.py",
-    "sched.py",
-    "shelve.py",
-    "statistics.py",
-    "textwrap.py",
-    "xml/sax/handler.py",
-    "zipapp.py",
-)
-# Tests, vendored archives and generated tables teach a language model little about code.
-SKIPPED_FOLDERS = frozenset(
-    "__pycache__ site-packages dist-packages test tests idle_test encodings pydoc_data "
-    "ensurepip lib-dynload".split()
-)
-SKIPPED_PREFIXES = ("_sysconfigdata", "config-")
-# (share of the budget at which the stage starts, tokens in a sequence)
-STAGES = ((0.0, 256), (0.5, 512), (0.8, CONTEXT))
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Source texts: `train` and `held_out` map a module's path to its text."""
-
-    train: dict[str, str]
-    held_out: dict[str, str]
-
-
-def read_corpus(stdlib: Path, held_out: tuple[str, ...] = HELD_OUT) -> Corpus:
-    """Read every module below `stdlib`; raises FileNotFoundError if a held-out one is missing."""
-    texts: dict[str, str] = {}
-    for path in sorted(stdlib.rglob("*.py")):
-        name = path.relative_to(stdlib).as_posix()
-        if SKIPPED_FOLDERS.intersection(name.split("/")) or name.startswith(SKIPPED_PREFIXES):
-            continue
-        texts[name] = path.read_text(encoding="utf-8", errors="replace").replace(SEPARATOR, "")
-    missing = [name for name in held_out if name not in texts]
-    if missing:
-        raise FileNotFoundError(f"held-out modules not found below {stdlib}: {', '.join(missing)}")
-    held = {name: texts.pop(name) for name in held_out}
-    return Corpus({name: text for name, text in texts.items() if text.strip()}, held)
-
-
-def joined(texts: dict[str, str]) -> str:
-    """The texts in one string, each after a separator token, as the model saw them."""
-    return "".join(SEPARATOR + text for text in texts.values())
-
-
-def calibration_text(corpus: Corpus, seed: int, size: int = CALIBRATION_BYTES) -> str:
-    """Whole training modules, drawn at random, of about `size` bytes together."""
-    chosen: dict[str, str] = {}
-    room = size
-    names = list(corpus.train)
-    for index in np.random.default_rng(seed).permutation(len(names)):
-        text = corpus.train[names[index]]
-        if not 2_000 <= len(text) <= min(room, 40_000):
-            continue
-        chosen[names[index]] = text
-        room -= len(text)
-    return joined(chosen)
-
-
-def train_tokenizer(corpus: Corpus, vocab: int = VOCAB) -> PreTrainedTokenizerFast:
-    """Byte-level BPE fitted to the training modules alone; lossless on every text."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab,
-        special_tokens=[SEPARATOR],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(corpus.train.values(), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        bos_token=SEPARATOR,
-        eos_token=SEPARATOR,
-        pad_token=SEPARATOR,
-        model_max_length=CONTEXT,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> Tensor:
-    """Token ids of `text`, int64 [tokens]."""
-    return torch.tensor(tokenizer.backend_tokenizer.encode(text).ids, dtype=torch.int64)
+# Share of the budget at which a stage starts, tokens in a sequence, share of the batch: gradients
+# agree so well at first that more steps are worth more than larger ones.
+STAGES = ((0.0, 256, 0.5), (0.5, 512, 1.0), (0.8, CONTEXT, 1.0))
 
 
 def build_model(layers: int = 6, hidden: int = 256, heads: int = 8) -> LlamaForCausalLM:
@@ -173,7 +86,9 @@ def orthogonalised(matrices: Tensor, steps: int = 5) -> Tensor:
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        x = torch.baddbmm(
+            x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445
+        )
     return x.mT if tall else x
 
 
@@ -195,7 +110,10 @@ class Muon(torch.optim.Optimizer):
                 self._step_batch(matrices, group)
 
     def _step_batch(self, matrices: list[nn.Parameter], group: dict[str, Any]) -> None:
-        buffers = [self.state[m].setdefault("momentum", torch.zeros_like(m)) for m in matrices]
+        for matrix in matrices:
+            if not self.state[matrix]:
+                self.state[matrix]["momentum"] = torch.zeros_like(matrix)
+        buffers = [self.state[m]["momentum"] for m in matrices]
         grads = [m.grad for m in matrices]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         blended = torch.stack(grads).lerp(torch.stack(buffers), group["momentum"])
@@ -206,7 +124,9 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(matrices, list(update.unbind()), alpha=scale)
 
 
-def build_optimizers(model: nn.Module, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    model: nn.Module, muon_lr: float, adam_lr: float
+) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for the embedding and the norms."""
     hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
     chosen = {id(p) for p in hidden}
@@ -224,9 +144,9 @@ def rate(progress: float, step: int, warmup: int = 60) -> float:
     return min((step + 1) / warmup, 1.0) * min(1.0, max(0.0, (1.0 - progress) / 0.7))
 
 
-def sequence_length(progress: float) -> int:
-    """Tokens in a training sequence at this share of the budget."""
-    return [length for start, length in STAGES if progress >= start][-1]
+def stage(progress: float) -> tuple[int, float]:
+    """Tokens in a training sequence, and the share of the batch, at this share of the budget."""
+    return [(length, part) for start, length, part in STAGES if progress >= start][-1]
 
 
 @dataclass
@@ -260,27 +180,6 @@ class Sampler:
         first = int(rng.integers(self.length))
         starts = np.arange(first, len(self.stream) - self.length - 1, self.length)
         return rng.permutation(starts)
-
-
-def nll_sum(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Summed negative log-likelihood in nats of tokens[:, 1:], for int64 [batch, length + 1]."""
-    logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
-    return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="sum")
-
-
-@torch.no_grad()
-def held_out_loss(model: nn.Module, stream: Tensor, windows: int | None = None) -> float:
-    """Mean nats per token over consecutive windows of `CONTEXT` tokens of int64 [tokens].
-
-    Every token but the first is predicted once, from at most `CONTEXT` tokens before it in its
-    own window; the last, shorter window counts too. `windows` limits it to the first few.
-    """
-    device = next(model.parameters()).device
-    pieces = [stream[i : i + CONTEXT + 1] for i in range(0, len(stream) - 1, CONTEXT)][:windows]
-    model.eval()
-    total = sum(nll_sum(model, piece[None].to(device)).item() for piece in pieces)
-    model.train()
-    return total / sum(len(piece) - 1 for piece in pieces)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -347,6 +246,7 @@ def export(out: Path, run: Run, progress: dict[str, Any]) -> None:
         half.to(torch.float16).save_pretrained(folder)
         run.tokenizer.save_pretrained(folder)
         for path in Path(folder).iterdir():
+            path.chmod(0o644)
             os.replace(path, out / path.name)
     write_atomically(out / "eval.txt", joined(run.corpus.held_out))
     write_atomically(out / "calibration.txt", calibration_text(run.corpus, run.seed))
@@ -355,90 +255,7 @@ def export(out: Path, run: Run, progress: dict[str, Any]) -> None:
         shutil.copyfile(licence, out / "LICENSE-PSF.txt")
     metrics = measure(out, progress)
     write_atomically(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    write_atomically(out / "README.md", readme(metrics))
-
-
-def measure(folder: Path, progress: dict[str, Any]) -> dict[str, Any]:
-    """Held-out loss of the model saved in `folder`, with what is needed to interpret it."""
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    text = (folder / "eval.txt").read_text(encoding="utf-8")
-    tokens = encode(PreTrainedTokenizerFast.from_pretrained(folder), text)
-    loss = held_out_loss(model, tokens)
-    size = len(text.replace(SEPARATOR, "").encode())
-    return {
-        "loss_nats_per_token": round(loss, 4),
-        "perplexity": round(math.exp(loss), 3),
-        "bits_per_byte": round(loss * (len(tokens) - 1) / math.log(2) / size, 4),
-        "slice_windows": SLICE_WINDOWS,
-        "slice_loss_nats_per_token": round(held_out_loss(model, tokens, SLICE_WINDOWS), 4),
-        "context": CONTEXT,
-        "eval_tokens": len(tokens),
-        "eval_bytes": size,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "layers": model.config.num_hidden_layers,
-        **progress,
-        "held_out": list(HELD_OUT),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
-
-
-def readme(m: dict[str, Any]) -> str:
-    """The model card, every number of it taken from the metrics `m`."""
-    modules = ", ".join(f"`{name}`" for name in m["held_out"])
-    versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
-    return f"""# pylm
-
-A small language model of Python source, trained for this project's tests and examples.
-
-| | |
-|---|---|
-| architecture | `LlamaForCausalLM`, {m["layers"]} layers, 256 wide, 8 query and 8 key/value heads of width 32 (MHA), SwiGLU 640 wide, rotary positions, tied embeddings |
-| parameters | {m["parameters"]:,} (float16 safetensors) |
-| tokenizer | byte-level BPE, {VOCAB:,} tokens; token 0, `{SEPARATOR}`, precedes every module |
-| context | {m["context"]:,} tokens |
-| held-out loss | **{m["loss_nats_per_token"]:.4f} nats per token** (perplexity {m["perplexity"]:.2f}, {m["bits_per_byte"]:.4f} bits per byte) |
-| trained | {m["tokens_seen"]:,} tokens ({m["epochs"]:.1f} passes over {m["train_tokens"]:,}), {m["steps"]:,} steps, {m["minutes"]:.0f} minutes of wall-clock time |
-| device | {m["device"]} |
-| versions | {versions} |
-
-The loss is measured on the weights in this folder, computed in float32 over all of `eval.txt`
-({m["eval_tokens"]:,} tokens, {m["eval_bytes"]:,} bytes) in consecutive windows of {m["context"]:,} tokens;
-every token is predicted from what precedes it in its window. `metrics.json` holds the same numbers.
-
-## Data
-
-The source of the standard library of Python {m["versions"]["python"]}, without its tests, its character
-tables and its bundled archives. These modules are held out: neither the model nor its tokenizer
-saw them. {modules}.
-
-- `eval.txt`: the held-out modules, each after a `{SEPARATOR}`.
-- `calibration.txt`: training modules, drawn at random, for passes that need activations.
-
-Both texts are copied from Python and licensed under the PSF License Agreement, version 2
-(Copyright Python Software Foundation; see `LICENSE-PSF.txt`).
-
-## Use
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("examples/models/pylm", dtype="float32")
-tokenizer = AutoTokenizer.from_pretrained("examples/models/pylm")
-```
-
-## Reproduce
-
-    python examples/train_pylm.py --minutes {m["budget_minutes"]:g} --threads {m["threads"]} --seed {m["seed"]}
-
-Stages: sequences of 256, then 512, then {m["context"]:,} tokens from 0, 50 and 80% of the budget on;
-{m["batch_tokens"]:,} tokens per step; Muon (float32 Newton-Schulz) for the matrices of the blocks, AdamW for the
-rest; linear warm-up, plateau, linear decay. The budget is wall-clock time, so another machine, or
-this one under another load, takes a different number of steps and ends at a different loss.
-"""
+    write_atomically(out / "README.md", card(metrics))
 
 
 def prepare(args: argparse.Namespace, device: str) -> Run:
@@ -449,9 +266,10 @@ def prepare(args: argparse.Namespace, device: str) -> Run:
     stream = encode(tokenizer, joined(corpus.train))
     held_out = encode(tokenizer, joined(corpus.held_out))
     model = build_model(args.layers).to(device)
+    size = sum(p.numel() for p in model.parameters())
     print(
-        f"{len(corpus.train)} modules, {len(stream):,} training tokens, {len(held_out):,} held out, "
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, on {device}",
+        f"{len(corpus.train)} modules, {len(stream):,} training tokens, "
+        f"{len(held_out):,} held out, {size:,} parameters, on {device}",
         flush=True,
     )
     optimizers = build_optimizers(model, args.muon_lr, args.adam_lr)
@@ -461,10 +279,10 @@ def prepare(args: argparse.Namespace, device: str) -> Run:
 
 def train_step(run: Run, progress: float, batch_tokens: int, device: str) -> float:
     """One update; returns the batch's loss in nats per token."""
-    length = sequence_length(progress)
-    batch = run.sampler.batch(length, max(1, batch_tokens // length)).to(device)
+    length, part = stage(progress)
+    batch = run.sampler.batch(length, max(1, int(batch_tokens * part) // length)).to(device)
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-        loss = nll_sum(run.model, batch) / batch[:, 1:].numel()
+        loss = token_nll(run.model, batch).mean()
     loss.backward()
     nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
     factor = rate(progress, run.step)
@@ -499,7 +317,7 @@ def train(run: Run, args: argparse.Namespace, device: str) -> None:
             reported, tokens = run.elapsed, run.tokens
         if run.elapsed - saved >= args.save_every:
             save_checkpoint(args.checkpoint, run.state())
-            part = held_out_loss(run.model, run.held_out, SLICE_WINDOWS)
+            part = held_out_nll(run.model, run.held_out, SLICE_WINDOWS).mean()
             print(f"{'':10}held-out (first {SLICE_WINDOWS} windows) {part:.4f} nats", flush=True)
             run.elapsed = time.monotonic() - begun
             saved = run.elapsed
