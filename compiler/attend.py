@@ -120,4 +120,10 @@ def _repeat(x: Tensor, times: int) -> Tensor:
     return x if times == 1 else x.repeat_interleave(times, dim=1)
 
 
-BACKENDS: dict[str, Backend] = {"reference": reference, "sdpa": sdpa}
+def _chunked(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: AttentionSpec) -> Tensor:
+    from attnopt.compiler.attend_window import chunked  # it builds on this module
+
+    return chunked(q, k, v, extras, spec)
+
+
+BACKENDS: dict[str, Backend] = {"reference": reference, "sdpa": sdpa, "chunked": _chunked}
