@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnopt.compiler.errors import Problem
 from attnopt.compiler.program import Batch
 
 Model = Callable[..., Any]
@@ -45,7 +46,8 @@ def logits(outputs: Any) -> Tensor:
         return named
     found = next((tensor for tensor in floats(outputs) if tensor.dim() == 3), None)
     if found is None:
-        raise ValueError("the outputs hold no logits of [batch, seq, vocabulary]")
+        raise Problem("A406", "the outputs hold no logits of [batch, seq, vocabulary]",
+                      help="measure by --metric module:function instead")  # fmt: skip
     return found
 
 
