@@ -29,6 +29,7 @@ def open_archive(source: Path | BinaryIO, size: int, where: str) -> zipfile.ZipF
     exhaust memory.
     """
     try:
+        _check_end(source, size)
         archive = zipfile.ZipFile(source)
     except (zipfile.BadZipFile, struct.error, ValueError, EOFError, NotImplementedError) as error:
         raise Problem(
@@ -43,6 +44,23 @@ def open_archive(source: Path | BinaryIO, size: int, where: str) -> zipfile.ZipF
         archive.close()
         raise Problem("A104", "refused to unpack the archive", where=where, why=why)
     return archive
+
+
+def _check_end(source: Path | BinaryIO, size: int) -> None:
+    """Raise BadZipFile unless the last bytes are the end record.
+
+    A cut archive may still hold the directory of an archive inside it, which would be found.
+    """
+    stream = source.open("rb") if isinstance(source, Path) else source
+    try:
+        stream.seek(max(size - _END_RECORD, 0))
+        end = stream.read(_END_RECORD)
+        stream.seek(0)
+    finally:
+        if stream is not source:
+            stream.close()
+    if not end.startswith(b"PK\x05\x06"):
+        raise zipfile.BadZipFile("it does not end with its directory: cut short, or extended")
 
 
 def read_entry(archive: zipfile.ZipFile, name: str, where: str) -> bytes:
@@ -75,13 +93,11 @@ def _suspicion(archive: zipfile.ZipFile, size: int) -> str:
         return f"two entries share the name {twice}"
     if any(entry.flag_bits & 1 for entry in entries):
         return "entries are encrypted"
-    return _layout(archive, size)
+    return _layout(archive)
 
 
-def _layout(archive: zipfile.ZipFile, size: int) -> str:
+def _layout(archive: zipfile.ZipFile) -> str:
     """Why the entries do not lie in a row before the one directory, or an empty string."""
-    if archive.comment or archive.start_dir > size - _END_RECORD:
-        return "bytes are hidden behind the archive's directory"
     ordered = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
     if ordered[0].header_offset != 0:
         return "bytes are hidden in front of the first entry"

@@ -69,12 +69,12 @@ def _scan_legacy(stream: BinaryIO, head: bytes, where: str) -> Scan:
         found.update(scan_pickle(stream, where))
     if legacy:
         return found
-    unsafe = [item.path for item in sorted(found.globals) if not allow.torch_default(item.path)]
+    refused = allow.check(found, tensors_only=True)[1]
     raise Problem(
         "A106",
         "a plain pickle, not a file that torch.save wrote",
         where=where,
-        why="it imports " + ", ".join(unsafe) if unsafe else "",
+        why="; ".join(f"it imports {item.path}: {item.why}" for item in refused),
         help="save the model with torch.save(model, path)",
     )
 
@@ -101,7 +101,7 @@ def load_checkpoint(
     allowed, refused = allow.check(scan, allow_globals, tensors_only=tensors_only)
     if refused:
         raise allow.refusal(refused, where)
-    with torch.serialization.safe_globals(allowed):
+    with torch.serialization.safe_globals(list(allowed)):
         return _load(path, where, weights_only=True)
 
 
@@ -128,7 +128,7 @@ def scan_bytes(data: bytes, where: str) -> Scan:
 
 def first_line(error: BaseException) -> str:
     """The type and the first line of an error's message."""
-    lines = [line.strip() for line in str(error).strip().split("\n")] or [""]
-    inner = [line for line in lines if line.startswith("WeightsUnpickler error: ")]
-    message = (inner or lines)[0]
+    text = str(error).strip()
+    message = text.partition("WeightsUnpickler error: ")[2] or text
+    message = message.strip().split("\n")[0]
     return f"{type(error).__name__}: {message}" if message else type(error).__name__

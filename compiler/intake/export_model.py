@@ -97,9 +97,7 @@ def symbolic_dims(program: torch.export.ExportedProgram) -> dict[str, dict[int, 
         if node.op == "placeholder" and node.name in users
     }
     return {
-        name: {
-            dim: str(size) for dim, size in enumerate(leaf.shape) if isinstance(size, torch.SymInt)
-        }
+        name: {dim: str(size) for dim, size in enumerate(leaf.shape) if not isinstance(size, int)}
         for name, value in values.items()
         for leaf in pytree.tree_leaves(value)
         if isinstance(leaf, torch.Tensor)

@@ -77,7 +77,7 @@ def _pickled_payloads(document: Any) -> Iterator[str]:
 
 
 def _scan_payload(data: bytes, where: str) -> Scan:
-    """Names in one pickled entry: a torch file inside, or a bare pickle. Nothing at all is empty."""
+    """Names in one pickled entry: a torch file inside, or a bare pickle."""
     if not data:
         return Scan()
     try:

@@ -13,14 +13,9 @@ from attnopt.compiler.errors import Problem
 from attnopt.compiler.intake.callable_model import is_callable_path, load_callable
 from attnopt.compiler.intake.detect import Kind, detect
 from attnopt.compiler.intake.export_model import load_export
+from attnopt.compiler.intake.hf_directory import read_directory, read_tokenizer
 from attnopt.compiler.intake.hf_inputs import from_text, made_up, task_of, varying_dims
-from attnopt.compiler.intake.hf_model import (
-    HFModel,
-    is_hf,
-    read_directory,
-    read_tokenizer,
-    set_attention,
-)
+from attnopt.compiler.intake.hf_model import HFModel, check_attention, is_hf, set_attention
 from attnopt.compiler.intake.inputs import Batch, load_batches, missing, varying
 from attnopt.compiler.intake.loaded import Kind as Source
 from attnopt.compiler.intake.loaded import Loaded, check_finite, check_runs
@@ -46,6 +41,7 @@ def load(
     restore. `attention` picks the spelling of a transformers model (eager, sdpa). `batch` and
     `length` size inputs made from a config or from `text`. Raises `Problem` A101 to A117.
     """
+    check_attention(attention)
     given = load_batches(inputs)[0] if inputs is not None else None
     request = _Request(given, text, batch, length, attention, dtype)
     path = Path(source)
