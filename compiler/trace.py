@@ -114,6 +114,8 @@ def normalise(module: fx.GraphModule) -> None:
         elif _changes_nothing(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+        elif node.target is aten.view.default:
+            node.target = aten.reshape.default  # a rewrite may change strides, never shapes
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     module.delete_all_unused_submodules()
     graph.lint()
@@ -197,7 +199,7 @@ def _dims(module: fx.GraphModule) -> tuple[dict[str, dict[int, str]], tuple[str,
             continue
         dynamic[node.name] = {}
         for dim, size in enumerate(value.shape):
-            if isinstance(size, torch.SymInt):
+            if isinstance(size, torch.SymInt) and not size.node.expr.is_number:
                 dynamic[node.name][dim] = str(size.node.expr)
             else:
                 fixed.append(f"dim {dim} of `{node.name}` is fixed at {int(size)}")

@@ -1,0 +1,169 @@
+"""The facts of one raised attention: its projections, channel maps, rotary embedding and position encoding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from attnopt.compiler.program import Program
+from attnopt.compiler.raising.evaluate import Unknown
+from attnopt.compiler.raising.index_probe import (
+    Linearised,
+    channels,
+    distinct,
+    output_channels,
+    small_sizes,
+    split_node,
+)
+from attnopt.compiler.raising.projections import above, below
+from attnopt.compiler.raising.rotation_probe import rotary
+from attnopt.compiler.site import OutputPath, Path, Rotary
+
+
+@dataclass
+class Facts:
+    """What the probes found for one attention; `missing` says why for what they did not."""
+
+    q: Path | None = None
+    k: Path | None = None
+    v: Path | None = None
+    out: OutputPath | None = None
+    rotary: Rotary | None = None
+    qk_norm: bool = False
+    kv_heads: int = 0
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+def probe(program: Program, attention: fx.Node) -> Facts:
+    """Probe one attention of a raised program."""
+    facts = Facts()
+    sizes = small_sizes(program)
+    turned: dict[str, Rotary | None] = {}
+    for which, operand in zip("qkv", attention.args[:3], strict=True):
+        assert isinstance(operand, fx.Node)
+        try:
+            path, held = _path(program, operand, sizes, repeats=which != "q")
+        except Unknown as reason:
+            facts.missing[which] = str(reason)
+            continue
+        setattr(facts, which, path)
+        if which == "v":
+            continue
+        facts.qk_norm |= held.normed
+        try:
+            turned[which] = rotary(held, operand)
+        except Unknown as reason:
+            facts.missing["rotary"] = str(reason)
+    _join_rotary(facts, turned)
+    k = attention.args[1]
+    assert isinstance(k, fx.Node)
+    facts.kv_heads = len(facts.k.channels) if facts.k else int(k.meta["val"].shape[1])
+    if facts.k and facts.v and len(facts.k.channels) != len(facts.v.channels):
+        facts.missing["v"] = f"{len(facts.k.channels)} key heads and {len(facts.v.channels)} value heads"
+    try:
+        facts.out = _output(program, attention, sizes)
+    except Unknown as reason:
+        facts.missing["out"] = str(reason)
+    return facts
+
+
+def _path(program: Program, operand: fx.Node, sizes: dict[str, int], repeats: bool) -> tuple[Path, Linearised]:
+    found, between = above(operand)
+    if not found:
+        raise Unknown(f"`{operand.name}` comes from no projection")
+    if len(found) > 1:
+        names = ", ".join(f"`{p.node.name}`" for p in found[:3])
+        raise Unknown(f"`{operand.name}` joins {len(found)} projections: {names}")
+    source = found[0]
+    held = Linearised(program, source, between, sizes)
+    index = channels(held, operand).index
+    if repeats:
+        index = distinct(index)
+    split = split_node(held, operand, index)
+    name, order = split if split else ("", "bthd")
+    path = Path(source.node.name, source.source.name, source.weight, source.bias, source.layout, index, name, order)  # type: ignore[arg-type]
+    return path, held
+
+
+def _join_rotary(facts: Facts, turned: dict[str, Rotary | None]) -> None:
+    if "rotary" in facts.missing or set(turned) != {"q", "k"}:
+        if any(turned.values()):
+            facts.missing.setdefault("rotary", "only one of q and k could be probed")
+        return
+    q, k = turned["q"], turned["k"]
+    if (q is None) != (k is None):
+        facts.missing["rotary"] = "only one of q and k is rotated"
+    elif q is not None and k is not None:
+        same = torch.equal(q.pairs, k.pairs) and torch.allclose(q.frequencies, k.frequencies, atol=1e-3)
+        if not same:
+            facts.missing["rotary"] = "q and k are rotated differently"
+        else:
+            facts.rotary = k
+
+
+def _output(program: Program, attention: fx.Node, sizes: dict[str, int]) -> OutputPath:
+    found = below(attention)
+    if len(found) != 1:
+        raise Unknown(f"`{attention.name}` feeds {len(found)} projections")
+    made = found[0]
+    index = output_channels(program, attention, made.source, sizes)
+    return OutputPath(made.node.name, made.weight, made.bias, made.layout, index)
+
+
+def absolute_positions(program: Program) -> str:
+    """"learned" or "sinusoidal" when a position-dependent table is added to the tokens, else "none"."""
+    for node in program.graph.nodes:
+        if node.target is not torch.ops.aten.add.Tensor or len(node.all_input_nodes) != 2:
+            continue
+        for table, tokens in (node.all_input_nodes, reversed(node.all_input_nodes)):
+            kind = _table(program, table, tokens)
+            if kind:
+                return kind
+    return "none"
+
+
+def _table(program: Program, table: fx.Node, tokens: fx.Node) -> str:
+    value, other = table.meta.get("val"), tokens.meta.get("val")
+    if not isinstance(value, Tensor) or not isinstance(other, Tensor) or other.dim() != 3:
+        return ""
+    if not value.is_floating_point() or value.dim() not in (2, 3) or value.shape[-1] != other.shape[-1]:
+        return ""
+    if value.shape[-2] != other.shape[1] or _reads_data(table) or not _reads_data(tokens):
+        return ""
+    if _parameters(program, table):
+        return "learned"
+    return "sinusoidal"
+
+
+def _reads_data(node: fx.Node) -> bool:
+    """Whether a node depends on the values (not only the sizes) of float or token inputs."""
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        top = stack.pop()
+        if top in seen or isinstance(top.meta.get("val"), (torch.SymInt, int)):
+            continue
+        seen.add(top)
+        if top.op == "placeholder" and "position" not in top.name and "mask" not in top.name:
+            return True
+        stack.extend(top.all_input_nodes)
+    return False
+
+
+def _parameters(program: Program, node: fx.Node) -> bool:
+    seen: set[fx.Node] = set()
+    stack = [node]
+    names = {name for name, _ in program.module.named_parameters()}
+    while stack:
+        top = stack.pop()
+        if top in seen:
+            continue
+        seen.add(top)
+        if top.op == "get_attr" and str(top.target) in names:
+            return True
+        stack.extend(top.all_input_nodes)
+    return False
+
+

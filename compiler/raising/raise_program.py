@@ -1,0 +1,92 @@
+"""The raising pipeline: anchors, canonical ops, probes, masks, residual blocks."""
+
+from __future__ import annotations
+
+import re
+
+from torch import fx
+
+from attnopt.compiler.program import Program
+from attnopt.compiler.raising.anchor import Anchor, Stop, anchors
+from attnopt.compiler.raising.blocks import sublayers
+from attnopt.compiler.raising.canonical import heads_of_rank3, place
+from attnopt.compiler.raising.facts import Facts, absolute_positions, probe
+from attnopt.compiler.raising.mask import classify
+from attnopt.compiler.raising.projections import below
+from attnopt.compiler.site import Site, Unraised
+from attnopt.compiler.spec import parse_spec
+
+
+def raise_program(program: Program) -> Program:
+    """A copy with every understood attention as the canonical op, its sites, misses and residual sublayers recorded."""
+    raised = program.copy()
+    placed: list[tuple[Anchor, fx.Node]] = []
+    unraised: list[Unraised] = []
+    for found in anchors(raised.graph, raised.module):
+        answer = found if isinstance(found, Stop) else place(raised, found, _heads3(found))
+        if isinstance(answer, Stop):
+            unraised.append(_unraised(raised, answer))
+        else:
+            assert isinstance(found, Anchor)
+            placed.append((found, answer))
+    raised.clean()
+    absolute = absolute_positions(raised)
+    sites = [_site(raised, f"s{i}", anchor, node, absolute) for i, (anchor, node) in enumerate(placed)]
+    raised.sites, raised.unraised = tuple(sites), tuple(unraised)
+    raised.sublayers = sublayers(raised)
+    return raised
+
+
+def _heads3(anchor: Anchor) -> int | None:
+    if anchor.q.meta["val"].dim() != 3:
+        return None
+    heads = heads_of_rank3(anchor)
+    if heads is not None:
+        return heads
+    after = below(anchor.out)
+    v_dim = int(anchor.v.meta["val"].shape[-1])
+    width = int(after[0].source.meta["val"].shape[-1]) if len(after) == 1 else 0
+    return width // v_dim if width and width % v_dim == 0 else None
+
+
+def _site(program: Program, id: str, anchor: Anchor, node: fx.Node, absolute: str) -> Site:
+    facts = probe(program, node)
+    mask = classify(program, node)
+    if mask.reason:
+        facts.missing["mask"] = mask.reason
+    module, source = place_of(program, node)
+    return Site(
+        id=id, node=node.name, module=module, source=source, spec=parse_spec(str(node.args[4])),
+        kv_heads=facts.kv_heads, q=facts.q, k=facts.k, v=facts.v, out=facts.out, rotary=facts.rotary,
+        qk_norm=facts.qk_norm, position=_position(facts, mask.text, absolute), mask=mask.text,
+        mask_certainty=mask.certainty, spelling=anchor.spelling, missing=facts.missing,
+    )  # fmt: skip
+
+
+def _position(facts: Facts, mask: str, absolute: str) -> str:
+    if facts.rotary is not None:
+        return f"rotary({facts.rotary.spelling}, {facts.rotary.dims} dims)"
+    if "rotary" in facts.missing:
+        return "unknown"
+    for bias in ("relative-bias", "alibi"):
+        if bias in mask:
+            return bias
+    return absolute
+
+
+def _unraised(program: Program, stop: Stop) -> Unraised:
+    module, source = place_of(program, stop.node)
+    return Unraised(module, source, stop.node.name, stop.reason, stop.help)
+
+
+def place_of(program: Program, node: fx.Node) -> tuple[str, str]:
+    """The module path and the source line ("file.py:123") that a node was traced from."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = str(list(stack.values())[-1][0]) if stack else ""
+    path = re.sub(r"^L\['self'\]\.?", "", path).removeprefix(program.prefix)
+    lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    own = [line for line in lines if "/torch/nn/functional.py" not in line[0]]
+    if not own:
+        return path, ""
+    file, number = own[-1]
+    return path, f"{file.rsplit('/', 1)[-1]}:{number}"
