@@ -125,7 +125,7 @@ tokenizer = AutoTokenizer.from_pretrained("examples/models/pylm")
 --seed {m["seed"]}
 
 Sequences have 256 tokens, then 512, then {m["context"]:,}, from 0, 50 and 80% of the budget on;
-a step takes {m["batch_tokens"]:,} tokens, in the first stage half of that. Muon (float32
+a step takes {m["batch_tokens"]:,} tokens, in the first two stages half of that. Muon (float32
 Newton-Schulz) updates the matrices of the blocks, AdamW the rest; the learning rate warms up,
 stays, and decays linearly. The budget is wall-clock time: another machine, or the same one under
 another load, takes another number of steps and ends at another loss, and another Python version

@@ -7,8 +7,8 @@ orthogonalisation by a quintic Newton-Schulz iteration, here in float32), all el
 learning rate and the sequence length follow the share of the wall-clock budget that is spent, so
 the run ends by itself, and a resumed run goes on where it stopped.
 
-    python examples/train_pylm.py --minutes 75 --threads 2
-    python examples/train_pylm.py --minutes 75 --threads 2 --resume   # after an interruption
+    python examples/train_pylm.py --minutes 60 --threads 2
+    python examples/train_pylm.py --minutes 60 --threads 2 --resume   # after an interruption
 
 Once the budget is spent, `--resume` trains no more and writes the model's folder anew.
 """
@@ -45,7 +45,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 # Share of the budget at which a stage starts, tokens in a sequence, share of the batch: gradients
 # agree so well at first that more steps are worth more than larger ones.
-STAGES = ((0.0, 256, 0.5), (0.5, 512, 1.0), (0.8, CONTEXT, 1.0))
+STAGES = ((0.0, 256, 0.5), (0.5, 512, 0.5), (0.8, CONTEXT, 1.0))
 
 
 def build_model(layers: int = 6, hidden: int = 256, heads: int = 8) -> LlamaForCausalLM:
@@ -346,7 +346,7 @@ def arguments() -> argparse.Namespace:
     here = Path(__file__).resolve().parent
     scratch = Path(tempfile.gettempdir()) / "pylm-checkpoints" / "last.pt"
     parser = argparse.ArgumentParser(description="Train the small Python language model pylm.")
-    parser.add_argument("--minutes", type=float, default=75.0, help="wall-clock budget")
+    parser.add_argument("--minutes", type=float, default=60.0, help="wall-clock budget")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -355,7 +355,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on from --checkpoint")
     parser.add_argument("--batch-tokens", type=int, help="default: 4096, on a GPU 16384")
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--muon-lr", type=float, default=0.02)
+    parser.add_argument("--muon-lr", type=float, default=0.007)
     parser.add_argument("--adam-lr", type=float, default=0.003)
     parser.add_argument("--report-every", type=float, default=20.0, help="seconds")
     parser.add_argument("--save-every", type=float, default=120.0, help="seconds")
