@@ -39,7 +39,7 @@ class Accuracy:
     """The accuracy of a candidate against the original.
 
     `drop` is a fraction (0.01 is 1%), negative where the candidate is the better one; `drop_lower`
-    and `drop_upper` are its one-sided 95% bounds, equal to it where the metric is one number with no
+    and `drop_upper` are its one-sided 95% bounds, equal to it where the metric is a figure without
     samples (`bounded` is then False). `rounding` is the drop that arithmetic in the outputs' dtype
     may make without any change of the function. `kl` is in nats per token. Where `feasible` is
     False the `reason` says why, and no figure of this value may be compared. `worst` is the drop of

@@ -53,7 +53,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class _Kept:
-    """The original on one batch: at the scored rows NLL, best token, log-probabilities; or outputs."""
+    """The original on one batch: at scored rows NLL, best token, log-probabilities; or outputs."""
 
     nll: Tensor
     top: Tensor

@@ -1,0 +1,134 @@
+"""Costs against formulas by hand, at several sizes, with and without weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from attnopt.compiler.cost import Workload, cost, pairs
+from attnopt.compiler.ops import ATTENTION
+from attnopt.compiler.program import Batch, Program
+from attnopt.compiler.spec import CAUSAL, FULL, AttentionSpec, Mask
+from tests.decoder import (
+    BLOCKS,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    VOCABULARY,
+    WIDTH,
+    decoder,
+)
+
+PROJECTIONS = 2 * WIDTH * HEADS * HEAD_DIM + 2 * WIDTH * KV_HEADS * HEAD_DIM
+MLP = 2 * WIDTH * HIDDEN
+
+
+@pytest.mark.parametrize("meta", [False, True])
+@pytest.mark.parametrize(("batch", "length"), [(2, 8), (3, 5), (1, 4096)])
+def test_flops_are_those_of_the_formula(meta: bool, batch: int, length: int) -> None:
+    got = cost(decoder(meta=meta), Workload(batch, length))
+    tokens = batch * length
+    core = 4 * batch * HEADS * HEAD_DIM * length * (length + 1) / 2
+    site = 2 * tokens * PROJECTIONS + core
+    assert got.site_core_flops["s0"] == core
+    assert got.site_flops["s0"] == got.site_flops["s1"] == site
+    assert got.sublayer_flops["b0.attention"] == site
+    total = BLOCKS * (site + 2 * tokens * MLP) + 2 * tokens * WIDTH * VOCABULARY
+    assert got.flops == total
+    assert got.share("s0") == site / total and got.core_share("s0") == core / total
+
+
+def test_without_a_workload_the_example_counts() -> None:
+    assert cost(decoder(batch=2, length=8)).flops == cost(decoder(), Workload(2, 8)).flops
+
+
+def test_parameters_by_site_and_in_all() -> None:
+    got = cost(decoder())
+    norms = 2 * BLOCKS * WIDTH
+    assert got.site_params["s0"] == PROJECTIONS
+    assert got.sublayer_params["b0.attention"] == PROJECTIONS + WIDTH
+    assert got.params == BLOCKS * (PROJECTIONS + MLP) + norms + 2 * WIDTH * VOCABULARY
+    assert got.param_bytes == 4 * got.params
+    assert cost(decoder(meta=True)).params == got.params
+
+
+def test_tied_weights_count_once() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            made: Tensor = self.head(self.embed(ids))
+            return made
+
+    ids = torch.tensor([[1, 2]])
+    module = torch.export.export(Tied(), (ids,), strict=False).module()
+    assert isinstance(module, torch.fx.GraphModule)
+    assert cost(Program(module, Batch((ids,)))).params == 28
+
+
+def test_bytes_of_a_product_and_none_of_a_view() -> None:
+    program = decoder(batch=1, length=8)
+    got = cost(program)
+    site = program.site("s0")
+    assert site.q is not None
+    assert got.nodes[site.q.projection].bytes == 4 * (8 * WIDTH + WIDTH * WIDTH + 8 * WIDTH)
+    views = [n.name for n in program.graph.nodes if n.target is torch.ops.aten.transpose.int]
+    assert views and all(got.nodes[name].bytes == 0 for name in views)
+
+
+def test_only_the_reference_backend_moves_the_scores() -> None:
+    slim, fat = cost(decoder(backend="sdpa")), cost(decoder(backend="reference"))
+    node = decoder().attentions()[0].name
+    assert fat.nodes[node].bytes - slim.nodes[node].bytes == 4 * (2 * HEADS * 8 * 8) * 4
+
+
+@pytest.mark.parametrize(
+    ("mask", "queries", "keys"),
+    [
+        (FULL, 7, 7),
+        (CAUSAL, 9, 9),
+        (CAUSAL, 4, 9),
+        (Mask("window", left=3), 11, 11),
+        (Mask("window", left=3, sink=2), 11, 11),
+        (Mask("window", left=40, sink=2), 11, 11),
+        (Mask("window", left=3, sink=2), 5, 11),
+    ],
+)
+def test_pairs_are_those_of_the_dense_mask(mask: Mask, queries: int, keys: int) -> None:
+    dense = mask.dense(queries, keys).broadcast_to(queries, keys)
+    assert pairs(mask, queries, keys) == pytest.approx(int(dense.sum()), abs=1e-9)
+
+
+def test_torchs_own_counter_knows_the_canonical_op() -> None:
+    spec = AttentionSpec(4, 2, 6, 8, 1.0, CAUSAL)
+    q, k, v = torch.randn(2, 4, 5, 6), torch.randn(2, 2, 5, 6), torch.randn(2, 2, 5, 8)
+    with FlopCounterMode(display=False) as counter:
+        ATTENTION(q, k, v, [], spec.with_(backend="sdpa").text)
+    assert counter.get_total_flops() == 2 * 2 * 4 * 15 * (6 + 8)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_an_unraised_sdpa_counts_like_the_canonical_op(causal: bool) -> None:
+    class Plain(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+    inputs = tuple(torch.randn(2, 3, 6, 4) for _ in range(3))
+    module = torch.export.export(Plain(), inputs, strict=False).module()
+    assert isinstance(module, torch.fx.GraphModule)
+    got = cost(Program(module, Batch(inputs)))
+    assert got.flops == 2 * 3 * (21 if causal else 36) * 2 * 8
+    assert not got.site_flops
+
+
+def test_a_large_model_needs_no_memory() -> None:
+    program = decoder(meta=True)
+    assert all(p.is_meta for p in program.module.parameters())
+    got = cost(program, Workload(64, 100_000))
+    assert got.flops > 1e13
