@@ -61,17 +61,25 @@ def read_settings(path: Path) -> dict[str, Any]:
 def model_class(
     transformers: Any, settings: dict[str, Any], path: Path
 ) -> tuple[Any, tuple[str, ...]]:
-    """The class named in `architectures`, which must be one of the library's own; else the type's
-    base model.
+    """The library's own class that `architectures` names, else the base model of the type.
+
+    Raises `Problem` A106 where the library has neither.
     """
-    names = settings.get("architectures") or []
+    names = settings.get("architectures")
+    names = names if isinstance(names, list) else []
     found = getattr(transformers, str(names[0]), None) if names else None
     if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
         return found, ()
     remote = "auto_map" in settings
     kind = str(settings.get("model_type", ""))
+    if not names and not kind:
+        raise Problem(
+            "A106",
+            "the config is not one of a transformers model: it names neither class nor type",
+            where=str(path / "config.json"),
+        )
     if names or kind not in transformers.CONFIG_MAPPING:
-        missing = str(names[0]) if names else kind or "model without a type"
+        missing = str(names[0]) if names else kind
         raise Problem(
             "A106",
             f"transformers {transformers.__version__} has no {missing}",

@@ -58,6 +58,8 @@ def read_directory(
     if missing:
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         notes += (f"{len(missing)} weights are in no file and were drawn at random: {shown}",)
+    if (path / "modules.json").is_file():
+        notes += ("a sentence encoder: its transformer is read, pooling stays with the caller",)
     if not weights:
         notes += ("the directory has no weights: built without them, for inspection only",)
     return hf.eval(), bool(weights), notes

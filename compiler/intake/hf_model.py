@@ -23,6 +23,8 @@ class HFModel(nn.Module):
     `pooler_output`, and the other tensors of the model's result by their names.
     """
 
+    hf: Any
+
     def __init__(self, hf: nn.Module) -> None:
         super().__init__()
         self.hf = hf

@@ -88,7 +88,8 @@ def test_unknown_global_is_refused_with_its_flag_and_not_imported(
 
 def test_allow_global_opens_that_name(stranger: Path, inputs: Path) -> None:
     loaded = load(str(stranger), inputs=inputs, allow_globals=["strangers.Block"])
-    assert type(loaded.module).__name__ == "Block" and not loaded.module.training
+    assert loaded.module is not None and not loaded.module.training
+    assert type(loaded.module).__name__ == "Block"
 
 
 def test_allow_global_opens_no_other_name(stranger: Path, inputs: Path) -> None:

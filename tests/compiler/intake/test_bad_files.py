@@ -141,9 +141,10 @@ def test_noise_is_named_as_no_model(tmp_path: Path) -> None:
 
 
 def test_nan_weights_are_named(tmp_path: Path, inputs: Path) -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    last = nn.Linear(4, 4)
+    model = nn.Sequential(nn.Linear(4, 4), last)
     with torch.no_grad():
-        model[1].weight[2, 3] = float("nan")
+        last.weight[2, 3] = float("nan")
     torch.save(model, tmp_path / "model.pt")
     problem = refused(tmp_path / "model.pt", inputs=inputs)
     assert problem.code == "A108" and "1.weight" in problem.what and "0.weight" not in problem.what
