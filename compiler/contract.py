@@ -102,6 +102,7 @@ class Pass(ABC):
     source: ClassVar[str] = ""
     after: ClassVar[tuple[str, ...]] = ()
     excludes: ClassVar[tuple[str, ...]] = ()
+    valid_only: ClassVar[bool] = False  # padded positions may change; compare at real tokens only
     heals: ClassVar[bool] = False  # repairs what approximate passes before it did; run after them
 
     @abstractmethod
@@ -124,6 +125,14 @@ class Pass(ABC):
         """The search space: for each option declared by `choice`, its values."""
         fields = getattr(cls, "__dataclass_fields__", {})
         return {k: f.metadata["choices"] for k, f in fields.items() if "choices" in f.metadata}
+
+
+class Refused(Exception):
+    """Raised by a graph edit that finds out too late that it cannot be done; the program stays as it was."""
+
+    def __init__(self, miss: Miss) -> None:
+        super().__init__(miss.reason)
+        self.miss = miss
 
 
 def choice(*values: Any, default: Any) -> Any:

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.intake.loaded import Loaded
-from attnopt.compiler.program import Batch, Program
+from attnopt.compiler.program import Batch, Program, attribute
 
 aten = torch.ops.aten
 _INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
@@ -22,6 +22,10 @@ _ASSERTS = (
     aten._assert_scalar.default,
     aten.sym_constrain_range_for_size.default,
 )
+_VIEWS = (
+    aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.slice.Tensor, aten.select.int,
+    aten.t.default, aten.transpose.int, aten.permute.default, aten.unbind.int,
+)  # fmt: skip
 
 
 def trace(loaded: Loaded) -> Program:
@@ -30,7 +34,7 @@ def trace(loaded: Loaded) -> Program:
     exported = loaded.exported
     if exported is None:
         assert loaded.module is not None
-        exported = _export(loaded.module, example)
+        exported = _export(loaded.module, _two_rows(loaded.module, example))
     module = exported.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     normalise(module)
@@ -42,7 +46,11 @@ def trace(loaded: Loaded) -> Program:
 
 def _export(module: torch.nn.Module, example: Batch) -> torch.export.ExportedProgram:
     failure: Exception | None = None
-    for shapes in (_every_dim, _first_dim, _no_dim):
+    attempts = [_every_dim, _first_dim, _no_dim]
+    if _one_batch(example):
+        batch = torch.export.Dim("batch", min=1)
+        attempts.insert(0, lambda value: _every_dim(value, batch))
+    for shapes in attempts:
         dynamic = (
             pytree.tree_map(shapes, example.args),
             pytree.tree_map(shapes, dict(example.kwargs)),
@@ -76,10 +84,31 @@ def _by_signature(dynamic: tuple[Any, dict[str, Any]]) -> Any:
     return args if not kwargs else (*args, *kwargs.values())
 
 
-def _every_dim(value: Any) -> Any:
-    if not isinstance(value, Tensor):
+def _two_rows(module: torch.nn.Module, example: Batch) -> Batch:
+    """The example with its rows doubled when it has one: a size of 1 would be traced as a constant."""
+    leaves = pytree.tree_leaves((example.args, dict(example.kwargs)))
+    if not all(isinstance(x, Tensor) and x.dim() and x.shape[0] == 1 for x in leaves):
+        return example
+    doubled = pytree.tree_map(lambda x: torch.cat([x, x]), (example.args, dict(example.kwargs)))
+    try:
+        with torch.no_grad():
+            module(*doubled[0], **doubled[1])
+    except (RuntimeError, ValueError, IndexError):
+        return example
+    return Batch(*doubled)
+
+
+def _one_batch(example: Batch) -> bool:
+    """Whether several tensors come in and agree on the size of their first dim: then it is one batch dim."""
+    leaves = pytree.tree_leaves((example.args, dict(example.kwargs)))
+    sizes = [x.shape[0] for x in leaves if isinstance(x, Tensor) and x.dim()]
+    return len(sizes) > 1 and len(set(sizes)) == 1 and sizes[0] > 1
+
+
+def _every_dim(value: Any, first: Any = torch.export.Dim.AUTO) -> Any:
+    if not isinstance(value, Tensor) or not value.dim():
         return None
-    return {dim: torch.export.Dim.AUTO for dim in range(value.dim())} or None
+    return {0: first} | {dim: torch.export.Dim.AUTO for dim in range(1, value.dim())}
 
 
 def _first_dim(value: Any) -> Any:
@@ -116,10 +145,34 @@ def normalise(module: fx.GraphModule) -> None:
             graph.erase_node(node)
         elif node.target is aten.view.default:
             node.target = aten.reshape.default  # a rewrite may change strides, never shapes
+    _fold_parameter_views(module)
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     module.delete_all_unused_submodules()
     graph.lint()
     module.recompile()
+
+
+def _fold_parameter_views(module: fx.GraphModule) -> None:
+    """Views of a parameter alone (a slice of a packed weight, a transpose) become parameters, sharing its memory."""
+    for node in list(module.graph.nodes):
+        if node.target not in _VIEWS or not _from_parameter(node.all_input_nodes):
+            continue
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: attribute(module, n.target))
+        value = node.target(*args, **kwargs)
+        parts = value if isinstance(value, (list, tuple)) else [value]
+        for i, part in enumerate(parts):
+            name = f"{node.all_input_nodes[0].target}__{node.name}_{i}".replace(".", "__")
+            module.register_parameter(name, torch.nn.Parameter(part.detach(), requires_grad=False))
+            readers = [u for u in node.users if u.args[1] == i] if part is not value else [node]
+            for reader in readers:
+                with module.graph.inserting_before(reader):
+                    read = module.graph.get_attr(name)
+                read.meta["val"] = reader.meta["val"]
+                reader.replace_all_uses_with(read)
+
+
+def _from_parameter(nodes: list[fx.Node]) -> bool:
+    return len(nodes) == 1 and nodes[0].op == "get_attr" and isinstance(nodes[0].meta.get("val"), Tensor)
 
 
 def _changes_nothing(node: fx.Node) -> bool:

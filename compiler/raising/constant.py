@@ -21,6 +21,8 @@ def element(value: Any, index: Index) -> Expression:
         raise Unknown("a constant without values")
     if value.numel() == 0 or value.numel() > LIMIT:
         raise Unknown(f"a constant of {value.numel()} elements")
+    if value.is_floating_point() and bool(value.isnan().any()):
+        raise Unknown("a constant that holds NaN")
     first = value.flatten()[0]
     if bool((value == first).all()):
         return number(first.item())

@@ -41,7 +41,7 @@ from attnopt.compiler.raising.symbolic_views import Index, size_form
 
 _LOGIC = {"and": "and", "or": "or", "xor": "xor"}
 _SAME = {"contiguous", "clone", "alias", "detach", "lift_fresh_copy", "lift_fresh", "detach_"}
-_CASTS = {"to", "_to_copy", "type_as", "_cast_Float"}
+_CASTS = {"to", "to_copy", "type_as", "float", "int", "long"}
 _FILLED = {
     "ones": 1, "zeros": 0, "new_ones": 1, "new_zeros": 0, "ones_like": 1, "zeros_like": 0,
 }  # fmt: skip
