@@ -118,6 +118,15 @@ class Program:
         else:
             owner.register_parameter(leaf, torch.nn.Parameter(value.detach(), requires_grad=False))
 
+    def drop_weight(self, name: str) -> None:
+        """Forget the parameter `name` in this copy alone, unless a node still reads it."""
+        if self.parameter_nodes(name):
+            return
+        path, _, leaf = name.rpartition(".")
+        owner = _own_submodule(self.module, path) if path else self.module
+        for table in (owner._parameters, owner._buffers):
+            table.pop(leaf, None)
+
     def parameter(self, name: str, value: Tensor, before: fx.Node) -> fx.Node:
         """Add a parameter and a get_attr node that reads it, placed before a node."""
         self.set_weight(name, value)

@@ -1,0 +1,128 @@
+"""Second moments of activations, streamed in float64: all that the closed forms need, never the activations themselves.
+
+For rows x `[width]` (one per real token) with a constant 1 appended, C = sum x x^T. Whatever is linear in x follows from it:
+keys x W have the Gram W^T C W, a least squares target y needs C and sum x y^T besides. Padded positions are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, fx
+
+from attnopt.compiler.contract import Notes
+from attnopt.compiler.program import Batch, Program, record
+
+_KEEP_BYTES = 1 << 30  # Grams of one program kept for later sites and trials; above it one site at a time is made
+
+
+@dataclass
+class Gram:
+    """Sums over tokens: `xx` `[p, p]`, `xy` `[p, r]` and `yy` (a sum of squares), all float64; `rows` tokens were added."""
+
+    xx: Tensor
+    xy: Tensor
+    yy: float = 0.0
+    rows: int = 0
+
+    @staticmethod
+    def empty(width: int, targets: int = 0) -> Gram:
+        """Nothing added yet; `width` counts the constant column where there is one."""
+        return Gram(
+            torch.zeros(width, width, dtype=torch.float64),
+            torch.zeros(width, targets, dtype=torch.float64),
+        )
+
+    def add(self, x: Tensor, y: Tensor | None = None) -> None:
+        """Add rows x `[rows, p]` with targets y `[rows, r]`, in any floating dtype."""
+        wide = x.double()
+        self.xx.addmm_(wide.T, wide)
+        self.rows += len(x)
+        if y is not None:
+            target = y.double()
+            self.xy.addmm_(wide.T, target)
+            self.yy += float(target.square().sum())
+
+    def error(self, weight: Tensor) -> float:
+        """Sum of squares of x W - y over all rows added, for W `[p, r]` float64."""
+        fitted = torch.einsum("pr,pq,qr->", weight, self.xx, weight)
+        return max(0.0, self.yy - 2 * float((weight * self.xy).sum()) + float(fitted))
+
+
+def with_one(x: Tensor) -> Tensor:
+    """Rows with a constant 1 appended: `[rows, p]` to `[rows, p + 1]`."""
+    return torch.cat((x, torch.ones_like(x[:, :1])), dim=1)
+
+
+def rows(value: Tensor, valid: Tensor | None) -> Tensor:
+    """The real tokens of `[batch, seq, width]` (or `[seq, batch, width]`, or already flat) as `[tokens, width]`.
+
+    `valid` bool `[batch, seq]`. Raises ValueError where the two do not fit together.
+    """
+    flat = value.reshape(-1, value.shape[-1])
+    if valid is None:
+        return flat
+    if value.dim() == 3 and value.shape[:2] != valid.shape and value.shape[:2] == valid.T.shape:
+        valid = valid.T
+    if valid.numel() != len(flat):
+        raise ValueError(f"{tuple(value.shape)} does not match a mask of {tuple(valid.shape)}")
+    return flat[valid.reshape(-1).to(flat.device)]
+
+
+def moments(
+    program: Program, names: Sequence[str], batches: Sequence[Batch]
+) -> dict[str, Gram]:
+    """The Gram of each named node's value with a constant column, over the real tokens of the batches."""
+    found: dict[str, Gram] = {}
+    for batch in batches:
+        values = record(program, names, batch)[0]
+        for name in names:
+            x = with_one(rows(values[name].double(), batch.valid))
+            found.setdefault(name, Gram.empty(x.shape[1])).add(x)
+    return found
+
+
+_kept: WeakKeyDictionary[fx.GraphModule, list[tuple[Sequence[Batch], dict[str, Gram]]]]
+_kept = WeakKeyDictionary()
+
+
+def input_moments(notes: Notes, names: Sequence[str], heldout: bool = False) -> dict[str, Gram]:
+    """Grams of what the named nodes of the original program hold, on its calibration (or held-out) batches.
+
+    The inputs of all sites are gathered in one pass over the data and kept for as long as the original lives, so that a
+    search over many options calibrates once.
+    """
+    batches = notes.heldout if heldout else notes.calibration
+    kept = _entry(notes.original, batches)
+    missing = [name for name in dict.fromkeys(names) if name not in kept]
+    if not missing:
+        return {name: kept[name] for name in names}
+    all_names = list(dict.fromkeys([*missing, *_site_inputs(notes.original)]))
+    if _bytes(notes.original, all_names) > _KEEP_BYTES:
+        return moments(notes.original, list(dict.fromkeys(names)), batches)
+    kept.update(moments(notes.original, [n for n in all_names if n not in kept], batches))
+    return {name: kept[name] for name in names}
+
+
+def _entry(program: Program, batches: Sequence[Batch]) -> dict[str, Gram]:
+    entries = _kept.setdefault(program.module, [])
+    for known, grams in entries:
+        if known is batches:
+            return grams
+    entries.append((batches, {}))
+    return entries[-1][1]
+
+
+def _site_inputs(program: Program) -> Iterator[str]:
+    for site in program.sites:
+        for path in (site.q, site.k, site.v):
+            if path is not None:
+                yield path.source
+
+
+def _bytes(program: Program, names: Sequence[str]) -> int:
+    widths = [program.node(name).meta["val"].shape[-1] + 1 for name in names]
+    return sum(8 * int(width) ** 2 for width in widths)

@@ -1,0 +1,291 @@
+"""Give one operand of an attention a new projection, with other heads, in the graph.
+
+`reproject` puts `linear(source, weight, bias)` beside the old projection, splits it into heads, and clones every node
+between the site's split and the attention's operand (rotary, norms, transposes) with the new head count; a repetition of
+key/value heads is dropped, since the attention reads grouped heads by itself. The old nodes die when nobody else reads
+them. Whatever cannot be cloned is a `Miss` that names the node; the program is then half edited and must be thrown away,
+so a pass tries on a copy first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, Literal, cast
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from attnopt.compiler.contract import Miss
+from attnopt.compiler.program import Program, infer
+from attnopt.compiler.site import Path, Site
+
+aten = torch.ops.aten
+Which = Literal["q", "k", "v"]
+_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+_REPEATS = (aten.repeat_interleave.self_int,)
+_REFUSALS = (RuntimeError, TypeError, ValueError, IndexError)
+
+
+def reproject(
+    program: Program, site: Site, which: Which, weight: Tensor, bias: Tensor | None, heads: int
+) -> Site | Miss:
+    """Make operand `which` of a site from a new projection, in this program's graph.
+
+    `weight` `[heads * dim, width]` and `bias` `[heads * dim]` give the channels of head h at h * dim. Answers the site with
+    its new facts. The specs of k and v must agree in the end: reproject both.
+    """
+    path: Path | None = getattr(site, which)
+    if path is None:
+        return Miss(site.missing.get(which, f"the projection of {which} is not known"), site.node)
+    if not path.split:
+        return Miss(f"no node holds {which} with one axis per head", path.projection)
+    stale = [name for name in (path.source, path.split) if not program.has(name)]
+    if stale:
+        return Miss("an earlier rewrite took this node away", stale[0])
+    if which != "q" and site.spec.heads % heads:
+        return Miss(f"{site.spec.heads} query heads cannot share {heads}", site.node)
+
+    attention, split = program.node(site.node), program.node(path.split)
+    at = "qkv".index(which)
+    operand = cast(fx.Node, attention.args[at])
+    between = _between(split, operand)
+    if between is None:
+        return Miss("the operand does not come from the split alone", operand.name)
+    made = _project(program, path, split, weight, bias, heads, _free_name(program, path, which))
+    if isinstance(made, Miss):
+        return made
+    linear, fresh = made
+    values: dict[fx.Node, fx.Node] = {split: fresh}
+    for node in between:
+        clone = _clone(program, node, values)
+        if isinstance(clone, Miss):
+            return clone
+        values[node] = clone
+
+    result, dim = values[operand], weight.shape[0] // heads
+    wrong = _unlike(result, operand, heads, dim)
+    if wrong:
+        return Miss(wrong, operand.name)
+    attention.update_arg(at, result)
+    return _facts(program, site, which, linear, fresh, heads, dim)
+
+
+def _facts(
+    program: Program, site: Site, which: Which, linear: fx.Node, split: fx.Node, heads: int, dim: int
+) -> Site:
+    old: Path = getattr(site, which)
+    args = cast(tuple[fx.Node, ...], linear.args)
+    path = replace(
+        old,
+        projection=linear.name,
+        source=args[0].name,
+        weight=str(args[1].target),
+        bias=str(args[2].target) if len(args) > 2 else None,
+        layout="out_in",
+        channels=torch.arange(heads * dim).view(heads, dim),
+        split=split.name,
+    )
+    sizes = {
+        "q": {"heads": heads, "head_dim": dim},
+        "k": {"kv_heads": heads, "head_dim": dim},
+        "v": {"kv_heads": heads, "v_dim": dim},
+    }[which]
+    attention = program.node(site.node)
+    spec = program.spec(site).with_(**sizes)
+    attention.update_arg(4, spec.text)
+    infer(attention)
+    kv_heads = site.kv_heads if which == "q" else heads
+    changed: dict[str, Any] = {which: path}
+    return replace(site, spec=spec, kv_heads=kv_heads, **changed)
+
+
+def _between(split: fx.Node, operand: fx.Node) -> list[fx.Node] | None:
+    """The nodes after `split` that the operand is made through, in graph order; None when it is not made from it."""
+    above: set[fx.Node] = set()
+    stack = [operand]
+    while stack:
+        node = stack.pop()
+        if node in above or node is split:
+            continue
+        above.add(node)
+        stack.extend(node.all_input_nodes)
+    below = {split}
+    ordered = [node for node in split.graph.nodes if node in above]
+    for node in ordered:
+        if any(source in below for source in node.all_input_nodes):
+            below.add(node)
+    if operand not in below:
+        return None
+    return [node for node in ordered if node in below]
+
+
+def _project(
+    program: Program,
+    path: Path,
+    split: fx.Node,
+    weight: Tensor,
+    bias: Tensor | None,
+    heads: int,
+    name: str,
+) -> tuple[fx.Node, fx.Node] | Miss:
+    """The new projection [batch, seq, heads dim], and its split into heads in the order of the old one."""
+    source = program.node(path.source)
+    if source.meta["val"].dim() == 2 and source.target in _VIEWS:
+        source = cast(fx.Node, source.args[0])
+    shape = source.meta["val"].shape
+    if len(shape) != 3 or shape[-1] != weight.shape[1]:
+        return Miss(f"the projection reads {tuple(shape)}, not [batch, seq, width]", source.name)
+    out = split.meta["val"].shape
+    batch, seq = (out[0], out[1]) if path.order == "bthd" else (out[0], out[2])
+    straight = same(shape[0], batch) and same(shape[1], seq)
+    crossed = same(shape[0], seq) and same(shape[1], batch)
+    if not straight and not crossed:
+        return Miss(f"batch and seq of {tuple(shape)} are not those of the heads", source.name)
+
+    dtype = program.weight(path.weight).dtype
+    parameters = [program.parameter(f"{name}_weight", weight.to(dtype), before=split)]
+    if bias is not None:
+        parameters.append(program.parameter(f"{name}_bias", bias.to(dtype), before=split))
+    linear = program.call(aten.linear.default, (source, *parameters), before=split)
+    fresh = program.call(
+        aten.unflatten.int, (linear, -1, [heads, weight.shape[0] // heads]), before=split
+    )
+    if not straight:
+        fresh = program.call(aten.transpose.int, (fresh, 0, 1), before=split)
+    if path.order == "bhtd":
+        fresh = program.call(aten.transpose.int, (fresh, 1, 2), before=split)
+    return linear, fresh
+
+
+def _free_name(program: Program, path: Path, which: Which) -> str:
+    """A parameter name beside the old weight's that nothing has yet."""
+    owner = path.weight.rpartition(".")[0].rpartition(".")[0]
+    base, count = f"{owner}.{which}_merged" if owner else f"{which}_merged", 0
+    names = {name for name, _ in program.module.named_parameters(remove_duplicate=False)}
+    while f"{base}{count}_weight" in names:
+        count += 1
+    return f"{base}{count}"
+
+
+def _clone(program: Program, node: fx.Node, values: dict[fx.Node, fx.Node]) -> fx.Node | Miss:
+    """The node again, on the new values, just before the old one."""
+    if node.op != "call_function":
+        return Miss(f"a {node.op} node stands between the heads and the attention", node.name)
+    if node.target in _REPEATS:
+        return values.get(cast(fx.Node, node.args[0])) or Miss("it repeats no heads", node.name)
+    args = fx.map_arg(node.args, lambda n: values.get(n, n))
+    kwargs = fx.map_arg(dict(node.kwargs), lambda n: values.get(n, n))
+    tries: Iterator[Any] = iter([args])
+    if node.target is aten.expand.default:
+        tries = iter([(args[0], _expanded(node, values), *args[2:])])
+    elif node.target in _VIEWS and node.args[0] in values:
+        tries = ((args[0], sizes, *args[2:]) for sizes in _reshaped(node, values))
+    said = "no size fits the new head count"
+    for given in tries:
+        made = _try(program, node, given, kwargs)
+        if not isinstance(made, fx.Node):
+            said = made
+        elif node.target in _VIEWS and not _scaled(node, made, values):
+            said = "its sizes mix heads with other axes"
+            program.graph.erase_node(made)
+        else:
+            return made
+    return Miss(f"it does not adapt to the new head count: {said}", node.name)
+
+
+def _try(program: Program, node: fx.Node, args: Any, kwargs: Any) -> fx.Node | str:
+    target = cast(Any, node.target)
+    with program.graph.inserting_before(node):
+        made = program.graph.call_function(target, args, kwargs)
+    try:
+        infer(made)
+    except _REFUSALS as error:
+        program.graph.erase_node(made)
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+    if "nn_module_stack" in node.meta:
+        made.meta["nn_module_stack"] = node.meta["nn_module_stack"]
+    return made
+
+
+def _expanded(node: fx.Node, values: dict[fx.Node, fx.Node]) -> list[Any]:
+    """The sizes of an expand: own sizes follow the new input, and a repetition of heads is dropped."""
+    source = cast(fx.Node, node.args[0])
+    before = list(source.meta["val"].shape)
+    after = list(values.get(source, source).meta["val"].shape)
+    sizes = list(cast(Any, node.args[1]))
+    lead = len(sizes) - len(before)
+    for axis in range(lead, len(sizes)):
+        size, own, now = sizes[axis], before[axis - lead], after[axis - lead]
+        if not isinstance(size, int) or size == -1:
+            continue
+        if own == 1 and size > 1 and axis < len(sizes) - 2:
+            sizes[axis] = now
+        elif isinstance(now, int):
+            sizes[axis] = now
+    return sizes
+
+
+def _reshaped(node: fx.Node, values: dict[fx.Node, fx.Node]) -> Iterator[list[Any]]:
+    """Size lists for a view of the new input, the likeliest first: the one whose leading axes hold what they held."""
+    source = cast(fx.Node, node.args[0])
+    ratio = _ratio(values[source], source)
+    sizes = list(cast(Any, node.args[1]))
+    if ratio == 1 or ratio is None:
+        yield sizes
+        return
+    lead = _product(source.meta["val"].shape[: _first_change(values[source], source)])
+    shape = node.meta["val"].shape
+    spots = [
+        at
+        for at, size in enumerate(sizes)
+        if size == -1 or (isinstance(size, int) and (size * ratio).is_integer)
+    ]
+    for at in sorted(spots, key=lambda spot: _product(shape[:spot]) != lead):
+        if sizes[at] == -1:
+            yield sizes
+        else:
+            yield [*sizes[:at], int(sizes[at] * ratio), *sizes[at + 1 :]]
+
+
+def _scaled(node: fx.Node, made: fx.Node, values: dict[fx.Node, fx.Node]) -> bool:
+    """Whether the new view differs from the old in one axis at most."""
+    old, new = node.meta["val"].shape, made.meta["val"].shape
+    return len(old) == len(new) and sum(not same(a, b) for a, b in zip(old, new, strict=True)) <= 1
+
+
+def _unlike(result: fx.Node, operand: fx.Node, heads: int, dim: int) -> str:
+    """Why the new operand is not [batch, heads, seq, dim] like the old one; empty when it is."""
+    new, old = result.meta["val"], operand.meta["val"]
+    wanted = (old.shape[0], heads, old.shape[2], dim)
+    if len(new.shape) == 4 and all(same(a, b) for a, b in zip(new.shape, wanted, strict=True)):
+        return "" if new.dtype == old.dtype else f"the new operand is {new.dtype}, not {old.dtype}"
+    return f"the new operand would be {tuple(new.shape)}, not {wanted}"
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two sizes, symbolic or not, are the same expression."""
+    return bool(_expression(a) == _expression(b))
+
+
+def _expression(size: Any) -> sympy.Expr:
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
+
+
+def _product(sizes: Any) -> sympy.Expr:
+    found: sympy.Expr = sympy.Integer(1)
+    for size in sizes:
+        found = found * _expression(size)
+    return found
+
+
+def _ratio(new: fx.Node, old: fx.Node) -> Any:
+    """Elements of `new` over elements of `old` as a rational number; None when it depends on a symbol."""
+    found = sympy.cancel(_product(new.meta["val"].shape) / _product(old.meta["val"].shape))
+    return found if found.is_Rational else None
+
+
+def _first_change(new: fx.Node, old: fx.Node) -> int:
+    pairs = enumerate(zip(new.meta["val"].shape, old.meta["val"].shape, strict=True))
+    return next((at for at, (a, b) in pairs if not same(a, b)), 0)

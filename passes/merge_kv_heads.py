@@ -1,0 +1,242 @@
+"""Merge key/value heads: multi-head or grouped attention to fewer key/value heads, down to one.
+
+Adjacent key/value heads form groups of `factor`. "mean" averages their projections (Ainslie et al. 2023, "GQA", section 2.1).
+"closed" takes the optimum that the gauge of each part allows, computed from second moments of the projections' inputs:
+one complex rank-1 fit per rotary frequency for the keys, weighted by the query's energy; weighted principal components
+for keys without rotary and for values. The maps back to the old heads are absorbed in the query and output projections, so
+nothing is added at run time. The maths is in `attnopt.compiler.shared_heads`; run `refit` afterwards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, cast
+
+import torch
+from torch import Tensor
+
+from attnopt.compiler import shared_heads
+from attnopt.compiler.contract import Edit, Exactness, Miss, Notes, Pass, choice
+from attnopt.compiler.gauge import Freedom, freedom
+from attnopt.compiler.grams import Gram, input_moments, moments
+from attnopt.compiler.program import Program
+from attnopt.compiler.reproject import reproject
+from attnopt.compiler.shared_heads import Shared
+from attnopt.compiler.site import OutputPath, Path, Site
+from attnopt.compiler.site_weights import read_output, read_weight, write_output, write_query
+
+_WHICH: tuple[Literal["q", "k", "v"], ...] = ("q", "k", "v")
+
+
+@dataclass(frozen=True)
+class MergeKvHeads(Pass):
+    """Share each key/value head among `factor` times as many query heads."""
+
+    name: ClassVar[str] = "merge_kv_heads"
+    exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
+    source: ClassVar[str] = "Ainslie et al. 2023 (mean); complex rank-1 keys, group-PCA values (closed)"
+
+    factor: int = choice(2, 4, 8, default=2)
+    method: str = choice("closed", "mean", default="closed")
+
+    def rewrite(self, target: Site, program: Program, notes: Notes) -> Edit | Miss:
+        """New projections for one site, or why not."""
+        miss = self._refused(target, notes)
+        if miss is not None:
+            return miss
+        heads = _Heads.read(program, target)
+        grams = _input_grams(program, target, notes)
+        free = _freedom(program, target) if self.method == "closed" else None
+        k, v = heads.merged(target.kv_heads // self.factor, grams, target, free)
+        trial = _apply(program.copy(), target, heads, k, v)
+        if isinstance(trial, Miss):
+            return trial
+
+        def edit(copy: Program) -> None:
+            _apply(copy, target, heads, k, v)
+
+        return Edit(
+            graph=edit,
+            sites={target.id: trial},
+            note=self._note(target, free),
+            evidence=_evidence(program, target, notes, heads, k, v, grams),
+        )
+
+    def _refused(self, site: Site, notes: Notes) -> Miss | None:
+        for which in (*_WHICH, "out"):
+            if getattr(site, which) is None:
+                why = site.missing.get(which, "not known")
+                return Miss(f"the projection of {which} was not found: {why}", site.node)
+        if "rotary" in site.missing:
+            return Miss(f"the rotary embedding is not understood: {site.missing['rotary']}", site.node)
+        if site.kv_heads == 1:
+            return Miss("there is one key/value head already", site.node)
+        if site.kv_heads % self.factor:
+            return Miss(
+                f"{site.kv_heads} key/value heads do not form groups of {self.factor}", site.node
+            )
+        if self.method == "closed" and not notes.calibration:
+            return Miss(
+                "the closed form needs calibration data",
+                site.node,
+                help="give --text FILE, or use merge_kv_heads{method=mean}",
+            )
+        return None
+
+    def _note(self, site: Site, free: _Free | None) -> str:
+        said = f"{site.kv_heads} -> {site.kv_heads // self.factor} key/value heads, {self.method}"
+        return f"{said}; {free.limits}" if free is not None and free.limits else said
+
+
+@dataclass(frozen=True)
+class _Free:
+    """The gauge of keys (common to q and k) and of values."""
+
+    k: Freedom
+    v: Freedom
+    rotary: bool
+
+    @property
+    def limits(self) -> str:
+        """What of the closed form the gauge forbids, in words."""
+        said = []
+        if self.rotary and self.k.pairs == "turn":
+            said.append("keys aligned in phase, then averaged")
+        elif (self.rotary and self.k.pairs == "none") or not self.k.rest:
+            said.append("keys averaged")
+        if not self.v.rest:
+            said.append("values averaged")
+        why = self.k.why or self.v.why
+        return ", ".join(said) + (f" ({why})" if said and why else "")
+
+
+def _freedom(program: Program, site: Site) -> _Free:
+    k = freedom(program, site, "q") & freedom(program, site, "k")
+    return _Free(k, freedom(program, site, "v"), site.rotary is not None)
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """A site's projections with the bias as last column: q, k, v `[heads, dim, width + 1]`, out `[heads, v_dim, width]`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+
+    @staticmethod
+    def read(program: Program, site: Site) -> _Heads:
+        """The projections as they stand in the program, float64."""
+        stacked = [_with_bias(*read_weight(program, cast(Path, getattr(site, w)))) for w in _WHICH]
+        return _Heads(*stacked, out=read_output(program, cast(OutputPath, site.out)))
+
+    @property
+    def group(self) -> int:
+        """Query heads per key/value head, before the merge."""
+        return len(self.q) // len(self.k)
+
+    def merged(
+        self, groups: int, grams: dict[str, Gram] | None, site: Site, free: _Free | None
+    ) -> tuple[Shared, Shared]:
+        """The shared keys and values. Without a gauge (`free` None) both are means."""
+        pairs = site.rotary.pairs if site.rotary is not None else torch.empty(0, 2).long()
+        metric = shared_heads.root(self._read_by(self.out @ self.out.transpose(1, 2)))
+        if grams is None:
+            one = torch.eye(self.k.shape[1], dtype=torch.float64).expand(len(self.k), -1, -1)
+            return shared_heads.mean(self.k, groups, one), shared_heads.mean(self.v, groups, metric)
+        c_q, c_k, c_v = (grams[cast(Path, getattr(site, w)).source].xx for w in _WHICH)
+        query = self._read_by(self.q @ c_q @ self.q.transpose(1, 2))
+        bound = free or _Free(Freedom("none", False), Freedom("none", False), site.rotary is not None)
+        k = shared_heads.keys(self.k, c_k, groups, query, pairs, bound.k)
+        if bound.v.rest:
+            return k, shared_heads.principal(self.v, c_v, groups, metric)
+        return k, shared_heads.mean(self.v, groups, metric)
+
+    def _read_by(self, per_query: Tensor) -> Tensor:
+        """Sum `[heads, d, d]` over the query heads of each key/value head: `[kv_heads, d, d]`."""
+        return per_query.reshape(len(self.k), self.group, *per_query.shape[1:]).sum(1)
+
+    def query(self, k: Shared) -> Tensor:
+        """The query projection with the keys' maps absorbed, `[heads, dim, width + 1]`."""
+        return k.expand.repeat_interleave(self.group, dim=0).transpose(1, 2) @ self.q
+
+    def output(self, v: Shared) -> Tensor:
+        """The output projection with the values' maps absorbed, `[heads, v_dim, width]`."""
+        return v.expand.repeat_interleave(self.group, dim=0).transpose(1, 2) @ self.out
+
+
+def _apply(program: Program, site: Site, heads: _Heads, k: Shared, v: Shared) -> Site | Miss:
+    """Put the shared projections into a program's graph; the site with its new facts, or what stood in the way."""
+    old = [cast(Path, getattr(site, which)) for which in _WHICH]
+    q_path, k_path, v_path = old
+    made: Site | Miss = site
+    for which, shared, path in (("k", k, k_path), ("v", v, v_path)):
+        made = _reprojected(program, made, "k" if which == "k" else "v", shared.weight, path)
+        if isinstance(made, Miss):
+            return made
+    query = heads.query(k)
+    if q_path.projection in (k_path.projection, v_path.projection):
+        made = _reprojected(program, made, "q", query, q_path)
+    else:
+        bias = query[..., -1] if q_path.bias else None
+        made = write_query(program, made, query[..., :-1], bias)
+    if isinstance(made, Miss):
+        return made
+    made = write_output(program, made, heads.output(v))
+    program.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    for name in {name for path in old for name in (path.weight, path.bias) if name}:
+        program.drop_weight(name)
+    return made
+
+
+def _reprojected(
+    program: Program, site: Site, which: Literal["q", "k", "v"], weight: Tensor, path: Path
+) -> Site | Miss:
+    """Reproject with `[heads, dim, width + 1]`."""
+    count, dim, _ = weight.shape
+    flat = weight.reshape(count * dim, -1)
+    bias = flat[:, -1] if path.bias else None
+    return reproject(program, site, which, flat[:, :-1], bias, count)
+
+
+def _with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
+    last = torch.zeros_like(weight[..., 0]) if bias is None else bias
+    return torch.cat((weight, last[..., None]), dim=-1)
+
+
+def _input_grams(
+    program: Program, site: Site, notes: Notes, heldout: bool = False
+) -> dict[str, Gram] | None:
+    """Second moments of the projections' inputs; of the original model where it has the same nodes."""
+    batches = notes.heldout if heldout else notes.calibration
+    if not batches:
+        return None
+    names = [cast(Path, getattr(site, which)).source for which in _WHICH]
+    if all(notes.original.has(name) for name in names):
+        return input_moments(notes, names, heldout)
+    return moments(program, list(dict.fromkeys(names)), batches)
+
+
+def _evidence(
+    program: Program,
+    site: Site,
+    notes: Notes,
+    heads: _Heads,
+    k: Shared,
+    v: Shared,
+    grams: dict[str, Gram] | None,
+) -> dict[str, float]:
+    """Predicted and measured shares of key and value energy lost, on calibration and on held-out data."""
+    dtype = program.weight(cast(Path, site.k).weight).dtype
+    found: dict[str, float] = {}
+    held = _input_grams(program, site, notes, heldout=True)
+    for name, shared, old, path in (("k", k, heads.k, site.k), ("v", v, heads.v, site.v)):
+        rounded = replace(shared, weight=shared.weight.to(dtype).double())
+        source = cast(Path, path).source
+        if shared.tail is not None:
+            found[f"{name}_predicted"] = shared.tail
+        if grams is not None:
+            found[f"{name}_residual"] = rounded.residual(old, grams[source].xx)
+        if held is not None:
+            found[f"{name}_heldout"] = rounded.residual(old, held[source].xx)
+    return found
