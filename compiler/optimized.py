@@ -1,0 +1,98 @@
+"""`Optimized`: an optimized program that is called like the model it was made from."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attnopt.compiler.errors import Notice
+from attnopt.compiler.plan import Plan
+from attnopt.compiler.signature import Signature
+
+
+class Outputs(dict[Any, Any]):
+    """A model's outputs by name, readable as attributes (`out.logits`) and by position
+    (`out[0]`).
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self:
+            raise AttributeError(f"no output `{name}`; there are {', '.join(map(str, self))}")
+        return self[name]
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, (int, slice)) and key not in self.keys():
+            return tuple(self.values())[key]
+        return super().__getitem__(key)
+
+
+class Optimized:
+    """A loaded run: call it like the model. `signature` says which inputs it takes.
+
+    `plan` is what was done to it, `report` its report.json. It is for inference: no weight asks for
+    a gradient. Where the plan says `compiled`, the first call compiles it with torch.compile; where
+    that cannot be done it runs uncompiled, with one warning.
+    """
+
+    def __init__(
+        self,
+        exported: torch.export.ExportedProgram,
+        plan: Mapping[str, Any],
+        report: Mapping[str, Any],
+        folder: Path,
+    ) -> None:
+        self.exported, self.report, self.folder = exported, dict(report), folder
+        self.signature = Signature.of(exported)
+        self.module: Callable[..., Any] = exported.module().requires_grad_(False)
+        self._plan = dict(plan)
+        self._compiled = torch.compile(self.module) if plan.get("compiled") else None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The outputs in the structure that the model returns. Raises `Problem` A506 on other
+        inputs.
+        """
+        fitted, named = self.signature.fit(args, kwargs)
+        outputs = self._run(fitted, named)
+        return Outputs(outputs) if isinstance(outputs, dict) else outputs
+
+    @property
+    def plan(self) -> Plan:
+        """The rewrites that made this model. Raises `Problem` A501 when this version cannot read
+        them.
+        """
+        return Plan.from_json(self._plan)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether calls run under torch.compile."""
+        return self._compiled is not None
+
+    def __repr__(self) -> str:
+        steps = [str(step.get("rewrite", "")) for step in self._plan.get("steps", ())]
+        return (
+            f"Optimized({self.folder}: {', '.join(steps) or 'unchanged'}; takes {self.signature})"
+        )
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._compiled is None:
+            return self.module(*args, **kwargs)
+        try:
+            return self._compiled(*args, **kwargs)
+        except (RuntimeError, OSError, ImportError) as error:
+            outputs = self.module(*args, **kwargs)  # an error of the inputs is raised again here
+            self._compiled = None
+            told = [line.strip() for line in str(error).splitlines() if line.strip()]
+            why = f"{type(error).__name__}: {' '.join(told[:2]) or 'no message'}"
+            notice = Notice(
+                "A507",
+                "the optimized model runs uncompiled",
+                where=str(self.folder),
+                why=why,
+                help="it was measured under torch.compile, which needs a C++ compiler",
+            )
+            warnings.warn(str(notice), RuntimeWarning, stacklevel=3)
+            return outputs
