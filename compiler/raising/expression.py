@@ -19,7 +19,9 @@ from torch import Tensor
 
 from attnopt.compiler.raising.evaluate import Unknown
 
-LEAVES = 4096  # a decision tree with more leaves is not a mask that anybody wrote as an index expression
+LEAVES = (
+    4096  # a decision tree with more leaves is not a mask that anybody wrote as an index expression
+)
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,9 @@ def logic(op: str, x: Expression, y: Expression) -> Condition:
 def evaluate(x: Expression, values: Mapping[Variable, Tensor]) -> Tensor:
     """The expression at points given as broadcastable int64 tensors per variable: bool, int64 or float64."""
     if isinstance(x, Const):
-        return torch.tensor(x.value, dtype=torch.bool if isinstance(x.value, bool) else torch.float64)
+        return torch.tensor(
+            x.value, dtype=torch.bool if isinstance(x.value, bool) else torch.float64
+        )
     if isinstance(x, Affine):
         total = torch.tensor(x.constant)
         for name, coefficient in x.terms:
@@ -207,7 +211,9 @@ def evaluate(x: Expression, values: Mapping[Variable, Tensor]) -> Tensor:
     parts = [evaluate(part, values) for part in x.parts]
     if x.op == "not":
         return ~parts[0]
-    return {"and": torch.logical_and, "or": torch.logical_or, "xor": torch.logical_xor}[x.op](*parts)
+    return {"and": torch.logical_and, "or": torch.logical_or, "xor": torch.logical_xor}[x.op](
+        *parts
+    )
 
 
 def atoms(x: Expression) -> set[Compare]:

@@ -271,9 +271,7 @@ class Symbolic:
 
         dim = _dim(node, 1, len(index))
         self._fresh += 1
-        summand = self.at(
-            node.args[0], _replaced(index, dim, variable(f"sum{self._fresh}"))
-        )
+        summand = self.at(node.args[0], _replaced(index, dim, variable(f"sum{self._fresh}")))
         value = constant_value(numeric(summand))
         if not isinstance(value, int):
             raise Unknown("it sums what changes along the axis")
