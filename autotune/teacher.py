@@ -124,8 +124,8 @@ class Teacher:
         valid = out.valid_of(batch)
         if not all(bool(out.real(t, valid).isfinite().all()) for t in (kept.nll, *kept.outputs)):
             what = f"the model as given gives NaN or infinity on batch {index}"
-            raise Problem("A402", what,
-                          help="look at its weights and inputs: nothing can be compared")  # fmt: skip
+            help = "look at its weights and inputs: nothing can be compared"
+            raise Problem("A402", what, help=help)
         size = _bytes(kept)
         if size <= self._room:
             self._room -= size

@@ -101,7 +101,7 @@ def pairs(mask: Mask, queries: int, keys: int) -> float:
 def attention_flops(q: Any, k: Any, v: Any, spec: str) -> float:
     """Operations of one canonical attention, from the shapes of q, k and v and the spec's text."""
     per_pair = 2.0 * (q[-1] + v[-1])
-    return q[0] * q[1] * per_pair * pairs(parse_spec(spec).mask, q[2], k[2])
+    return float(q[0] * q[1] * per_pair * pairs(parse_spec(spec).mask, q[2], k[2]))
 
 
 @register_flop_formula(torch.ops.attnopt.attention)  # so that torch's FlopCounterMode counts it too
@@ -126,9 +126,8 @@ class _Counter(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if n.op != "call_function":
             return super().run_node(n)
-        inputs = [
-            t for t in self.map_nodes_to_values(n.all_input_nodes, n) if isinstance(t, Tensor)
-        ]
+        inputs = [self.env[node] for node in n.all_input_nodes]
+        inputs = [value for value in inputs if isinstance(value, Tensor)]
         before = self.counter.get_total_flops()
         result = super().run_node(n)
         flops = float(self.counter.get_total_flops() - before)

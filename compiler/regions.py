@@ -18,8 +18,8 @@ def site_parts(program: Program, site: Site) -> dict[str, Part]:
     """The nodes of a site by name, each with its part.
 
     `q`, `k`, `v`, `out` are the projections' matrix products (one node that serves several counts
-    for the first), `core` is the attention itself, and `between` all that lies on a way from an
-    input projection to the output projection, with what serves nothing else (weights, masks of its own).
+    for the first), `core` is the attention itself, and `between` all on a way from an input
+    projection to the output projection, with what serves nothing else (weights, masks of its own).
     The norm before the projections belongs to the sublayer, not to the site. A site whose nodes a
     rewrite has removed has no parts.
     """

@@ -96,8 +96,9 @@ def _site(program: Program, spec: AttentionSpec, index: int) -> Site:
     def path(name: str) -> Path:
         projection = _product(program, f"{base}.{name}.weight")
         source = projection.all_input_nodes[0].name
-        return Path(projection.name, source, f"{base}.{name}.weight", None, "out_in",
-                    channels[: KV_HEADS if name != "q" else HEADS], projection.name, "bthd")  # fmt: skip
+        mine = channels[: HEADS if name == "q" else KV_HEADS]
+        weight = f"{base}.{name}.weight"
+        return Path(projection.name, source, weight, None, "out_in", mine, projection.name, "bthd")
 
     out = _product(program, f"{base}.out.weight")
     return Site(

@@ -1,0 +1,143 @@
+"""`Target`: a device to plan a program for, as one TOML file of figures with their source.
+
+The files of `codegen/targets/` are the known names; `--target path.toml` reads one's own.
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from attnopt.compiler.errors import Problem
+
+CPU = "cpu"
+_HOW = (
+    "to add a device, copy one of the files of attnopt/codegen/targets, fill in its datasheet's "
+    "figures and pass it as --target path/to/device.toml"
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device. Sizes in bytes, `bandwidth` in bytes/s, `peak` in dense operations/s by dtype name.
+
+    `units` are streaming multiprocessors or compute units; `capability` is the compute capability
+    ("9.0") or the architecture ("gfx942"). `achievable` holds shares of the peaks that good kernels
+    reach, by "matmul", "attention" and "bandwidth", where its file gives any. The CPU has no
+    figures: it is measured.
+    """
+
+    name: str
+    title: str
+    vendor: str
+    architecture: str
+    capability: str
+    source: str
+    note: str = ""
+    units: int = 0
+    shared_per_block: int = 0
+    shared_per_unit: int = 0
+    registers_per_unit: int = 0
+    l2: int = 0
+    memory: int = 0
+    bandwidth: float = 0.0
+    peak: Mapping[str, float] = field(default_factory=dict)
+    achievable: Mapping[str, float] = field(default_factory=dict)
+    achievable_source: str = ""
+
+    @property
+    def measured(self) -> bool:
+        """Whether this device is the one at hand, timed rather than estimated."""
+        return self.architecture == CPU
+
+    def ridge(self, dtype: str) -> float:
+        """Operations per byte above which the device is bound by its arithmetic, not its memory."""
+        return self.peak[dtype] / self.bandwidth
+
+
+@lru_cache(maxsize=1)
+def known() -> tuple[str, ...]:
+    """The names of all known targets, sorted."""
+    folder = files("attnopt.codegen.targets")
+    return tuple(
+        sorted(e.name.removesuffix(".toml") for e in folder.iterdir() if e.name.endswith(".toml"))
+    )
+
+
+def target(name: str) -> Target:
+    """The target of a known name, or of a TOML file. Raises `Problem` A401 when there is none."""
+    if name.endswith(".toml"):
+        return _from_file(Path(name))
+    plain = name.strip().lower()
+    if plain not in known():
+        near = get_close_matches(plain, known(), n=1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        raise Problem(
+            "A401",
+            f"unknown target `{name}`",
+            why=f"known targets: {', '.join(known())}",
+            help=meant + _HOW,
+        )
+    text = (files("attnopt.codegen.targets") / f"{plain}.toml").read_text(encoding="utf-8")
+    return _read(plain, text, f"{plain}.toml")
+
+
+def _from_file(path: Path) -> Target:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Problem(
+            "A401", f"cannot read the target file {path}", why=str(error), help=_HOW
+        ) from error
+    return _read(path.stem.lower(), text, str(path))
+
+
+def _read(name: str, text: str, where: str) -> Target:
+    try:
+        facts = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise Problem("A401", "the target file is not TOML", where=where, why=str(error)) from error
+    wrong = _wrong(facts)
+    if wrong:
+        raise Problem("A401", "the target file is not complete", where=where, why=wrong, help=_HOW)
+    achievable = dict(facts.pop("achievable", {}))
+    source = str(achievable.pop("source", ""))
+    return Target(name=name, **facts, achievable=achievable, achievable_source=source)
+
+
+_TEXTS = ("title", "vendor", "architecture", "capability", "source")
+_WHOLES = ("units", "shared_per_block", "shared_per_unit", "registers_per_unit", "memory")
+
+
+def _wrong(facts: Mapping[str, Any]) -> str:
+    """What a target file lacks or has too much of, in words; empty when it is complete."""
+    allowed = {*_TEXTS, *_WHOLES, "note", "l2", "bandwidth", "peak", "achievable"}
+    unknown = sorted(set(facts) - allowed)
+    if unknown:
+        return f"unknown keys: {', '.join(unknown)}"
+    for key in _TEXTS:
+        if not isinstance(facts.get(key), str) or not facts[key]:
+            return f"`{key}` must be text"
+    if facts["architecture"] == CPU:
+        return ""
+    for key in _WHOLES:
+        if not isinstance(facts.get(key), int) or facts[key] <= 0:
+            return f"`{key}` must be a positive whole number"
+    figures = {"bandwidth": facts.get("bandwidth"), **facts.get("peak", {})}
+    bad = [key for key, value in figures.items() if not _positive(value)]
+    if bad or len(figures) < 2:
+        return f"`{bad[0] if bad else 'peak'}` must be a positive number"
+    shares = {k: v for k, v in facts.get("achievable", {}).items() if k != "source"}
+    outside = [key for key, value in shares.items() if not _positive(value) or value > 1]
+    return f"achievable `{outside[0]}` must be a share up to 1" if outside else ""
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value) and value > 0
