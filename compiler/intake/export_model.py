@@ -39,10 +39,10 @@ def load_export(
     """
     where = str(path)
     with open_archive(path, path.stat().st_size, where) as archive:
-        if not trust:
-            scan_export(archive, where, allow_globals)
         if mentions(archive, "torch.ops.attnopt.", where):
             importlib.import_module(_OWN_OPS)
+        if not trust:
+            scan_export(archive, where, allow_globals)
     program = _load(path, where)
     args, kwargs = batch if batch is not None else _saved_inputs(program, where)
     return Loaded(

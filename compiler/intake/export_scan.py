@@ -22,8 +22,8 @@ from attnopt.compiler.intake.checkpoint import scan_bytes
 from attnopt.compiler.intake.export_text import harmless, strings, target_trouble
 from attnopt.compiler.intake.scan import Scan, scan_pickle
 
-_PICKLED_ENTRY = re.compile(r"\.(pt|pkl|pickle)$|(^|/)(custom_obj|opaque_obj)_[^/]*$")
-_DESCRIPTIONS = (".json",)
+_PICKLED = re.compile(r"\.(pt|pkl|pickle)$|(^|/)opaque_obj_")
+_NATIVE = re.compile(r"(^|/)(data/aotinductor/.|custom_obj_)")
 
 
 def scan_export(archive: zipfile.ZipFile, where: str, allow_globals: Sequence[str]) -> None:
@@ -36,16 +36,14 @@ def scan_export(archive: zipfile.ZipFile, where: str, allow_globals: Sequence[st
     refused: list[allow.Refused] = []
     listed: set[str] = set()
     for entry in archive.namelist():
-        if "/aotinductor/" in f"/{entry}" and not entry.endswith("/"):
-            refused.append(
-                allow.Refused(f"<{entry}>", "compiled code that would be loaded and run")
-            )
-        if entry.endswith(_DESCRIPTIONS) and "/extra/" not in f"/{entry}":
+        if _NATIVE.search(entry):
+            refused.append(allow.Refused(f"<{entry}>", "compiled code or an object of such code"))
+        if _is_description(entry):
             document = _document(read_entry(archive, entry, where), f"{where}:{entry}")
             refused += _unsafe(document, allow_globals, f"{where}:{entry}")
             listed |= set(_pickled_payloads(document))
     for entry in archive.namelist():
-        if _PICKLED_ENTRY.search(entry) or entry.rsplit("/", 1)[-1] in listed:
+        if _PICKLED.search(entry) or entry.rsplit("/", 1)[-1] in listed:
             data = read_entry(archive, entry, where)
             pickled.update(_scan_payload(data, f"{where}:{entry}"))
     refused += allow.check(pickled, allow_globals, tensors_only=True)[1]
@@ -53,15 +51,23 @@ def scan_export(archive: zipfile.ZipFile, where: str, allow_globals: Sequence[st
         raise allow.refusal(refused, where)
 
 
+def _is_description(entry: str) -> bool:
+    """Whether torch reads the entry as JSON; under models/ it does so whatever the suffix."""
+    inside = entry.partition("/")[2]
+    if inside.startswith("extra/"):
+        return False
+    return entry.endswith(".json") or inside.startswith("models/")
+
+
 def mentions(archive: zipfile.ZipFile, text: str, where: str) -> bool:
     """Whether a description in the archive holds the text."""
-    entries = [name for name in archive.namelist() if name.endswith(_DESCRIPTIONS)]
+    entries = [name for name in archive.namelist() if _is_description(name)]
     return any(text.encode() in read_entry(archive, name, where) for name in entries)
 
 
 def _document(data: bytes, where: str) -> Any:
     try:
-        return json.loads(data)
+        return json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise Problem(
             "A103", "the description in the archive is damaged", where=where, why=str(error)
@@ -69,11 +75,12 @@ def _document(data: bytes, where: str) -> Any:
 
 
 def _pickled_payloads(document: Any) -> Iterator[str]:
-    """Names of entries that the description declares as pickles."""
+    """Last parts of the names of entries that the description declares as pickles."""
     config = document.get("config") if isinstance(document, dict) else None
     for payload in config.values() if isinstance(config, dict) else ():
-        if isinstance(payload, dict) and payload.get("use_pickle"):
-            yield str(payload.get("path_name"))
+        path = str(payload.get("path_name")) if isinstance(payload, dict) else ""
+        if path.startswith("opaque_obj_") or (path and payload.get("use_pickle")):
+            yield path.rsplit("/", 1)[-1]
 
 
 def _scan_payload(data: bytes, where: str) -> Scan:
@@ -89,9 +96,7 @@ def _scan_payload(data: bytes, where: str) -> Scan:
 
 
 def _unsafe(document: Any, allow_globals: Sequence[str], where: str) -> list[allow.Refused]:
-    """Targets that are refused; raises `Problem` A104 at the first text that torch would not have
-    written.
-    """
+    """Targets that are refused; raises `Problem` A104 at text that torch does not write."""
     refused: dict[str, allow.Refused] = {}
     for key, text in strings(document, ""):
         if key in ("target", "as_operator") and text not in allow_globals:

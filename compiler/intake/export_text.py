@@ -82,34 +82,41 @@ def harmless(key: str, text: str) -> bool:
         return _is_expression(text, guard=False)
     if key == "guards_code":
         return _is_expression(text, guard=True)
-    if text.startswith("[1, {"):
+    if key in ("in_spec", "out_spec"):
         return _is_tree_spec(text)
-    return "__enum__" not in text and "default_factory" not in text
+    return True
 
 
 def _is_tree_spec(text: str) -> bool:
-    """Whether a tree spec holds plain containers; its keys end up in source text, and its context
-    may import.
+    """Whether a tree spec holds plain containers under plain keys.
+
+    Its keys end up in source text, and the context of an enumeration or of a defaultdict names a
+    module to import; those contexts are objects, so only lists of words and nothing are taken.
     """
     try:
-        plain = json.loads(text)
-        contexts = [json.loads(part) for part in _contexts(plain)]
+        return all(_is_plain_context(part) for part in _contexts(json.loads(text)))
     except (ValueError, RecursionError):
         return False
-    words = [word for _, word in strings(contexts, "")]
-    return all(_PLAIN.fullmatch(word) and word != "__enum__" for word in words) and (
-        "__enum__" not in text and "default_factory" not in text
+
+
+def _is_plain_context(context: Any) -> bool:
+    value = json.loads(context) if isinstance(context, str) else context
+    words = value if isinstance(value, list) else [value]
+    return all(
+        word is None
+        or isinstance(word, int)
+        or (isinstance(word, str) and _PLAIN.fullmatch(word) is not None)
+        for word in words
     )
 
 
-def _contexts(spec: Any) -> Iterator[str]:
-    """The context texts of a tree spec, which are JSON again."""
+def _contexts(spec: Any) -> Iterator[Any]:
+    """The contexts of a tree spec: JSON in text, or for some types any JSON value."""
     if isinstance(spec, list):
         for item in spec:
             yield from _contexts(item)
     if isinstance(spec, dict):
-        if isinstance(spec.get("context"), str):
-            yield spec["context"]
+        yield spec.get("context")
         yield from _contexts(spec.get("children_spec"))
 
 

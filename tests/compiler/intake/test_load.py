@@ -61,6 +61,24 @@ def test_export_with_guards_symbols_and_nested_inputs(tmp_path: Path) -> None:
     assert load(str(tmp_path / "nested.pt2")).kwargs["gain"].shape == (1,)
 
 
+def test_export_with_an_operator_of_this_project(tmp_path: Path) -> None:
+    from attnopt.compiler.ops import ATTENTION
+    from attnopt.compiler.spec import AttentionSpec
+
+    spec = AttentionSpec(heads=2, kv_heads=1, head_dim=4, v_dim=4, scale=0.5).text
+
+    class Attend(nn.Module):
+        def forward(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = ATTENTION(q, k, k, [], spec)
+            return out
+
+    q, k = torch.randn(1, 2, 3, 4), torch.randn(1, 1, 3, 4)
+    torch.export.save(torch.export.export(Attend(), (q, k)), tmp_path / "own.pt2")
+    loaded = load(str(tmp_path / "own.pt2"))
+    assert loaded.exported is not None
+    assert_close(loaded.exported.module()(q, k), Attend()(q, k))
+
+
 def test_dtype_and_attention_of_an_export_are_fixed(exported: Path) -> None:
     with pytest.raises(Problem) as caught:
         load(str(exported), dtype=torch.float64)

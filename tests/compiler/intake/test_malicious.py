@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import zipfile
@@ -73,15 +74,15 @@ def test_command_in_inputs(linear: Path, tmp_path: Path, command: Command, marke
     assert_named(refused(linear, inputs=tmp_path / "bad.pt"), marker)
 
 
-def rewritten(source: Path, target: Path, entries: dict[str, bytes]) -> Path:
-    """A copy of a zip with some entries replaced or added, by the end of their names."""
+def rewritten(source: Path, target: Path, entries: dict[str, bytes], new_root: str = "") -> Path:
+    """A copy of a zip with some entries replaced or added, by their names below the root folder."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
         root = old.namelist()[0].split("/")[0]
         for name in old.namelist():
             short = name.removeprefix(f"{root}/")
-            new.writestr(name, entries.pop(short, old.read(name)))
+            new.writestr(f"{new_root or root}/{short}", entries.pop(short, old.read(name)))
         for short, data in entries.items():
-            new.writestr(f"{root}/{short}", data)
+            new.writestr(f"{new_root or root}/{short}", data)
     return target
 
 
@@ -122,6 +123,36 @@ def test_command_in_an_opaque_constant_of_an_export(
     assert_named(refused(rewritten(exported, tmp_path / "bad.pt2", entries)), marker)
 
 
+def test_command_in_weights_of_a_nested_name(
+    exported: Path, tmp_path: Path, command: Command, marker: Path
+) -> None:
+    payload = {"path_name": "deep/er", "is_param": True, "use_pickle": True, "tensor_meta": None}
+    entries = {
+        "data/weights/model_weights_config.json": json.dumps({"config": {"w": payload}}).encode(),
+        "data/weights/deep/er": saved(command),
+    }
+    problem = refused(rewritten(exported, tmp_path / "bad.pt2", entries))
+    assert problem.code == "A104" and "deep/er" in problem.what and not marker.exists()
+
+
+def test_a_second_model_without_the_usual_suffix_is_looked_through(
+    exported: Path, tmp_path: Path
+) -> None:
+    with zipfile.ZipFile(exported) as archive:
+        name = next(n for n in archive.namelist() if n.endswith("models/model.json"))
+        document = archive.read(name)
+    planted = document.replace(b"torch.ops.aten.linear.default", b"torch.os.system")
+    for root in ("", "extra"):
+        entries = {"models/other.jsno": planted}
+        path = rewritten(exported, tmp_path / f"bad{root}.pt2", entries, root)
+        assert "torch.os.system" in refused(path).what
+
+
+def test_objects_of_compiled_classes_in_an_export(exported: Path, tmp_path: Path) -> None:
+    entries = {"data/constants/custom_obj_0": b"PK"}
+    assert "custom_obj_0" in refused(rewritten(exported, tmp_path / "bad.pt2", entries)).what
+
+
 def test_command_in_the_older_export_layout(tmp_path: Path, command: Command, marker: Path) -> None:
     path = tmp_path / "old.pt2"
     with zipfile.ZipFile(path, "w") as archive:
@@ -147,6 +178,8 @@ def test_compiled_code_in_an_export(exported: Path, tmp_path: Path) -> None:
         (b'"guards_code": []', b"\"guards_code\": [\"__import__('os').system('true')\"]", "A104"),
         (b'["input"]', b'["x=__import__(\\"os\\")"]', "A104"),
         (DICT_CONTEXT, DICT_CONTEXT.replace(b"[]", rb"{\\\"__enum__\\\": 1}"), "A104"),
+        (DICT_CONTEXT, DICT_CONTEXT.replace(b"[]", rb"{\\\"__enu\\\u006d__\\\": 1}"), "A104"),
+        (DICT_CONTEXT, DICT_CONTEXT.replace(b"[]", rb"[\\\"x'] + f()\\\"]"), "A104"),
     ],
 )
 def test_code_in_the_description_of_an_export(
