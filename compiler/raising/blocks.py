@@ -14,7 +14,7 @@ and so is a norm after the sum (post-norm). A branch without a projection (the p
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import networkx as nx
@@ -59,6 +59,24 @@ def sublayers(program: Program) -> tuple[Sublayer, ...]:
     found = [branch for total in flow.sums() for branch in _branches(flow, total)]
     kept = sorted(_one_level(found), key=lambda item: flow.index[item.branch])
     return tuple(_named(program, flow, kept))
+
+
+def carried(program: Program, before: Sequence[Sublayer]) -> tuple[Sublayer, ...]:
+    """The sublayers of a rewritten program under the ids they had before the rewrite.
+
+    A removed sublayer changes what its neighbours are attached to, so entries and exits are found anew; a sublayer is the
+    one it was as long as its branch node is. What is not found any more, but has all its nodes, stays as it was.
+    """
+    fresh = {layer.branch: layer for layer in sublayers(program)}
+    names = {node.name for node in program.graph.nodes}
+    kept: list[Sublayer] = []
+    for old in before:
+        new = fresh.get(old.branch)
+        if new is not None:
+            kept.append(replace(new, id=old.id, kind=old.kind, block=old.block, module=old.module))
+        elif {old.entry, old.branch, old.exit} <= names:
+            kept.append(old)
+    return tuple(kept)
 
 
 class _Flow:
