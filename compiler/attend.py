@@ -8,6 +8,7 @@ extras in the order of `spec.extras`, and the spec; it returns `[batch, heads, S
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +24,12 @@ def reference(
     q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: AttentionSpec
 ) -> Tensor:
     """The definition, with the whole score matrix in memory. Every other backend is tested against it."""
-    k, v = _repeat(k, spec.group), _repeat(v, spec.group)
-    logits = torch.matmul(q, k.transpose(-1, -2)) * spec.scale
+    return torch.matmul(weights(q, k, extras, spec).to(v.dtype), _repeat(v, spec.group))
+
+
+def weights(q: Tensor, k: Tensor, extras: Sequence[Tensor], spec: AttentionSpec) -> Tensor:
+    """The softmax weights `[batch, heads, S, T]` of the definition; zeros in a row that reads no key (fill "-inf")."""
+    logits = torch.matmul(q, _repeat(k, spec.group).transpose(-1, -2)) * spec.scale
     if spec.softcap:
         logits = torch.tanh(logits / spec.softcap) * spec.softcap
     bias = extra(extras, spec, "bias")
@@ -36,19 +41,25 @@ def reference(
     if spec.fill == "min":
         if keep is not None:
             logits = logits.masked_fill(~keep, torch.finfo(logits.dtype).min)
-        return torch.matmul(logits.softmax(-1).to(v.dtype), v)
+        return logits.softmax(-1)
     if keep is not None:
         logits = logits.masked_fill(~keep, float("-inf"))
     if keep is None and bias is None:
-        return torch.matmul(logits.softmax(-1).to(v.dtype), v)
+        return logits.softmax(-1)
     empty = (logits == float("-inf")).all(-1, keepdim=True)
-    weights = logits.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
-    return torch.matmul(weights.to(v.dtype), v)
+    return logits.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: AttentionSpec) -> Tensor:
-    """torch's fused scaled_dot_product_attention. It has no soft cap: `runs_on_sdpa` says so beforehand."""
+    """torch's fused scaled_dot_product_attention. It has no soft cap: `runs_on_sdpa` says so beforehand.
+
+    Run eagerly on a CPU, a padding that drops nothing is left out, so that a causal mask stays a flag.
+    """
     grouped = spec.group > 1
+    padding = extra(extras, spec, "padding")
+    if padding is not None and _drops_nothing(padding):
+        extras = [x for x in extras if x is not padding]
+        spec = _without_padding(spec)
     if spec.mask.kind == "causal" and not spec.extras:
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=spec.scale, enable_gqa=grouped
@@ -64,6 +75,18 @@ def runs_on_sdpa(spec: AttentionSpec) -> str:
     if spec.softcap:
         return "scaled_dot_product_attention has no logit soft cap"
     return ""
+
+
+def _drops_nothing(padding: Tensor) -> bool:
+    """Whether every key is real, where asking is cheap: not while tracing, and not on a device that would stall."""
+    if torch.compiler.is_compiling() or type(padding) is not Tensor:
+        return False
+    return padding.device.type == "cpu" and bool(padding.all())
+
+
+@lru_cache(maxsize=256)
+def _without_padding(spec: AttentionSpec) -> AttentionSpec:
+    return spec.with_(extras=tuple(name for name in spec.extras if name != "padding"))
 
 
 def kept(q: Tensor, k: Tensor, extras: Sequence[Tensor], spec: AttentionSpec) -> Tensor | None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from attnopt.compiler import text
 from attnopt.compiler.errors import Problem
-from attnopt.compiler.program import Batch, Program, record
+from attnopt.compiler.program import Batch, Program, peek
 from attnopt.compiler.site import Site, Sublayer
 from attnopt.compiler.spec import AttentionSpec
 
@@ -90,7 +90,7 @@ class Notes:
     ) -> Iterator[tuple[dict[str, Any], Batch]]:
         """Stream the named nodes' values over the calibration batches (or others), one batch at a time."""
         for batch in self.calibration if batches is None else batches:
-            yield record(program, names, batch)[0], batch
+            yield peek(program, names, batch), batch
 
 
 class Pass(ABC):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from attnopt.compiler.contract import Notes
-from attnopt.compiler.program import Batch, Program, record
+from attnopt.compiler.program import Batch, Program, peek
 
 _KEEP_BYTES = 1 << 30  # Grams of one program kept for later sites and trials; above it one site at a time is made
 
@@ -78,7 +78,7 @@ def moments(
     """The Gram of each named node's value with a constant column, over the real tokens of the batches."""
     found: dict[str, Gram] = {}
     for batch in batches:
-        values = record(program, names, batch)[0]
+        values = peek(program, names, batch)
         for name in names:
             x = with_one(rows(values[name].double(), batch.valid))
             found.setdefault(name, Gram.empty(x.shape[1])).add(x)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -184,15 +184,21 @@ def infer(node: fx.Node) -> Any:
 class _Recorder(fx.Interpreter):
     """Runs a graph and keeps the values of named nodes."""
 
-    def __init__(self, module: fx.GraphModule, names: Sequence[str]) -> None:
+    def __init__(self, module: fx.GraphModule, names: Sequence[str], stop: bool = False) -> None:
         super().__init__(module)
-        self.names, self.found = set(names), dict[str, Any]()
+        self.names, self.found, self.stop = set(names), dict[str, Any](), stop
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if n.name in self.names:
             self.found[n.name] = value
+            if self.stop and len(self.found) == len(self.names):
+                raise _Enough
         return value
+
+
+class _Enough(Exception):
+    """Every wanted value is there; the rest of the graph need not run."""
 
 
 def record(program: Program, names: Sequence[str], batch: Batch) -> tuple[dict[str, Any], Any]:
@@ -204,6 +210,23 @@ def record(program: Program, names: Sequence[str], batch: Batch) -> tuple[dict[s
     with torch.no_grad():
         out = recorder.run(*_ordered(program, batch, flat), enable_io_processing=False)
     return recorder.found, out
+
+
+def peek(program: Program, names: Sequence[str], batch: Batch) -> dict[str, Any]:
+    """The values of the named nodes for one batch; what comes after the last of them does not run."""
+    for name in names:
+        program.node(name)
+    recorder = _Recorder(program.module, names, stop=True)
+    flat, _ = pytree.tree_flatten((batch.args, dict(batch.kwargs)))
+    with torch.no_grad(), suppress(_Enough):
+        recorder.run(*_ordered(program, batch, flat), enable_io_processing=False)
+    return recorder.found
+
+
+def inputs(program: Program, batch: Batch) -> list[Any]:
+    """The batch's values in the order of the graph's placeholders."""
+    flat, _ = pytree.tree_flatten((batch.args, dict(batch.kwargs)))
+    return _ordered(program, batch, flat)
 
 
 def _ordered(program: Program, batch: Batch, flat: list[Any]) -> list[Any]:

@@ -56,6 +56,14 @@ def write_output(program: Program, site: Site, weight: Tensor, bias: Tensor | No
     return replace(site, out=replace(path, weight=name, bias=bias_name))
 
 
+def write_output_whole(program: Program, site: Site, weight: Tensor, bias: Tensor | None) -> Site:
+    """Replace the whole output projection by `[width in, width out]`, whatever heads its input columns belong to."""
+    path = cast(OutputPath, site.out)
+    whole = replace(path, channels=torch.arange(len(weight))[None])
+    made = write_output(program, replace(site, out=whole), weight[None], bias)
+    return replace(made, out=replace(cast(OutputPath, made.out), channels=path.channels))
+
+
 def _written(
     program: Program, projection: str, name: str, channels: Tensor, value: Tensor, layout: str
 ) -> str:
