@@ -23,6 +23,7 @@ from attnopt.compiler.program import Batch, Program, _ordered, attribute
 from attnopt.compiler.regions import site_parts, sublayer_nodes
 from attnopt.compiler.spec import Mask, parse_spec
 
+_CPU = torch.device("cpu")
 _SDPA = torch.ops.aten.scaled_dot_product_attention.default
 _SCORE_PASSES = 4  # scores written, read by the softmax, weights written, read by the product
 
@@ -123,6 +124,11 @@ class _Counter(fx.Interpreter):
         value = super().get_attr(target, args, kwargs)
         return self._fake(value) if isinstance(value, Tensor) else value
 
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        # Every fake is on the CPU, wherever the graph's weights are: costs do not depend on it.
+        args, kwargs = pytree.tree_map_only(torch.device, lambda _: _CPU, (args, dict(kwargs)))
+        return super().call_function(target, args, kwargs)
+
     def run_node(self, n: fx.Node) -> Any:
         if n.op != "call_function":
             return super().run_node(n)
@@ -187,7 +193,7 @@ def _fake_input(value: Any, shape: tuple[int, ...]) -> Any:
 
 def _fake_like(value: Tensor, mode: FakeTensorMode) -> Tensor:
     """A fake tensor of this mode; the values of small real constants stay known to it."""
-    if isinstance(value, FakeTensor) or value.is_meta:
+    if isinstance(value, FakeTensor) or value.device != _CPU:
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
     return mode.from_tensor(value, static_shapes=True)
 
@@ -213,11 +219,11 @@ _Weights = dict[str, dict[int, tuple[int, int]]]
 
 
 def _weights(program: Program) -> _Weights:
-    """For each get_attr node its tensor: identity -> (elements, bytes); tied ones share one."""
+    """For each get_attr node its parameter: identity -> (elements, bytes); tied ones share one."""
     found: _Weights = {}
     for node in program.graph.nodes:
         value = attribute(program.module, str(node.target)) if node.op == "get_attr" else None
-        if isinstance(value, Tensor) and value.is_floating_point():
+        if isinstance(value, torch.nn.Parameter):
             size = (value.numel(), value.numel() * value.element_size())
             found[node.name] = {value.untyped_storage()._cdata: size}
     return found

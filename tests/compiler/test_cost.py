@@ -8,9 +8,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from attnopt.compiler.cost import Workload, cost, pairs
+from attnopt.compiler.intake.loaded import Loaded
 from attnopt.compiler.ops import ATTENTION
 from attnopt.compiler.program import Batch, Program
+from attnopt.compiler.raising import raise_program
 from attnopt.compiler.spec import CAUSAL, FULL, AttentionSpec, Mask
+from attnopt.compiler.trace import trace
 from tests.decoder import (
     BLOCKS,
     HEAD_DIM,
@@ -132,3 +135,47 @@ def test_a_large_model_needs_no_memory() -> None:
     assert all(p.is_meta for p in program.module.parameters())
     got = cost(program, Workload(64, 100_000))
     assert got.flops > 1e13
+
+
+def test_weights_on_meta_and_inputs_on_the_cpu_mix() -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Linear(6, 4, bias=False, device="meta")
+
+        def forward(self, x: Tensor) -> Tensor:
+            steps = torch.arange(x.shape[1], device=x.device)
+            made: Tensor = self.table(x.to("meta") * steps[:, None])
+            return made
+
+    x = torch.randn(2, 5, 6, device="meta")
+    module = torch.export.export(Positions(), (x,), strict=False).module()
+    assert isinstance(module, torch.fx.GraphModule)
+    got = cost(Program(module, Batch((torch.randn(2, 5, 6),))))
+    assert got.flops == 2 * 2 * 5 * 6 * 4
+
+
+def test_a_traced_and_raised_llama_counts_as_its_configuration_says() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=17, hidden_size=24, intermediate_size=40, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
+    )  # fmt: skip
+
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hf = transformers.LlamaForCausalLM(config).eval()
+
+        def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.hf(input_ids=input_ids, use_cache=False).logits}
+
+    ids = torch.randint(0, 17, (2, 8))
+    loaded = Loaded(Wrapped(), None, (), {"input_ids": ids}, "llama", "hf", task="causal-lm")
+    program = raise_program(trace(loaded))
+    got = cost(program, Workload(3, 10))
+    assert got.site_params["s0"] == 2 * 24 * 24 + 2 * 24 * 12
+    products = got.flops - got.site_core_flops["s0"]
+    assert products == 2 * 30 * (got.site_params["s0"] + 3 * 24 * 40 + 24 * 17)
+    assert got.site_core_flops["s0"] in (4 * 3 * 24 * 100, 4 * 3 * 24 * 55)  # mask kept or class
+    assert got.params == 2 * 24 * 17 + got.site_params["s0"] + 3 * 24 * 40 + 3 * 24
