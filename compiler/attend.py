@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -76,18 +75,6 @@ def runs_on_sdpa(spec: AttentionSpec) -> str:
     if spec.softcap:
         return "scaled_dot_product_attention has no logit soft cap"
     return ""
-
-
-def _drops_nothing(padding: Tensor) -> bool:
-    """Whether every key is real, where asking is cheap: not while tracing, and not on a device that would stall."""
-    if torch.compiler.is_compiling() or type(padding) is not Tensor:
-        return False
-    return padding.device.type == "cpu" and bool(padding.all())
-
-
-@lru_cache(maxsize=256)
-def _without_padding(spec: AttentionSpec) -> AttentionSpec:
-    return spec.with_(extras=tuple(name for name in spec.extras if name != "padding"))
 
 
 def _drops_nothing(padding: Tensor) -> bool:
