@@ -76,8 +76,6 @@ def _value(kind: Any, data: Any, where: str) -> Any:
     if _is_union(kind):
         (inner,) = [option for option in get_args(kind) if option is not type(None)]
         return None if data is None else _value(inner, data, where)
-    if kind is Plan:
-        return Plan.from_json(_expect(dict, data, where))
     if dataclasses.is_dataclass(kind):
         return _record(cast(type[Any], kind), _expect(dict, data, where), where)
     if get_origin(kind) is tuple:

@@ -66,7 +66,7 @@ def save(
     """Write the folder of a run and return its path: model, plan with evidence, reports, batches.
 
     `calibration` is the batches that the plan needs to replay, by role ("calibration", "heldout"),
-    or those of the first role alone. Raises `Problem` A502 or A503 when the folder cannot be
+    or those of the first role alone. Raises `Problem` A502 or A508 when the folder cannot be
     written.
     """
     from attnopt.compiler.lower import export  # loading a run needs no lowering

@@ -83,7 +83,7 @@ def check_writable(folder: str | Path) -> Path:
     """Make sure, before any work starts, that `write` will be able to replace `folder`. Returns its
     real path.
 
-    Raises `Problem` A502 when it cannot be written, and A503 when it holds files that are not
+    Raises `Problem` A502 when it cannot be written, and A508 when it holds files that are not
     results of attnopt.
     """
     target = _real(folder)
@@ -95,7 +95,7 @@ def check_writable(folder: str | Path) -> Path:
     _check_place(target)
     if target.is_dir() and not is_ours(target):
         raise Problem(
-            "A503",
+            "A508",
             f"the folder {folder} holds files that are not results of attnopt",
             why="replacing it could destroy them",
             help="give --out a new or empty folder",

@@ -165,7 +165,7 @@ def test_a_folder_of_others_is_refused(tmp_path: Path, foreign: dict[str, str]) 
         (target / name).write_text(text)
     with pytest.raises(Problem, match="not results of attnopt") as told:
         folder.check_writable(target)
-    assert told.value.code == "A503" and told.value.help
+    assert told.value.code == "A508" and told.value.help
     assert {path.name for path in target.iterdir()} == set(foreign)
 
 

@@ -1,0 +1,188 @@
+"""How figures and verdicts are put into words: the same in report.md, report.html and the
+terminal.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+
+from attnopt.autotune.result import Number, Result, SiteEntry, Timed
+from attnopt.compiler.plan import Outcome, Plan
+
+NONE = "–"
+_NUMBERED = re.compile(r"^(.*?)(\d+)(.*)$")
+
+
+def times(number: Number | None, *, interval: bool = True) -> str:
+    """A ratio: `2.31× (2.25 to 2.38)`."""
+    return _said(number, lambda value: f"{value:.2f}×", interval)
+
+
+def percent(number: Number | None, *, interval: bool = True) -> str:
+    """A fraction in percent: `0.42% (0.31% to 0.55%)`."""
+    return _said(number, share, interval)
+
+
+def plain(number: Number | None, *, interval: bool = True) -> str:
+    """A number with its unit, to four digits."""
+    said = _said(number, lambda value: f"{value:.4g}", interval)
+    return f"{said} {number.unit}" if number is not None and number.unit else said
+
+
+def seconds(number: Number | None, *, interval: bool = True) -> str:
+    """A duration in the unit that suits it: `12.3 ms (12.1 ms to 12.6 ms)`."""
+    return _said(number, duration, interval)
+
+
+def share(value: float) -> str:
+    """A fraction in percent, with more digits where it is small."""
+    if not math.isfinite(value):
+        return str(value)
+    size = abs(value) * 100
+    if size == 0:
+        return "0%"
+    if size < 1e-3:
+        return f"{value * 100:.0e}%"
+    digits = f"{value * 100:.{3 if size < 0.1 else 2 if size < 10 else 1}f}"
+    return digits.rstrip("0").rstrip(".") + "%"
+
+
+def duration(value: float) -> str:
+    """Seconds in s, ms or µs."""
+    for least, scale, unit in ((1.0, 1.0, "s"), (1e-3, 1e3, "ms")):
+        if value >= least or not math.isfinite(value):
+            return f"{value * scale:.3g} {unit}"
+    return f"{value * 1e6:.3g} µs"
+
+
+def factor(value: float) -> str:
+    """A ratio that was asked for: `2×`."""
+    return f"{value:g}×"
+
+
+def headline(result: Result) -> str:
+    """One sentence: whether the demands are met, how fast it is, and what it costs."""
+    asked = "Budget met" if result.met else "Budget not met"
+    parts = [asked if result.budget is not None else "Best plan found"]
+    if result.speed is not None:
+        parts.append(f"{times(result.speed.ratio, interval=False)} over {result.speed.best}")
+    if result.accuracy is not None:
+        parts.append(cost(result))
+    return parts[0] + (": " + ", ".join(parts[1:]) if parts[1:] else "")
+
+
+def cost(result: Result) -> str:
+    """What the result costs in accuracy, in a few words."""
+    entry = result.accuracy
+    if entry is None:
+        return "accuracy not measured"
+    if entry.tier == "exact":
+        return "the same outputs"
+    drop = percent(entry.drop, interval=False)
+    return f"{drop} drop of {entry.metric} ({share(entry.bound)} allowed)"
+
+
+def test(verdict: str) -> str:
+    """The verdict on the drop, as a clause."""
+    return {
+        "pass": "The drop stays within the bound",
+        "fail": "The drop is beyond the bound",
+        "inconclusive": "Too little data to tell whether the drop stays within the bound",
+    }[verdict]
+
+
+def demands(result: Result) -> str:
+    """What was asked for."""
+    budget = "the fastest there is"
+    if result.budget is not None:
+        budget = f"at least {factor(result.budget)} over the fastest baseline"
+    kept = (
+        "exact rewrites only" if result.max_drop == 0 else f"at most {share(result.max_drop)} drop"
+    )
+    return f"{budget}, {kept}, on {result.target}"
+
+
+def workload(result: Result) -> str:
+    """What was timed."""
+    load = result.workload
+    real = "" if load.fill >= 1 else f", {share(load.fill)} of it real tokens"
+    source = f" ({load.source})" if load.source else ""
+    return f"{load.batch} × {load.length} positions{real}{source}"
+
+
+def status(timed: Timed) -> str:
+    """Where a time comes from, or why there is none."""
+    if timed.status == "measured" and timed.rounds:
+        return f"measured, {timed.rounds} rounds"
+    return f"{timed.status}: {timed.reason}" if timed.reason else timed.status
+
+
+def facts(site: SiteEntry) -> str:
+    """The facts of a site in one line: `8q/2kv × 64, causal, rotary`."""
+    known = site.facts
+    if not site.raised:
+        return NONE
+    heads, shared = known.get("heads"), known.get("kv_heads")
+    parts = [f"{heads}q/{shared}kv × {known.get('head_dim')}"] if heads else []
+    parts += [
+        str(known[key]) for key in ("mask", "position") if known.get(key) not in (None, "none")
+    ]
+    return ", ".join(parts)
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """The plan's steps, one per line, with long lists of targets folded to ranges."""
+    lines = [f"{step.rewrite}  {targets(step.targets)}".rstrip() for step in plan.steps]
+    return lines + (["run under torch.compile"] if plan.compiled else [])
+
+
+def targets(names: Iterable[str]) -> str:
+    """Targets in short: `s0..s5, s9`; nothing for all of them."""
+    listed = list(names)
+    if listed == ["*"]:
+        return ""
+    runs: list[list[str]] = []
+    for name in listed:
+        if runs and _follows(runs[-1][-1], name):
+            runs[-1].append(name)
+        else:
+            runs.append([name])
+    told = [run[0] if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs]
+    return "on " + ", ".join(told)
+
+
+def refusals(outcomes: Iterable[Outcome]) -> list[tuple[Outcome, list[str]]]:
+    """What was not applied, one entry per rewrite and reason, with all its targets."""
+    found: dict[tuple[str, str], tuple[Outcome, list[str]]] = {}
+    for outcome in outcomes:
+        if not outcome.applied:
+            key = (outcome.rewrite, outcome.reason)
+            found.setdefault(key, (outcome, []))[1].append(outcome.target)
+    return list(found.values())
+
+
+def layer(target: str) -> tuple[str, str]:
+    """The number in a target's id, and the kind that is left: `b3.mlp` is ("3", "mlp")."""
+    match = _NUMBERED.match(target)
+    if match is None:
+        return "all", ""
+    return match.group(2), match.group(3).strip(".")
+
+
+def _follows(one: str, other: str) -> bool:
+    a, b = _NUMBERED.match(one), _NUMBERED.match(other)
+    if a is None or b is None or (a.group(1), a.group(3)) != (b.group(1), b.group(3)):
+        return False
+    return int(b.group(2)) == int(a.group(2)) + 1
+
+
+def _said(number: Number | None, shape: object, interval: bool) -> str:
+    if number is None:
+        return NONE
+    assert callable(shape)
+    said = str(shape(number.value))
+    if interval and number.low is not None and number.high is not None:
+        said += f" ({shape(number.low)} to {shape(number.high)})"
+    return said if number.kind == "measured" else f"{said} (estimated)"
