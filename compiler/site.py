@@ -71,7 +71,8 @@ class Rotary:
 class Site:
     """One softmax attention of the model, raised to `attnopt::attention`.
 
-    `kv_heads` counts distinct key/value heads as the projections make them (the spec may still see them repeated).
+    `gain` is the one factor that q and k carry on their way from the projections (a scale applied to q beforehand), so the
+    logits are `gain * spec.scale` times the product of the projections. `kv_heads` counts distinct key/value heads as the projections make them (the spec may still see them repeated).
     `missing` says, per fact that could not be found ("q", "k", "v", "out", "rotary", "mask"), why, naming the node.
     """
 
@@ -87,6 +88,7 @@ class Site:
     out: OutputPath | None = None
     rotary: Rotary | None = None
     qk_norm: bool = False
+    gain: float = 1.0
     position: str = "none"
     mask: str = "full"
     mask_certainty: Certainty = "proved"

@@ -32,6 +32,7 @@ class Facts:
     out: OutputPath | None = None
     rotary: Rotary | None = None
     qk_norm: bool = False
+    gain: float = 1.0
     kv_heads: int = 0
     missing: dict[str, str] = field(default_factory=dict)
 
@@ -44,7 +45,7 @@ def probe(program: Program, attention: fx.Node) -> Facts:
     for which, operand in zip("qkv", attention.args[:3], strict=True):
         assert isinstance(operand, fx.Node)
         try:
-            path, held = _path(program, operand, sizes, repeats=which != "q")
+            path, held, gain = _path(program, operand, sizes, repeats=which != "q")
         except Unknown as reason:
             facts.missing[which] = str(reason)
             continue
@@ -52,6 +53,7 @@ def probe(program: Program, attention: fx.Node) -> Facts:
         if which == "v":
             continue
         facts.qk_norm |= held.normed
+        facts.gain *= gain
         try:
             turned[which] = rotary(held, operand)
         except Unknown as reason:
@@ -69,7 +71,7 @@ def probe(program: Program, attention: fx.Node) -> Facts:
     return facts
 
 
-def _path(program: Program, operand: fx.Node, sizes: dict[str, int], repeats: bool) -> tuple[Path, Linearised]:
+def _path(program: Program, operand: fx.Node, sizes: dict[str, int], repeats: bool) -> tuple[Path, Linearised, float]:
     found, between = above(operand)
     if not found:
         raise Unknown(f"`{operand.name}` comes from no projection")
@@ -78,13 +80,15 @@ def _path(program: Program, operand: fx.Node, sizes: dict[str, int], repeats: bo
         raise Unknown(f"`{operand.name}` joins {len(found)} projections: {names}")
     source = found[0]
     held = Linearised(program, source, between, sizes)
-    index = channels(held, operand).index
+    found_map = channels(held, operand)
+    index, factor = found_map.index, found_map.factor
+    uniform = float((factor - factor.flatten()[0]).abs().max()) <= 1e-6 * float(factor.abs().max())
     if repeats:
         index = distinct(index)
     split = split_node(held, operand, index)
     name, order = split if split else ("", "bthd")
     path = Path(source.node.name, source.source.name, source.weight, source.bias, source.layout, index, name, order)  # type: ignore[arg-type]
-    return path, held
+    return path, held, float(factor.flatten()[0]) if uniform and not held.normed else 1.0
 
 
 def _join_rotary(facts: Facts, turned: dict[str, Rotary | None]) -> None:

@@ -1,0 +1,166 @@
+"""`optimize`: a trained model in, a faster one with a measured, bounded loss out, and the reasons for all of it.
+
+Read, trace and raise; apply every exact rewrite; race the result against the model as given and torch.compile of it; where the
+budget asks for more, look at the ceiling first and then search the approximate rewrites under the accuracy bound; measure the
+winner again on data that nothing before has seen; write the folder.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from attnopt.autotune.data import Wanted, gather
+from attnopt.autotune.request import Request, parse_seconds
+from attnopt.autotune.result import Result
+from attnopt.autotune.run import Run
+from attnopt.compiler.artifact import check_writable, save, source_sha256, work_folder
+from attnopt.compiler.errors import NothingFound
+from attnopt.compiler.intake.inputs import as_batch as inputs_of
+from attnopt.compiler.intake.loaded import Loaded
+from attnopt.compiler.intake.source import load
+from attnopt.compiler.pipeline import read
+from attnopt.compiler.program import Program
+
+Progress = Callable[[str, float], None]
+
+
+def optimize(
+    model: str | Path | nn.Module,
+    example_inputs: Any = None,
+    *,
+    budget: float | None = None,
+    max_drop: float = 0.01,
+    target: str = "cpu",
+    effort: str = "quick",
+    trials: int | None = None,
+    timeout: float | str | None = None,
+    out: str | Path | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    metric: str | None = None,
+    text: str | Path | None = None,
+    calibration: str | Path | None = None,
+    inputs: str | Path | None = None,
+    batch: int | None = None,
+    length: int | None = None,
+    allow_globals: tuple[str, ...] = (),
+    trust: bool = False,
+    progress: Progress | None = None,
+    command: str = "",
+) -> Result:
+    """Optimize a model file, an HF directory, `module:callable`, or a module with example inputs.
+
+    `budget` is how many times as fast the result has to be as the faster of the model and torch.compile of it (None: as fast as
+    it gets); `max_drop` the largest relative loss of accuracy (0.01 is 1%; 0 allows exact rewrites only). The result object is what
+    `report.json` holds; with `out` the folder is written. Raises `Problem` for what the user can mend, and `NothingFound` when
+    the model has no attention that could be raised.
+    """
+    seconds = parse_seconds(timeout) if isinstance(timeout, str) else timeout
+    wanted = Wanted(_path(text), _path(calibration), _path(inputs), batch, length)
+    request = Request(
+        budget, max_drop, target, effort, trials, seconds, _path(out), seed, resume, metric, wanted, command  # type: ignore[arg-type]
+    )  # fmt: skip
+    if request.out is not None:
+        check_writable(request.out)
+    loaded, sha = _loaded(model, example_inputs, request, allow_globals, trust)
+    return run(loaded, request, str(model) if not isinstance(model, nn.Module) else "", sha, progress)
+
+
+def run(
+    loaded: Loaded, request: Request, source: str = "", sha: str = "", progress: Progress | None = None
+) -> Result:
+    """Optimize a loaded model; see `optimize`."""
+    begun = time.monotonic()
+    torch.manual_seed(request.seed)
+    say = progress or (lambda what, share: None)
+    say("tracing", 0.0)
+    program = read(loaded)
+    require_sites(program)
+    data = gather(loaded, request.data, source)
+    program.example = data.timing[0] if data.real else program.example
+    work = work_folder(request.out) if request.out is not None else None
+    if work is not None and not request.resume:
+        for name in ("study.journal", "measurements.jsonl"):
+            (work / name).unlink(missing_ok=True)
+    task = run_task(loaded)
+    session = Run(original(loaded), program, data, request, task=task, work=work, sha=sha, progress=say)
+    built, result = session.go()
+    result = replace(
+        result, model=loaded.name, model_sha256=sha, seconds=time.monotonic() - begun, command=request.command,
+        warnings=(*loaded.notes, *(f"{f}: it could not be made dynamic" for f in program.fixed), *result.warnings),
+    )  # fmt: skip
+    if request.out is None:
+        return result
+    say("writing the folder", 0.0)
+    batches = {"calibration": data.calibration, "heldout": data.heldout}
+    fitted = any("APPROXIMATE" in o.exactness.upper() for o in built.outcomes if o.applied)
+    folder = save(request.out, built.program, result.plan, result, batches if fitted else {})
+    return replace(result, folder=str(folder))
+
+
+def require_sites(program: Program) -> None:
+    """Raise `NothingFound` with the nearest miss when no attention was raised."""
+    if program.sites:
+        return
+    if not program.unraised:
+        raise NothingFound(
+            "A203", f"no attention was found in {program.name}",
+            why="the graph holds no softmax over a product of two activations",
+            help="attnopt rewrites softmax attention; a model without it has nothing to gain here",
+        )  # fmt: skip
+    near = program.unraised[0]
+    raise NothingFound(
+        "A203", f"none of {len(program.unraised)} attentions of {program.name} was understood",
+        where=" ".join(filter(None, (near.module, near.source))),
+        why=f"{near.reason} (node `{near.node}`)", help=near.help,
+    )  # fmt: skip
+
+
+def run_task(loaded: Loaded) -> str:
+    """What accuracy means for a model: "causal-lm" where its outputs are next-token logits."""
+    return loaded.task
+
+
+def original(loaded: Loaded) -> Callable[..., Any]:
+    """The model as given, in eval mode."""
+    if loaded.module is not None:
+        return loaded.module
+    assert loaded.exported is not None
+    return loaded.exported.module()
+
+
+def _loaded(
+    model: str | Path | nn.Module, example_inputs: Any, request: Request, allow: tuple[str, ...], trust: bool
+) -> tuple[Loaded, str]:
+    if isinstance(model, nn.Module):
+        return from_module(model, example_inputs), ""
+    data = request.data
+    loaded = load(
+        str(model), inputs=data.inputs, text=data.text, batch=data.batch, length=data.length,
+        allow_globals=allow, trust=trust,
+    )  # fmt: skip
+    path = Path(model)
+    return loaded, source_sha256(path) if path.exists() else ""
+
+
+def from_module(module: nn.Module, example_inputs: Any) -> Loaded:
+    """A module in memory with its example inputs: a tensor, a tuple, a dict, or (args, kwargs)."""
+    args, kwargs = inputs_of(example_inputs, type(module).__name__)
+    made = Loaded(module.eval(), None, tuple(args), dict(kwargs), type(module).__name__, "callable")
+    with torch.no_grad():
+        outputs = module(*args, **kwargs)
+    if isinstance(outputs, Mapping) and "logits" in outputs and "input_ids" in kwargs:
+        if outputs["logits"].dim() == 3:
+            made.task = "causal-lm"
+    return made
+
+
+def _path(value: str | Path | None) -> Path | None:
+    return None if value is None else Path(value)

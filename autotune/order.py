@@ -1,0 +1,41 @@
+"""The order in which passes run, from what each says it comes after."""
+
+from __future__ import annotations
+
+from graphlib import TopologicalSorter
+
+from attnopt.compiler.contract import Exactness, Pass, passes
+from attnopt.compiler.plan import Plan, Step
+
+
+def ordered() -> list[type[Pass]]:
+    """All known passes, each after those it names in `after`; ties by name."""
+    known = passes()
+    sorter: TopologicalSorter[str] = TopologicalSorter()
+    for name in sorted(known):
+        sorter.add(name, *(other for other in known[name].after if other in known))
+    return [known[name] for name in sorter.static_order()]
+
+
+def compose(steps: list[Step], exact: bool = True) -> Plan:
+    """A plan of these steps and, with `exact`, of every exact and guarded pass, all in the order of `ordered`."""
+    names = [kind.name for kind in ordered()]
+    chosen = list(steps)
+    if exact:
+        given = {step.rewrite.partition("{")[0] for step in steps}
+        chosen += [
+            Step(kind().text)
+            for kind in ordered()
+            if kind.exactness is not Exactness.APPROXIMATE and kind.name not in given
+        ]
+    return Plan(tuple(sorted(chosen, key=lambda step: names.index(step.rewrite.partition("{")[0]))))
+
+
+def approximate() -> list[type[Pass]]:
+    """The passes that trade accuracy for speed, healing ones left out."""
+    return [k for k in ordered() if k.exactness is Exactness.APPROXIMATE and not k.heals]
+
+
+def healing() -> list[type[Pass]]:
+    """The passes that repair what approximate ones did."""
+    return [kind for kind in ordered() if kind.heals]

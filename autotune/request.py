@@ -1,0 +1,96 @@
+"""What a run is asked for, checked before any work starts."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from attnopt.autotune.data import Wanted
+from attnopt.compiler.errors import Problem
+
+Effort = Literal["none", "quick", "full"]
+EFFORTS: dict[str, tuple[int, float]] = {  # trials, default seconds
+    "none": (0, 0.0),
+    "quick": (24, 600.0),
+    "full": (120, 3600.0),
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """The demands on a run. `budget` is a factor over the fastest baseline, `max_drop` a fraction, `timeout` seconds."""
+
+    budget: float | None = None
+    max_drop: float = 0.01
+    target: str = "cpu"
+    effort: Effort = "quick"
+    trials: int | None = None
+    timeout: float | None = None
+    out: Path | None = None
+    seed: int = 0
+    resume: bool = False
+    metric: str | None = None
+    data: Wanted = field(default_factory=Wanted)
+    command: str = ""
+
+    def __post_init__(self) -> None:
+        if self.budget is not None and not (math.isfinite(self.budget) and self.budget > 0):
+            raise Problem(
+                "A410", f"a budget of {self.budget:g}x cannot be met by any model",
+                help="a budget is how many times as fast the result has to be, e.g. --budget 2x",
+            )  # fmt: skip
+        if not 0 <= self.max_drop < 1:
+            raise Problem(
+                "A410", f"a largest drop of {self.max_drop:g} is not between 0 and 1",
+                help="give a percentage, e.g. --max-drop 1%, or 0 for exact rewrites only",
+            )  # fmt: skip
+        if self.effort not in EFFORTS:
+            raise Problem("A410", f"unknown effort `{self.effort}`", help=f"known: {', '.join(EFFORTS)}")
+        for name in ("trials", "timeout"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise Problem("A410", f"--{name} has to be more than 0, not {value:g}")
+        if self.resume and self.out is None:
+            raise Problem("A410", "--resume needs the folder of the interrupted run", help="give --out DIR")
+
+    @property
+    def most_trials(self) -> int:
+        """How many plans the search may try."""
+        return EFFORTS[self.effort][0] if self.trials is None else self.trials
+
+    @property
+    def seconds(self) -> float:
+        """How long the search may take."""
+        return EFFORTS[self.effort][1] if self.timeout is None else self.timeout
+
+    @property
+    def searches(self) -> bool:
+        """Whether anything approximate may be tried."""
+        return self.max_drop > 0 and self.effort != "none"
+
+
+def parse_budget(text: str) -> float:
+    """`2x`, `1.5` or `150%` as a factor. Raises `Problem` A410."""
+    match = re.fullmatch(r"\s*([-+]?\d*\.?\d+)\s*(x|%)?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise Problem("A410", f"cannot read the budget `{text}`", help="for example --budget 2x")
+    return float(match.group(1)) / (100.0 if match.group(2) == "%" else 1.0)
+
+
+def parse_share(text: str) -> float:
+    """`1%` or `0.01` as a fraction. Raises `Problem` A410."""
+    match = re.fullmatch(r"\s*([-+]?\d*\.?\d+)\s*(%)?\s*", text)
+    if match is None:
+        raise Problem("A410", f"cannot read the share `{text}`", help="for example --max-drop 1%")
+    return float(match.group(1)) / (100.0 if match.group(2) else 1.0)
+
+
+def parse_seconds(text: str) -> float:
+    """`90`, `90s`, `10m` or `1.5h` in seconds. Raises `Problem` A410."""
+    match = re.fullmatch(r"\s*(\d*\.?\d+)\s*(s|m|h)?\s*", text)
+    if match is None:
+        raise Problem("A410", f"cannot read the time `{text}`", help="for example --timeout 10m")
+    return float(match.group(1)) * {"s": 1.0, "m": 60.0, "h": 3600.0}[match.group(2) or "s"]

@@ -1,0 +1,195 @@
+"""One optimization from the raised program to the result: exact rewrites, the race, the ceiling, the search, the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from attnopt.autotune import entries
+from attnopt.autotune.accuracy import Accuracy
+from attnopt.autotune.data import Data
+from attnopt.autotune.environment import environment
+from attnopt.autotune.order import approximate, healing
+from attnopt.autotune.pace import Pace, estimated, measured
+from attnopt.autotune.request import Request
+from attnopt.autotune.result import AccuracyEntry, Ceiling, Relaxation, Result
+from attnopt.autotune.search import Limits, Search, Tried
+from attnopt.autotune.sensitivity import Menu, Single, ceilings, menu, singles, worthwhile
+from attnopt.autotune.workbench import Built, Workbench
+from attnopt.codegen.target import target as known_target
+from attnopt.compiler.cost import Cost, cost
+from attnopt.compiler.profile import Profile, profile
+from attnopt.compiler.program import Program
+
+Progress = Callable[[str, float], None]
+FINALISTS = 3
+SENSITIVITY_SHARE = 0.35  # of the search's time
+
+
+@dataclass
+class Run:
+    """The flow of one optimization; `go` runs it and answers the built plan and the result."""
+
+    original: Callable[..., Any]
+    program: Program
+    data: Data
+    request: Request
+    task: str
+    work: Path | None
+    sha: str
+    progress: Progress
+    warnings: list[str] = field(default_factory=list)
+
+    def go(self) -> tuple[Built, Result]:
+        """Run the whole flow."""
+        known_target(self.request.target)
+        self.bench = self._bench()
+        exact = self.bench.build([])
+        pace = self._pace(exact)
+        if pace.beaten:
+            exact = self.bench.apply(replace(exact.plan, steps=()))
+            pace = replace(pace, built=exact)
+        self.profile = self._profile(exact)
+        found = ceilings(exact.program, self.profile, approximate()) if self.profile else {}
+        if self._enough(pace) or not self.request.searches or not self._can_search():
+            return self._finish(pace, found)
+        tried, single = self._search(exact, pace, found)
+        best = self._final(pace, tried)
+        return self._finish(best.pace, found, tried, single, best.tried)
+
+    def _bench(self) -> Workbench:
+        scope = {
+            "model": self.sha or self.program.name, "environment": _stable(environment()),
+            "target": self.request.target, "metric": self.request.metric,
+        }  # fmt: skip
+        return Workbench(
+            self.original, self.program, self.data, task=self.task, metric=self.request.metric,
+            target=self.request.target, seed=self.request.seed, work=self.work, scope=scope, progress=self.progress,
+        )  # fmt: skip
+
+    def _pace(self, built: Built, seconds: float = 8.0) -> Pace:
+        if self.request.target != "cpu":
+            return estimated(self.bench, built, known_target(self.request.target))
+        return measured(self.bench, built, seconds)
+
+    def _profile(self, exact: Built) -> Profile | None:
+        if self.request.target != "cpu":
+            return None
+        return profile(exact.program, self.data.timing[0], repeats=3, progress=self.progress)
+
+    def _enough(self, pace: Pace) -> bool:
+        return self.request.budget is not None and pace.ratio >= self.request.budget
+
+    def _can_search(self) -> bool:
+        if self.data.real and self.data.heldout and self.data.evaluation:
+            return True
+        self.warnings.append(
+            "no real data was given, so nothing approximate was tried: give --text FILE or --inputs FILE"
+        )
+        return False
+
+    def _search(
+        self, exact: Built, pace: Pace, found: dict[str, tuple[float, float]]
+    ) -> tuple[list[Tried], list[Single]]:
+        request = self.request
+        kinds = [k for k in approximate() if k.name not in found or worthwhile(found[k.name][1])]
+        for kind in approximate():
+            if kind not in kinds:
+                self.warnings.append(
+                    f"{kind.name} was not tried: its ceiling is {found[kind.name][1]:.2f}x, under 1.05x"
+                )
+        single: list[Single] = []
+        menus: list[Menu] = []
+        for kind in kinds:
+            each = singles(self.bench, kind, request.seconds * SENSITIVITY_SHARE / max(1, len(kinds)))
+            single += each
+            made = menu(kind, each, *found.get(kind.name, (0.0, 0.0)))
+            if made.targets:
+                menus.append(made)
+        if not menus:
+            self.warnings.append("no approximate rewrite applies to this model; see the sites for the reasons")
+            return [], single
+        wanted = None if request.budget is None else request.budget / pace.ratio
+        limits = Limits(request.max_drop, wanted, request.most_trials, request.seconds * (1 - SENSITIVITY_SHARE))
+        journal = self.work / "study.journal" if self.work else None
+        search = Search(self.bench, exact, menus, single, healing(), limits, journal)
+        return search.run(), single
+
+    def _final(self, exact: Pace, tried: Sequence[Tried]) -> _Best:
+        """Race the fastest feasible plans again, on evaluation data; the exact plan is always a contender."""
+        ranked = sorted((t for t in tried if t.feasible and t.gain > 1.0), key=lambda t: -t.gain)
+        best = _Best(exact, None)
+        for candidate in ranked[:FINALISTS]:
+            built = self.bench.build(list(candidate.steps))
+            accuracy = self.bench.verdict(built)
+            if accuracy.verdict(self.request.max_drop) != "pass":
+                self.warnings.append(
+                    f"plan {candidate.number} was within the bound on the heldout data and not on the evaluation data "
+                    f"({accuracy.drop:.2%}, at most {accuracy.drop_upper:.2%})"
+                )
+                continue
+            pace = self._pace(built)
+            if pace.ratio > best.pace.ratio:
+                best = _Best(pace, candidate)
+        return best
+
+    def _finish(
+        self,
+        pace: Pace,
+        found: dict[str, tuple[float, float]],
+        tried: Sequence[Tried] = (),
+        single: Sequence[Single] = (),
+        chosen: Tried | None = None,
+    ) -> tuple[Built, Result]:
+        request, built = self.request, pace.built
+        accuracy = self._accuracy(built)
+        entry = AccuracyEntry.of(accuracy, request.max_drop) if accuracy else None
+        passed = accuracy is None or accuracy.verdict(request.max_drop) == "pass"
+        met = passed and (request.budget is None or pace.ratio >= request.budget)
+        counted = self._cost()
+        base = pace.ratio / chosen.gain if chosen else pace.ratio
+        result = Result(
+            model=self.program.name, workload=self.data.workload, target=request.target, budget=request.budget,
+            max_drop=request.max_drop, met=met, plan=pace.plan, environment=environment(),
+            baselines=pace.baselines, optimized=pace.optimized, speed=pace.speed, accuracy=entry,
+            ceiling=self._ceiling(), ceilings=entries.ceilings(found),
+            sites=entries.sites(self.program, built.outcomes, counted, self.profile),
+            sublayers=entries.sublayers(self.program, built.outcomes), outcomes=built.outcomes,
+            sensitivities=entries.sensitivities(single),
+            trials=entries.trials(tried, base, chosen, pace.kind),
+            relaxation=self._relaxation(met, tried, base, pace), refits=entries.refits(built.outcomes),
+            warnings=(*self.warnings, *pace.warnings), data=dict(self.data.words), seed=request.seed,
+        )  # fmt: skip
+        return built, result
+
+    def _accuracy(self, built: Built) -> Accuracy | None:
+        if not self.data.evaluation:
+            self.warnings.append("accuracy was not measured: there is no evaluation data")
+            return None
+        return self.bench.verdict(built)
+
+    def _relaxation(self, met: bool, tried: Sequence[Tried], base: float, pace: Pace) -> Relaxation | None:
+        if met:
+            return None
+        return entries.relaxation(tried, base, self.request.budget, pace.ratio, self.request.max_drop)
+
+    def _ceiling(self) -> Ceiling | None:
+        return entries.attention_ceiling(self.profile) if self.profile else None
+
+    def _cost(self) -> Cost | None:
+        return cost(self.program)
+
+
+@dataclass(frozen=True)
+class _Best:
+    pace: Pace
+    tried: Tried | None
+
+
+def _stable(facts: dict[str, Any]) -> dict[str, Any]:
+    """What of the environment has to be the same for a measurement to be used again."""
+    return {key: value for key, value in facts.items() if key not in ("date", "load")}
+
+

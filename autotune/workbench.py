@@ -1,0 +1,167 @@
+"""The bench of one run: builds plans, measures their accuracy and speed, and never measures one thing twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import fx
+
+from attnopt.autotune.accuracy import Accuracy, evaluate
+from attnopt.autotune.baselines import Baselines, baselines, compiled_form
+from attnopt.autotune.data import Data
+from attnopt.autotune.order import compose
+from attnopt.autotune.teacher import Teacher
+from attnopt.autotune.timing import Contender, Timing, compare
+from attnopt.compiler.contract import Notes, read_pass
+from attnopt.compiler.lower import lower
+from attnopt.compiler.pipeline import apply_pass
+from attnopt.compiler.plan import Outcome, Plan, Step
+from attnopt.compiler.program import Program
+
+Progress = Callable[[str, float], None]
+CANDIDATE = "candidate"
+KEPT_PROGRAMS = 64
+
+
+@dataclass(frozen=True)
+class Built:
+    """A plan applied: the program, its lowered module, and what every pass did."""
+
+    plan: Plan
+    program: Program
+    module: fx.GraphModule
+    outcomes: tuple[Outcome, ...]
+
+
+class Journal:
+    """Measurements on disk, one JSON line each, so that an interrupted run repeats none of them."""
+
+    def __init__(self, path: Path | None, scope: str) -> None:
+        self.path, self.scope = path, scope
+        self.found: dict[str, Any] = {}
+        if path is not None and path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                self._read(line)
+
+    def _read(self, line: str) -> None:
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            return  # the last line of a run that was killed while it wrote
+        if entry.get("scope") == self.scope:
+            self.found[entry["key"]] = entry["value"]
+
+    def get(self, key: str, measure: Callable[[], Any]) -> Any:
+        """The value stored under a key, or what `measure` gives, stored."""
+        if key not in self.found:
+            self.found[key] = measure()
+            if self.path is not None:
+                line = json.dumps({"scope": self.scope, "key": key, "value": self.found[key]})
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(line + "\n")
+        return self.found[key]
+
+
+class Workbench:
+    """Everything that a search needs to try a plan on a model.
+
+    `original` is the model as given (what is timed as the baseline); `program` its raised form. Heldout data decides inside
+    the search, evaluation data gives the verdict.
+    """
+
+    def __init__(
+        self,
+        original: Callable[..., Any],
+        program: Program,
+        data: Data,
+        *,
+        task: str,
+        metric: str | None = None,
+        target: str = "cpu",
+        seed: int = 0,
+        work: Path | None = None,
+        scope: Mapping[str, Any] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.original, self.program, self.data, self.task, self.metric = original, program, data, task, metric
+        self.seed, self.progress = seed, progress or (lambda what, share: None)
+        self.notes = Notes(program, data.calibration, data.heldout, target, seed)
+        self.searching = Teacher(original, data.heldout, task)
+        self.judging = Teacher(original, data.evaluation, task)
+        named = json.dumps({**(scope or {}), "words": data.words, "seed": seed}, sort_keys=True, default=str)
+        self.journal = Journal(work / "measurements.jsonl" if work else None, hashlib.sha256(named.encode()).hexdigest())
+        self._built: dict[tuple[Step, ...], tuple[Program, tuple[Outcome, ...]]] = {}
+        self._baselines: Baselines | None = None
+
+    def build(self, steps: list[Step], exact: bool = True) -> Built:
+        """Apply approximate steps together with all exact ones, each at its place in the order."""
+        return self.apply(compose(steps, exact))
+
+    def apply(self, plan: Plan) -> Built:
+        """Apply a plan as it stands; shared beginnings of plans are applied once."""
+        program, outcomes = self.program, tuple[Outcome, ...]()
+        for i in range(len(plan.steps)):
+            prefix = plan.steps[: i + 1]
+            if prefix not in self._built:
+                step = prefix[-1]
+                made, done = apply_pass(program, read_pass(step.rewrite), step.targets, self.notes)
+                if len(self._built) >= KEPT_PROGRAMS:
+                    self._built.pop(next(iter(self._built)))
+                self._built[prefix] = (made, (*outcomes, *done))
+            program, outcomes = self._built[prefix]
+        return Built(plan, program, lower(program), outcomes)
+
+    def drop(self, steps: list[Step]) -> Accuracy:
+        """Accuracy on the heldout data, from the journal where it was measured before."""
+        key = "heldout " + _key(compose(steps))
+        found = self.journal.get(key, lambda: self._drop(self.build(steps), self.searching).as_json())
+        return Accuracy.from_json(found)
+
+    def verdict(self, built: Built) -> Accuracy:
+        """Accuracy on the evaluation data."""
+        return self._drop(built, self.judging)
+
+    def _drop(self, built: Built, teacher: Teacher) -> Accuracy:
+        return evaluate(
+            teacher, built.module, teacher.batches, self.task, self.progress, metric=self.metric, seed=self.seed
+        )
+
+    @property
+    def baselines(self) -> Baselines:
+        """Eager and torch.compile of the model as given, warmed; made once."""
+        if self._baselines is None:
+            self._baselines = baselines(
+                self.original, self.data.timing, progress=lambda what: self.progress(what, 0.0)
+            )
+        return self._baselines
+
+    def compiled(self, built: Built) -> tuple[Callable[..., Any] | None, str]:
+        """torch.compile of a built plan, warmed; None and the reason when it cannot be compiled."""
+        made, reason, _ = compiled_form(built.module, self.data.timing)
+        return made, reason
+
+    def race(self, forms: Mapping[str, Callable[..., Any]], seconds: float, rounds: int = 7) -> Timing:
+        """Time forms of the model in pairs against both baselines."""
+        contenders = [*self.baselines.contenders, *(Contender(name, form) for name, form in forms.items())]
+        return compare(contenders, self.data.timing, seconds=seconds, rounds=rounds, progress=self.progress)
+
+    def gain(self, steps: list[Step], over: Built, seconds: float = 2.0) -> float:
+        """How many times as fast the steps are as `over`, both run eagerly, paired; from the journal where known."""
+        key = f"gain {_key(compose(steps))} over {_key(over.plan)}"
+
+        def measure() -> float:
+            pair = [Contender("over", over.module), Contender(CANDIDATE, self.build(steps).module)]
+            timing = compare(pair, self.data.timing, seconds=seconds, rounds=5, precision=0.02)
+            return timing.ratio(CANDIDATE, "over").value
+
+        return float(self.journal.get(key, measure))
+
+
+def _key(plan: Plan) -> str:
+    return json.dumps(plan.as_json(), sort_keys=True)
+
