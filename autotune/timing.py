@@ -267,6 +267,8 @@ def _goes_on(
         return True
     if spent >= seconds or done >= _MOST_ROUNDS:
         return False
+    if done % rounds:  # looking after every round would take time from the rounds
+        return True
     timing = Timing({name: tuple(values) for name, values in taken.items()})
     ratios = [timing.ratio(name, names[0]).interval for name in names[1:]]
     return not ratios or any(r.width / 2 > precision * r.value for r in ratios)

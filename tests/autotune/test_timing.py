@@ -207,3 +207,17 @@ def test_a_machine_without_a_compiler_is_no_error(monkeypatch: pytest.MonkeyPatc
 def test_a_bug_in_the_model_is_not_blamed_on_the_compiler() -> None:
     with pytest.raises(RuntimeError, match="mat1"):
         base.baselines(nn.Linear(5, 3), [BATCH])
+
+
+@pytest.mark.slow
+def test_a_real_compiled_baseline_runs_or_says_why_not() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 3)).eval()
+    got = base.baselines(model, [BATCH, Batch((torch.randn(5, 4),))])
+    names = [contender.name for contender in got.contenders]
+    assert (base.COMPILED in names) != (base.COMPILED in got.left_out)
+    if base.COMPILED in names:
+        assert got.distance is not None and got.distance < 1e-5
+        timing = compare(got.contenders, [BATCH], seconds=0.0, rounds=3)
+        assert timing.rounds == 3 and timing.median(base.COMPILED) > 0
+    else:
+        assert got.left_out[base.COMPILED]
