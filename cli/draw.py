@@ -1,0 +1,211 @@
+"""All that the commands draw: tables and verdicts on stdout, problems and progress on stderr.
+
+User text is never read as markup. Nothing here imports torch before there is a result to draw.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from attnopt.compiler.errors import Notice, Problem
+
+if TYPE_CHECKING:
+    from attnopt.autotune.result import Result
+    from attnopt.compiler.plan import Outcome
+
+NONE = "–"
+_PLAIN_WIDTH = 160  # into a file or a pipe: wide enough that no cell is cut
+_GREEN, _AMBER, _RED, _DIM = "green", "yellow", "bold red", "dim"
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console on stdout or stderr; without a terminal it writes wide plain text."""
+    made = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    if not made.is_terminal:
+        made.width = _PLAIN_WIDTH
+    return made
+
+
+def document(data: Any) -> None:
+    """The one JSON document that `--json` prints on stdout. Numbers that are not finite become
+    null.
+    """
+    console().file.write(json.dumps(_finite(data), indent=1, ensure_ascii=False) + "\n")
+
+
+def line(text: str, style: str = "") -> None:
+    """One line of plain text on stdout."""
+    console().print(Text(text, style))
+
+
+def problem(said: Problem | Notice) -> None:
+    """A problem or a warning on stderr, in the compiler's form: what, where, why, how to mend."""
+    severe = isinstance(said, Problem)
+    label = f"{'error' if severe else 'warning'}[{said.code}]"
+    text = Text.assemble((label, _RED if severe else f"bold {_AMBER}"), (f": {said.what}", "bold"))
+    arrows = (("  --> ", said.where), ("   = reason: ", said.why), ("   = help: ", said.help))
+    for arrow, value in arrows:
+        if value:
+            text.append("\n")
+            text.append(arrow, "blue")
+            text.append(value)
+    console(stderr=True).print(text, soft_wrap=True)
+
+
+def sites(rows: Sequence[Mapping[str, Any]]) -> None:
+    """One row per attention, as `inspect --json` lists them; what was not understood follows,
+    with why.
+    """
+    table = _table(
+        ("attention", "left"),
+        ("source", "left"),
+        ("q/kv × dim", "right"),
+        ("scale", "right"),
+        ("mask", "left"),
+        ("position", "left"),
+        ("params", "right"),
+        ("FLOPs", "right"),
+        ("time", "right"),
+    )
+    for row in rows:
+        table.add_row(*map(_text, _site(row)))
+    _drop_empty(table)
+    console().print(table)
+    unknown = [row for row in rows if not row.get("raised", True)]
+    for row in unknown:
+        problem(_not_understood(row))
+    line(f"{len(rows)} found, {len(rows) - len(unknown)} understood")
+
+
+def outcomes(done: Iterable[Outcome]) -> None:
+    """What each rewrite did: applied where, or why not; equal answers share a row."""
+    from attnopt.autotune import wording as say
+
+    table = _table(("rewrite", "left"), ("at", "left"), ("", "left"), ("because", "left"))
+    groups: dict[tuple[str, bool, str], list[Outcome]] = {}
+    for outcome in done:
+        told = outcome.note if outcome.applied else outcome.reason
+        groups.setdefault((outcome.rewrite, outcome.applied, told), []).append(outcome)
+    for (rewrite, applied, told), group in groups.items():
+        mark = Text("applied", _GREEN) if applied else Text("left alone", _DIM)
+        where = say.targets(outcome.target for outcome in group).removeprefix("on ")
+        helped = f"{told}; {group[0].help}" if group[0].help else told
+        table.add_row(
+            _text(rewrite), _text(where or "the model"), mark, _text(helped + _error(group))
+        )
+    if groups:
+        console().print(table)
+
+
+def verdict(result: Result) -> None:
+    """What a run found: met or not, speed with intervals, accuracy with bounds, and what would
+    do.
+    """
+    from attnopt.autotune import wording as say
+
+    target = console()
+    mark, style = ("✓", _GREEN) if result.met else ("✗", _AMBER)
+    target.print(Text(f"{mark} {say.headline(result)}", f"bold {style}"))
+    for name, ratio in (result.speed.over if result.speed else {}).items():
+        target.print(_fact("speed", f"{say.times(ratio)} over {name}"))
+    if result.speed is not None and result.speed.verdict != "faster":
+        told = f"{result.speed.verdict}: not offered as faster than {result.speed.best}"
+        target.print(_fact("", told, _AMBER))
+    entry = result.accuracy
+    if entry is not None:
+        told = f"{say.percent(entry.drop)} drop of {entry.metric}, {say.share(entry.bound)} allowed"
+        target.print(_fact("accuracy", f"{told}: {entry.verdict}, {entry.tier}"))
+    if result.ceiling is not None:
+        part = say.percent(result.ceiling.share, interval=False)
+        told = f"{result.ceiling.what} takes {part} of the time, so at most "
+        target.print(_fact("ceiling", told + say.times(result.ceiling.speedup, interval=False)))
+    if result.relaxation is not None:
+        target.print(_fact("would do", result.relaxation.words, _AMBER))
+    for warning in result.warnings:
+        target.print(_fact("warning", warning, _AMBER))
+    if result.folder:
+        target.print(_fact("saved", f"{result.folder} (report.html shows the details)"))
+
+
+def _site(row: Mapping[str, Any]) -> tuple[str | Text, ...]:
+    module, source = str(row.get("module") or row.get("id") or NONE), str(row.get("source") or "")
+    if not row.get("raised", True):
+        return (module, source, Text("not understood", _AMBER), *[""] * 6)
+    heads = f"{row.get('heads', NONE)}/{row.get('kv_heads', NONE)} × {row.get('head_dim', NONE)}"
+    scale = row.get("scale")
+    return (
+        module,
+        source,
+        heads,
+        f"{scale:.4g}" if isinstance(scale, (int, float)) else "",
+        str(row.get("mask") or ""),
+        str(row.get("position") or ""),
+        _count(row.get("parameters")),
+        _share(row.get("flops_share")),
+        _share(row.get("time_share")),
+    )
+
+
+def _not_understood(row: Mapping[str, Any]) -> Notice:
+    where = "   ".join(str(row[key]) for key in ("module", "source") if row.get(key))
+    why = str(row.get("reason") or "no reason is known")
+    node = f" (at node {row['node']})" if row.get("node") else ""
+    return Notice("A210", "attention left alone", where, why + node, str(row.get("help") or ""))
+
+
+def _error(group: Sequence[Outcome]) -> str:
+    errors = [outcome.error for outcome in group if outcome.applied and outcome.error is not None]
+    return f" (largest difference {max(errors):.1e})" if errors else ""
+
+
+def _fact(name: str, told: str, style: str = "") -> Text:
+    return Text.assemble((f"  {name:<10}", _DIM), (told, style))
+
+
+def _table(*columns: tuple[str, Any]) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name, side in columns:
+        table.add_column(name, justify=side, overflow="fold")
+    return table
+
+
+def _drop_empty(table: Table) -> None:
+    """Leave out columns that say nothing in any row."""
+    table.columns = [
+        column
+        for column in table.columns
+        if any(str(cell).strip() not in ("", NONE) for cell in column.cells)
+    ]
+
+
+def _text(cell: str | Text) -> Text:
+    return cell if isinstance(cell, Text) else Text(cell)
+
+
+def _count(value: Any) -> str:
+    if not isinstance(value, (int, float)):
+        return ""
+    for scale, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= scale:
+            return f"{value / scale:.1f}{unit}"
+    return f"{value:.0f}"
+
+
+def _share(value: Any) -> str:
+    return f"{value:.1%}" if isinstance(value, (int, float)) else ""
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {str(key): _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    if isinstance(data, float) and (data != data or abs(data) == float("inf")):
+        return None
+    return data

@@ -1,0 +1,94 @@
+"""`Progress`: a bar with the time left for whatever takes longer than two seconds.
+
+It draws on stderr, only on a terminal, and not at all when it is told to be quiet (`--json`).
+"""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+
+from rich.progress import (
+    BarColumn,
+    SpinnerColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import (
+    Progress as Bar,
+)
+
+from attnopt.cli.draw import console
+
+PATIENCE = 2.0
+
+
+class Progress:
+    """Progress of one piece of work, to be passed on as a callback.
+
+    Calling it says what is being done now: `progress("layer 3")` counts one more of `total` steps,
+    `progress("layer 3", 0.4)` says which fraction is done. Without a total or a fraction it shows
+    the time taken instead of the time left.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        total: float | None = None,
+        *,
+        quiet: bool = False,
+        patience: float = PATIENCE,
+    ) -> None:
+        target = console(stderr=True)
+        self.active = target.is_terminal and not quiet
+        self._bar = Bar(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=target,
+            transient=True,
+        )
+        self._what, self._fraction = what, False
+        self._task = self._bar.add_task(what, total=total)
+        self._timer = threading.Timer(patience, self._bar.start)
+        self._timer.daemon = True
+
+    @property
+    def shown(self) -> bool:
+        """Whether the bar is on the screen now."""
+        return bool(self._bar.live.is_started)
+
+    def __enter__(self) -> Progress:
+        if self.active:
+            self._timer.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self.active:
+            return
+        self._timer.cancel()
+        self._timer.join()  # a bar that started in the meantime is stopped below
+        self._bar.stop()
+
+    def __call__(self, message: str, fraction: float | None = None) -> None:
+        """One more step, or this fraction of the whole, is done."""
+        if not self.active:
+            return
+        said = f"{self._what}: {message}" if message else self._what
+        if fraction is None:
+            self._bar.update(self._task, description=said, advance=0 if self._fraction else 1)
+            return
+        self._fraction = True
+        done = min(1.0, max(0.0, fraction))
+        self._bar.update(self._task, description=said, total=1.0, completed=done)

@@ -1,0 +1,133 @@
+"""What the commands draw: every fact is there, user text stays text, and stdout stays clean."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from attnopt.cli import draw
+from attnopt.compiler.errors import Notice, Problem
+from attnopt.compiler.plan import Outcome
+from tests.autotune.results import full, least
+
+NASTY = "[bold red]x[/] :warning:"
+
+
+def _row(**changes: Any) -> dict[str, Any]:
+    row = {
+        "module": "model.layers.0.self_attn",
+        "source": "modeling_llama.py:257",
+        "raised": True,
+        "heads": 8,
+        "kv_heads": 2,
+        "head_dim": 64,
+        "scale": 0.125,
+        "mask": "causal",
+        "position": "rotary",
+        "parameters": 262144,
+        "flops_share": 0.034,
+        "time_share": 0.051,
+    }
+    return {**row, **changes}
+
+
+def test_a_site_is_one_row_with_its_facts(capsys: pytest.CaptureFixture[str]) -> None:
+    draw.sites([_row(), _row(module=NASTY)])
+    told = capsys.readouterr()
+    first = told.out.splitlines()[1]
+    for fact in ("model.layers.0.self_attn", "modeling_llama.py:257", "8/2 × 64", "0.125", "causal",
+                 "rotary", "262.1k", "3.4%", "5.1%"):  # fmt: skip
+        assert fact in first, fact
+    assert NASTY in told.out
+    assert told.out.splitlines()[-1] == "2 found, 2 understood"
+    assert told.err == ""
+
+
+def test_what_was_not_understood_says_why_and_where(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {
+        "module": "blocks.1",
+        "source": "net.py:9",
+        "raised": False,
+        "reason": "scores are sorted",
+        "node": "sort_2",
+        "help": "remove the sort",
+    }
+    draw.sites([_row(), row])
+    told = capsys.readouterr()
+    assert "not understood" in told.out and "2 found, 1 understood" in told.out
+    assert "warning[A210]: attention left alone" in told.err
+    assert "--> blocks.1   net.py:9" in told.err
+    assert "= reason: scores are sorted (at node sort_2)" in told.err
+    assert "= help: remove the sort" in told.err
+
+
+def test_columns_that_were_not_measured_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    draw.sites([_row(time_share=None)])
+    head = capsys.readouterr().out.splitlines()[0]
+    assert "FLOPs" in head and "time" not in head
+
+
+def test_a_problem_is_told_on_stderr_in_the_compilers_form(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    said = Problem("A101", f"bad {NASTY}", where="model.pt", why="cut short", help="download again")
+    draw.problem(said)
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.rstrip() == str(said)
+    draw.problem(Notice("A203", "left alone"))
+    assert capsys.readouterr().err == "warning[A203]: left alone\n"
+
+
+def test_outcomes_are_grouped_and_say_why(capsys: pytest.CaptureFixture[str]) -> None:
+    draw.outcomes(
+        [
+            Outcome("fuse{}", "s0", "exact", True, error=2e-7),
+            Outcome("fuse{}", "s1", "exact", True, error=3e-7),
+            Outcome("fuse{}", "s2", "exact", False, "has a soft cap", help="none"),
+        ]
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert "s0..s1" in lines[1] and "applied" in lines[1] and "3.0e-07" in lines[1]
+    assert "s2" in lines[2] and "left alone" in lines[2] and "has a soft cap; none" in lines[2]
+
+
+def test_the_verdict_says_what_was_found(capsys: pytest.CaptureFixture[str]) -> None:
+    draw.verdict(replace(full(NASTY), folder="out"))
+    told = capsys.readouterr().out
+    for text in ("✗ Budget not met: 1.58× over torch.compile", "1.78× (1.73× to 1.83×) over eager",
+                 "0.42% (0.31% to 0.56%) drop of perplexity, 1% allowed: pass, near-lossless",
+                 "attention takes 41% of the time, so at most 1.69×", f"--budget 1.55x, {NASTY}",
+                 "saved     out"):  # fmt: skip
+        assert text in told, text
+    draw.verdict(full(met=True))
+    met = capsys.readouterr().out
+    assert "✓ Budget met" in met and "would do" not in met
+    draw.verdict(least())
+    assert capsys.readouterr().out == "✓ Best plan found\n"
+
+
+def test_a_result_that_is_not_faster_is_not_offered_as_faster(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    result = full()
+    assert result.speed is not None
+    draw.verdict(replace(result, speed=replace(result.speed, verdict="inconclusive")))
+    assert "inconclusive: not offered as faster than torch.compile" in capsys.readouterr().out
+
+
+def test_the_document_is_one_json_value(capsys: pytest.CaptureFixture[str]) -> None:
+    draw.document({"a": [1.5, math.nan, math.inf], "b": NASTY, "long": "x" * 500})
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"a": [1.5, None, None], "b": NASTY, "long": "x" * 500}
+
+
+def test_drawing_imports_no_torch() -> None:
+    code = "import sys, attnopt.cli.draw, attnopt.cli.progress; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-P", "-c", code], check=True, timeout=120)
