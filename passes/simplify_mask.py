@@ -49,12 +49,11 @@ class SimplifyMask(Pass):
         if not set(spec.extras) - {"padding"}:
             return Miss("no mask tensor is read", at=target.node)
         facts = classify(program, node)
-        if facts.certainty != "proved" or facts.mask is None:
-            seen = (
-                f"looks like {facts.text}" if facts.mask is not None else "is a tensor of no class"
-            )
-            at = facts.at if facts.at and program.has(facts.at) else target.node
-            return Miss(f"the mask {seen}, but that is not proved: {facts.reason}", at=at)
+        at = facts.at if facts.at and program.has(facts.at) else target.node
+        if facts.mask is None:
+            return Miss(f"the mask is a tensor of no class: {facts.reason}", at=at)
+        if facts.certainty != "proved":
+            return Miss(f"the mask looks like {facts.text}, not proved: {facts.reason}", at=at)
         made = simplified(spec, facts, self_attention=_square(node))
         if _same(node, spec, made, facts):
             return Miss(f"the mask is {facts.text}: nothing in it is a class", at=target.node)

@@ -24,7 +24,7 @@ from attnopt.compiler.raising.expression import (
     variable,
     where,
 )
-from attnopt.compiler.raising.mask_class import Padding, decide, keep_of
+from attnopt.compiler.raising.mask_class import Classless, Padding, decide, keep_of
 from attnopt.compiler.raising.mask_facts import MaskFacts, Test, mask_text
 from attnopt.compiler.raising.symbolic import Symbolic, name_of
 from attnopt.compiler.raising.symbolic_views import size_form
@@ -62,6 +62,8 @@ def _classify(
     probe = _Probe(program, attention, spec)
     try:
         facts = probe.prove(named)
+    except Classless as error:
+        return MaskFacts(None, bias="bias" in named, text="tensor", reason=str(error))
     except Unknown as error:
         reason = str(error)
         facts = mask_observe.observe(program, attention, spec, named)

@@ -42,6 +42,10 @@ _OPPOSITE = {"lt": "ge", "le": "gt", "eq": "ne", "ne": "eq", "gt": "le", "ge": "
 _COARSE = 24
 
 
+class Classless(Unknown):
+    """The mask is understood, and it is proved to be in none of the classes."""
+
+
 @dataclass(frozen=True)
 class Padding:
     """Keys dropped by an input: a key is read where the input's value compares with `value` by `op`."""
@@ -69,7 +73,8 @@ def keep_of(mask: Mask) -> Condition:
 
 
 def decide(keep: Condition, sizes: tuple[Affine, Affine]) -> tuple[Mask, Padding | None]:
-    """The mask class and the padding that together equal `keep`, proved. Raises Unknown with what stands in the way.
+    """The mask class and the padding that together equal `keep`, proved. Raises Classless, or Unknown
+    with what stands in the way of a decision.
 
     `sizes` are the numbers of queries and keys as affine forms: i < sizes[0] and j < sizes[1] are known.
     """
@@ -78,7 +83,7 @@ def decide(keep: Condition, sizes: tuple[Affine, Affine]) -> tuple[Mask, Padding
         for mask in candidates(keep):
             if agree(keep, both(keep_of(mask), *dropped), sizes):
                 return mask, padding
-    raise Unknown("the mask is none of full, causal, window and window with sinks")
+    raise Classless("it is none of full, causal, window and window with sinks, padded or not")
 
 
 def candidates(keep: Expression) -> list[Mask]:
