@@ -20,6 +20,7 @@ from attnopt.compiler.intake import allow
 from attnopt.compiler.intake.checkpoint import LOAD_ERRORS, first_line, scan_stream
 from attnopt.compiler.intake.hf_config import model_class, read_settings, require_transformers
 from attnopt.compiler.intake.hf_model import set_attention
+from attnopt.compiler.intake.weightless import weightless
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
 _WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
@@ -35,8 +36,8 @@ def read_directory(
     """The model in the directory, whether its weights are real, and notes for the user.
 
     Weights keep the dtype they are stored in unless `dtype` says otherwise. Without weight files
-    the model is built on the meta device. Raises `Problem` A102 (unsafe `.bin`), A103 (damaged),
-    A106, A107 or A115 (no transformers).
+    the model is built with parameters that take no memory. Raises `Problem` A102 (unsafe `.bin`),
+    A103 (damaged), A106, A107 or A115 (no transformers).
     """
     transformers = require_transformers(str(path))
     settings = read_settings(path / "config.json")
@@ -82,9 +83,9 @@ def _build(
 
 
 def _empty(model_class: Any, path: Path) -> tuple[Any, list[str]]:
-    """The model on the meta device."""
+    """The model with parameters that take no memory, and true buffers."""
     config = model_class.config_class.from_pretrained(path, local_files_only=True)
-    with torch.device("meta"):
+    with weightless():
         return model_class(config), []
 
 

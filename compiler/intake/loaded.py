@@ -31,8 +31,9 @@ class Loaded:
     """A model in eval mode and what is known about it.
 
     `module` is None for an exported program, `exported` is None for everything else. `args` and
-    `kwargs` are real CPU tensors even where the weights are on the meta device. `sequence_dims`
-    maps an input's name to its dimensions that may vary: 0 -> "batch", 1 -> "seq", ...; they are
+    `kwargs` are real CPU tensors. `weights` is "meta" where there are none, only their shapes (see
+    `weightless`): such a model can be inspected and not measured. `sequence_dims` maps an input's
+    name to its dimensions that may vary: 0 -> "batch", 1 -> "seq", ...; they are
     hints for the trace. `root_prefix` is "hf." when the module was wrapped, so that its parameter
     names begin with it. `notes` are sentences to say to the user.
     """
@@ -64,8 +65,8 @@ def _shape(value: Any) -> str:
 
 
 def check_finite(loaded: Loaded, where: str) -> None:
-    """Raise `Problem` A108 naming the parameters and buffers that hold NaN; meta weights are
-    skipped.
+    """Raise `Problem` A108 naming the parameters and buffers that hold NaN; models without
+    weights are skipped.
     """
     if loaded.weights == "meta":
         return
@@ -98,7 +99,7 @@ def _has_nan(value: Any) -> bool:
 def check_runs(loaded: Loaded, where: str) -> None:
     """Run the model once on its example inputs, without gradients.
 
-    Raises `Problem` A109 that shows the inputs' shapes. Models on the meta device are skipped.
+    Raises `Problem` A109 that shows the inputs' shapes. Models without weights are skipped.
     """
     if loaded.weights == "meta":
         return
@@ -122,4 +123,15 @@ def check_runs(loaded: Loaded, where: str) -> None:
             f"the model returns no tensor but {type(result).__name__}",
             where=where,
             help="wrap it in a module that returns tensors, and give that as module.path:callable",
+        )
+
+
+def require_weights(loaded: Loaded) -> None:
+    """Raise `Problem` A118 for a model without weights, of which nothing can be measured."""
+    if loaded.weights == "meta":
+        raise Problem(
+            "A118",
+            f"{loaded.name} has no weights",
+            why="the directory holds a config.json alone, so there is nothing to measure",
+            help="put its weights (*.safetensors) beside it; attnopt inspect works without them",
         )
