@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnopt.autotune.request import Wanted
 from attnopt.autotune.result import Workload
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.intake.data import lm_batches, read_text, sentence_batches, split_text
@@ -24,17 +25,6 @@ CALIBRATION_TEXT, EVALUATION_TEXT = "calibration.txt", "eval.txt"
 CALIBRATION_SEQUENCES, HELDOUT_SEQUENCES, EVALUATION_SEQUENCES = 24, 12, 48
 LONGEST_DEFAULT = 1024
 TIMED_BATCHES = 4
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What the user said about data; None where nothing was said. `batch` and `length` are of one timed call."""
-
-    text: Path | None = None
-    calibration: Path | None = None
-    inputs: Path | None = None
-    batch: int | None = None
-    length: int | None = None
 
 
 @dataclass(frozen=True)

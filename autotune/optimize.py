@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from attnopt.autotune.data import Wanted, gather
-from attnopt.autotune.request import Request, parse_seconds
+from attnopt.autotune.data import gather
+from attnopt.autotune.request import Request, Wanted, parse_seconds
 from attnopt.autotune.result import Result
 from attnopt.autotune.run import Run
 from attnopt.compiler.artifact import check_writable, save, source_sha256, work_folder
 from attnopt.compiler.errors import NothingFound
 from attnopt.compiler.intake.inputs import as_batch as inputs_of
-from attnopt.compiler.intake.loaded import Loaded
+from attnopt.compiler.intake.loaded import Loaded, require_weights
 from attnopt.compiler.intake.source import load
 from attnopt.compiler.pipeline import read
 from attnopt.compiler.program import Program
@@ -52,13 +52,15 @@ def optimize(
     length: int | None = None,
     allow_globals: tuple[str, ...] = (),
     trust: bool = False,
+    attention: str | None = None,
     progress: Progress | None = None,
     command: str = "",
 ) -> Result:
     """Optimize a model file, an HF directory, `module:callable`, or a module with example inputs.
 
     `budget` is how many times as fast the result has to be as the faster of the model and torch.compile of it (None: as fast as
-    it gets); `max_drop` the largest relative loss of accuracy (0.01 is 1%; 0 allows exact rewrites only). The result object is what
+    it gets); `max_drop` the largest relative loss of accuracy (0.01 is 1%; 0 allows exact rewrites only). `attention`
+    picks the spelling of a transformers model (eager, sdpa). The result object is what
     `report.json` holds; with `out` the folder is written. Raises `Problem` for what the user can mend, and `NothingFound` when
     the model has no attention that could be raised.
     """
@@ -69,7 +71,7 @@ def optimize(
     )  # fmt: skip
     if request.out is not None:
         check_writable(request.out)
-    loaded, sha = _loaded(model, example_inputs, request, allow_globals, trust)
+    loaded, sha = _loaded(model, example_inputs, request, allow_globals, trust, attention)
     return run(loaded, request, str(model) if not isinstance(model, nn.Module) else "", sha, progress)
 
 
@@ -78,6 +80,7 @@ def run(
 ) -> Result:
     """Optimize a loaded model; see `optimize`."""
     begun = time.monotonic()
+    require_weights(loaded)
     torch.manual_seed(request.seed)
     say = progress or (lambda what, share: None)
     say("tracing", 0.0)
@@ -137,14 +140,15 @@ def original(loaded: Loaded) -> Callable[..., Any]:
 
 
 def _loaded(
-    model: str | Path | nn.Module, example_inputs: Any, request: Request, allow: tuple[str, ...], trust: bool
-) -> tuple[Loaded, str]:
+    model: str | Path | nn.Module, example_inputs: Any, request: Request, allow: tuple[str, ...], trust: bool,
+    attention: str | None,
+) -> tuple[Loaded, str]:  # fmt: skip
     if isinstance(model, nn.Module):
         return from_module(model, example_inputs), ""
     data = request.data
     loaded = load(
         str(model), inputs=data.inputs, text=data.text, batch=data.batch, length=data.length,
-        allow_globals=allow, trust=trust,
+        allow_globals=allow, trust=trust, attention=attention,
     )  # fmt: skip
     path = Path(model)
     return loaded, source_sha256(path) if path.exists() else ""

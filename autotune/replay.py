@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from attnopt.autotune.accuracy import evaluate
-from attnopt.autotune.data import Wanted, gather
+from attnopt.autotune.data import gather
 from attnopt.autotune.environment import environment
 from attnopt.autotune.optimize import original, require_sites
+from attnopt.autotune.request import Wanted
 from attnopt.autotune.result import Result
 from attnopt.autotune.timing import Contender, compare
 from attnopt.compiler.artifact import (
@@ -24,6 +25,7 @@ from attnopt.compiler.artifact import (
 from attnopt.compiler.artifact import load as load_folder
 from attnopt.compiler.contract import Notes
 from attnopt.compiler.errors import Problem
+from attnopt.compiler.intake.loaded import require_weights
 from attnopt.compiler.intake.source import load
 from attnopt.compiler.pipeline import apply_plan, read
 from attnopt.compiler.plan import Outcome, Plan
@@ -71,6 +73,7 @@ def apply(
     if out is not None:
         check_writable(out)
     loaded = load(str(model), inputs=Path(inputs) if inputs else None, allow_globals=allow_globals, trust=trust)
+    require_weights(loaded)
     program = read(loaded)
     require_sites(program)
     kept = load_calibration(home) if (home / "calibration.pt").is_file() else {}
@@ -162,6 +165,7 @@ def check(
     _same_model(report, Path(model))
     wanted = Wanted(*(Path(p) if p else None for p in (text, calibration, inputs)), batch, length)
     loaded = load(str(model), inputs=wanted.inputs, text=wanted.text, allow_globals=allow_globals, trust=trust)
+    require_weights(loaded)
     data = gather(loaded, wanted, str(model))
     given, optimized = original(loaded), load_folder(home)
     from attnopt.autotune.baselines import baselines

@@ -1,4 +1,4 @@
-"""What a run is asked for, checked before any work starts."""
+"""What a run is asked for, checked before any work starts; needs no torch, so that mistakes are answered at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from attnopt.autotune.data import Wanted
 from attnopt.compiler.errors import Problem
 
 Effort = Literal["none", "quick", "full"]
@@ -17,6 +16,17 @@ EFFORTS: dict[str, tuple[int, float]] = {  # trials, default seconds
     "quick": (24, 600.0),
     "full": (120, 3600.0),
 }
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the user said about data; None where nothing was said. `batch` and `length` are of one timed call."""
+
+    text: Path | None = None
+    calibration: Path | None = None
+    inputs: Path | None = None
+    batch: int | None = None
+    length: int | None = None
 
 
 @dataclass(frozen=True)
