@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from attnopt.compiler.layout import Layout, same_size
-from attnopt.compiler.packed_form import Form, Gather
+from attnopt.compiler.packed_form import Form, Gather, arguments
 from attnopt.compiler.packed_ops import PACK_INDEX, PACKED_ATTENTION, UNPACK
 from attnopt.compiler.packing import Exit, Region, ancestors, entry_roles
 from attnopt.compiler.program import Program, infer
@@ -168,22 +168,21 @@ class _Writer:
             if order != list(range(len(order))):
                 x = call(aten.permute.default, (x, order), before=before)
             if len(atoms) != len(layout.dims):
-                sizes = {"B": self.batch, "S": self.seq}
-                shape = [-1 if len(d) > 1 else sizes.get(d[0], d[0]) for d in layout.dims]  # type: ignore[call-overload]
+                sizes: dict[Any, Any] = {"B": self.batch, "S": self.seq}
+                shape = [-1 if len(d) > 1 else sizes.get(d[0], d[0]) for d in layout.dims]
                 x = call(aten.reshape.default, (x, shape), before=before)
             self.made[key] = x
         return self.made[key]
 
     def _replace_size(self, node: fx.Node, layout: Layout) -> None:
         """A size that was read off a packed value, from the inputs instead."""
-        sizes = {"B": self.batch, "S": self.seq}
-        size: Any = 1
-        for atom in layout.dims[layout.index(int(node.args[1]))]:  # type: ignore[arg-type]
-            factor = sizes[atom] if isinstance(atom, str) else atom
-            both = isinstance(size, fx.Node) or isinstance(factor, fx.Node)
-            size = self.program.call(operator.mul, (size, factor), before=node) if both and size != 1 else (
-                factor if size == 1 else size * factor
-            )  # fmt: skip
+        sizes: dict[Any, Any] = {"B": self.batch, "S": self.seq}
+        factors = [sizes.get(a, a) for a in layout.dims[layout.index(arguments(node)["dim"])]]
+        size: Any = factors[0]
+        for factor in factors[1:]:
+            inside = isinstance(size, fx.Node) or isinstance(factor, fx.Node)
+            made = self.program.call(operator.mul, (size, factor), before=node) if inside else None
+            size = made or size * factor
         if isinstance(size, fx.Node):
             node.replace_all_uses_with(size)
             return

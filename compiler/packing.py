@@ -28,7 +28,6 @@ _CASTS = (
     aten.to.dtype, aten.to.device, aten.to.other, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default,
     aten.unsqueeze.default, aten.expand.default, aten.expand_as.default, aten.clone.default,
 )  # fmt: skip
-_NEGATIONS = (aten.logical_not.default, aten.bitwise_not.default)
 
 
 @dataclass(frozen=True)
@@ -91,15 +90,20 @@ def polarity(node: Any) -> tuple[Any, bool]:
     """What a mask is made of: `(root, True)` where it is non-zero just where root is, `(root, False)` where root is zero."""
     straight = True
     while isinstance(node, fx.Node) and node.op == "call_function":
-        if node.target in _NEGATIONS or (node.target is aten.eq.Scalar and node.args[1] == 0):
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node):
+            break
+        to, of = node.meta["val"].dtype, source.meta["val"].dtype
+        flips = node.target is aten.logical_not.default or (
+            node.target is aten.bitwise_not.default and of is torch.bool
+        )
+        zero = len(node.args) == 2 and node.args[1] == 0
+        keeps = node.target in _CASTS and (to is torch.bool or to is of or not of.is_floating_point)
+        if flips or (node.target is aten.eq.Scalar and zero):
             straight = not straight
-        elif node.target not in _CASTS and not (
-            node.target is aten.ne.Scalar and node.args[1] == 0
-        ):
+        elif not keeps and not (node.target is aten.ne.Scalar and zero):
             break
-        if node.target is aten.bitwise_not.default and node.meta["val"].dtype is not torch.bool:
-            break
-        node = node.args[0]
+        node = source
     return node, straight
 
 
@@ -164,20 +168,24 @@ def _columns(node: fx.Node, user: fx.Node, t: Tokenwise) -> tuple[int, ...] | No
 
 def _fill(node: fx.Node, t: Tokenwise) -> float | None:
     """The value that the padded program itself has at every padded position of a node, where that is proved."""
-    form = t.forms[node]
+    args = t.forms[node].args
     root, straight = polarity(t.padding)
-    if node.target is aten.mul.Tensor and any(
-        isinstance(x, Gather)
-        and {"B", "S"} <= set(x.roles)
-        and polarity(x.node) == (root, straight)
-        for x in form.args
-    ):
+    if node.target is aten.mul.Tensor and any(_mask(x, t) == (root, straight) for x in args):
         return 0.0
-    if node.target is aten.masked_fill.Scalar and isinstance(form.args[1], Gather):
-        mask = form.args[1]
-        if {"B", "S"} <= set(mask.roles) and polarity(mask.node) == (root, not straight):
-            return float(form.args[2])
+    if node.target is aten.masked_fill.Scalar and _mask(args[1], t) == (root, not straight):
+        return float(args[2])
     return None
+
+
+def _mask(operand: Any, t: Tokenwise) -> tuple[Any, bool] | None:
+    """The polarity of an operand that comes from outside and has both token axes, batch first."""
+    if isinstance(operand, Gather):
+        node, roles = operand.node, operand.roles
+    elif operand in t.layouts and operand not in t.forms:
+        node, roles = operand, entry_roles(t.layouts[operand]) or ()
+    else:
+        return None
+    return polarity(node) if [role for role in roles if role in ("B", "S")] == ["B", "S"] else None
 
 
 def _check(region: Region) -> Miss | None:

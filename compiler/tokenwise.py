@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from attnopt.compiler.layout import Extent, Layout, same_size
+from attnopt.compiler.layout import Extent, Layout
 from attnopt.compiler.packed_form import Form, Tokenwise, arguments
 from attnopt.compiler.token_rules import embedding, rule_of
 
@@ -41,18 +41,19 @@ def analyse(
 
 
 def _seed(node: fx.Node, extent: Extent) -> Layout | None:
-    """The layout of a float value `[B, S, ...]`, taken from its shape: packed where a token-wise node reads it."""
+    """The layout of a float value `[B, S, ...]` or `[S, B, ...]`, taken from its shape: packed where a token-wise node reads it."""
     value = node.meta.get("val")
     if node.op not in ("placeholder", "call_function") or not isinstance(value, Tensor):
         return None
     if value.dim() < 3 or not value.is_floating_point():
         return None
-    batch, seq, *rest = value.shape
-    if not (same_size(batch, extent.batch) and same_size(seq, extent.seq)):
+    if any(isinstance(size, torch.SymInt) for size in value.shape[2:]):
         return None
-    if any(isinstance(size, torch.SymInt) for size in rest):
-        return None
-    return Layout((("B",), ("S",), *((int(size),) for size in rest)))
+    rest = tuple((int(size),) for size in value.shape[2:])
+    for layout in (Layout((("B",), ("S",), *rest)), Layout((("S",), ("B",), *rest))):
+        if extent.fits(layout, value.shape):
+            return layout
+    return None
 
 
 def _form(node: fx.Node, t: Tokenwise) -> Form | str:
