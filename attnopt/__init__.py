@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from attnopt.autotune.replay import apply as apply
     from attnopt.compiler.artifact import load as load
     from attnopt.compiler.errors import Problem as Problem
-    from attnopt.compiler.pipeline import inspect as inspect
+    from attnopt.compiler.inspect import inspect as inspect
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Problem": "attnopt.compiler.errors",
     "apply": "attnopt.autotune.replay",
-    "inspect": "attnopt.compiler.pipeline",
+    "inspect": "attnopt.compiler.inspect",
     "load": "attnopt.compiler.artifact",
     "optimize": "attnopt.autotune.optimize",
 }

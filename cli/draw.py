@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 NONE = "–"
 _PLAIN_WIDTH = 160  # into a file or a pipe: wide enough that no cell is cut
+_NARROW = 110  # below it, a site's source stands under its module
 _GREEN, _AMBER, _RED, _DIM = "green", "yellow", "bold red", "dim"
 
 
@@ -73,14 +74,41 @@ def sites(rows: Sequence[Mapping[str, Any]]) -> None:
         ("FLOPs", "right"),
         ("time", "right"),
     )
+    target = console()
+    narrow = target.width < _NARROW
     for row in rows:
-        table.add_row(*map(_text, _site(row)))
+        table.add_row(*map(_text, _site(row, narrow=narrow)))
     _drop_empty(table)
-    console().print(table)
+    table.padding = (0, 1 if narrow else 2, 0, 0)
+    target.print(table)
     unknown = [row for row in rows if not row.get("raised", True)]
     for row in unknown:
         problem(_not_understood(row))
     line(f"{len(rows)} found, {len(rows) - len(unknown)} understood")
+
+
+def sublayers(rows: Sequence[Mapping[str, Any]]) -> None:
+    """The residual sublayers, one line per kind."""
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        kinds.setdefault(str(row["kind"]), []).append(row)
+    for kind, group in kinds.items():
+        told = f"{len(group)} residual sublayers of kind {kind}: "
+        told += f"{_count(sum(row['parameters'] for row in group))} parameters"
+        for key, of in (("flops_share", "FLOPs"), ("time_share", "time")):
+            shares = [row[key] for row in group if row.get(key) is not None]
+            told += f", {_share(sum(shares))} of the {of}" if shares else ""
+        line(told)
+
+
+def model(told: Mapping[str, Any]) -> None:
+    """The whole model: its size, what it was run on, and what is to be said about it."""
+    taken = told.get("seconds")
+    timed = f", {taken['value'] * 1e3:.1f} ms ({taken['kind']})" if taken else ""
+    size, work = _count(told["parameters"]), _count(told["flops"]["value"])
+    line(f"{told['model']}: {size} parameters, {work} operations on {told['inputs']}{timed}")
+    for note in told.get("notes", ()):
+        line(f"  {note}", _DIM)
 
 
 def outcomes(done: Iterable[Outcome]) -> None:
@@ -133,10 +161,12 @@ def verdict(result: Result) -> None:
         target.print(_fact("saved", f"{result.folder} (report.html shows the details)"))
 
 
-def _site(row: Mapping[str, Any]) -> tuple[str | Text, ...]:
+def _site(row: Mapping[str, Any], *, narrow: bool) -> tuple[str | Text, ...]:
     module, source = str(row.get("module") or row.get("id") or NONE), str(row.get("source") or "")
+    if narrow and source:
+        module, source = f"{module}\n  {source}", ""
     if not row.get("raised", True):
-        return (module, source, Text("not understood", _AMBER), *[""] * 6)
+        return (module, source, Text("left alone", _AMBER), *[""] * 6)
     heads = f"{row.get('heads', NONE)}/{row.get('kv_heads', NONE)} × {row.get('head_dim', NONE)}"
     scale = row.get("scale")
     return (
@@ -169,9 +199,9 @@ def _fact(name: str, told: str, style: str = "") -> Text:
 
 
 def _table(*columns: tuple[str, Any]) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for name, side in columns:
-        table.add_column(name, justify=side, overflow="fold")
+        table.add_column(name, justify=side, overflow="fold", no_wrap=side == "right")
     return table
 
 
@@ -191,7 +221,7 @@ def _text(cell: str | Text) -> Text:
 def _count(value: Any) -> str:
     if not isinstance(value, (int, float)):
         return ""
-    for scale, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for scale, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= scale:
             return f"{value / scale:.1f}{unit}"
     return f"{value:.0f}"

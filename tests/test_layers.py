@@ -20,6 +20,7 @@ _LAYER_OF = {  # the longest prefix decides
     "compiler.spec": "floor",
     "passes": "rewrites",
     "codegen": "rewrites",
+    "compiler.inspect": "flow",
     "compiler.pipeline": "flow",
     "compiler.backend": "flow",
     "autotune": "flow",

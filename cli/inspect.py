@@ -1,0 +1,72 @@
+"""`attnopt inspect MODEL`: every attention of a model, with its facts or why it was left alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from attnopt.cli import options
+from attnopt.cli.stdout import document
+from attnopt.compiler.errors import NothingFound
+
+if TYPE_CHECKING:
+    from attnopt.compiler.inspect import Inspection
+
+
+def inspect(
+    model: options.Model,
+    time: Annotated[
+        bool, typer.Option("--time/--no-time", help="Measure each attention's share of the time.")
+    ] = True,
+    text: options.Text = None,
+    inputs: options.Inputs = None,
+    batch: options.Batch = None,
+    length: options.Length = None,
+    allow_global: options.AllowGlobal = None,
+    trust: options.Trust = False,
+    attention: options.Attention = None,
+    threads: options.Threads = None,
+    json: options.Json = False,
+) -> int:
+    """List every attention of MODEL with its facts; needs no weights."""
+    from attnopt.cli.progress import Progress
+
+    with Progress("inspect", quiet=json) as bar:
+        bar("starting torch", 0.0)
+        options.set_threads(threads)
+        from attnopt.autotune.optimize import require_sites
+        from attnopt.compiler.inspect import inspect as look
+
+        found = look(
+            model, time=time, inputs=inputs, text=text, batch=batch, length=length,
+            allow_globals=tuple(allow_global or ()), trust=trust, attention=attention, progress=bar,
+        )  # fmt: skip
+    if json:
+        return _document(found)
+    _draw(found)
+    require_sites(found.program)
+    return 0
+
+
+def _document(found: Inspection) -> int:
+    """The rows, and the problem beside them when nothing was understood."""
+    from attnopt.autotune.optimize import require_sites
+
+    told: dict[str, Any] = found.as_json()
+    code = 0
+    try:
+        require_sites(found.program)
+    except NothingFound as problem:
+        told, code = {**told, "error": problem.as_json()}, problem.exit_code
+    document(told)
+    return code
+
+
+def _draw(found: Inspection) -> None:
+    from attnopt.cli import draw
+
+    if found.sites:
+        draw.sites(found.sites)
+    draw.sublayers(found.sublayers)
+    draw.model(found.as_json())

@@ -1,0 +1,131 @@
+"""`optimize MODEL`: a faster model, with what it cost, in a folder."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from attnopt.cli import options
+from attnopt.cli.stdout import Interrupted, document
+
+RUNS = Path("attnopt-out")
+
+
+def optimize(
+    ctx: typer.Context,
+    model: options.Model,
+    target: Annotated[str, typer.Option(help="cpu, or the name of a GPU to estimate for.")] = "cpu",
+    budget: Annotated[
+        str | None,
+        typer.Option(help="How many times as fast, e.g. 2x (default: as fast as it gets)."),
+    ] = None,
+    max_drop: Annotated[
+        str, typer.Option(help="Largest loss of accuracy; 0 for exact rewrites only.")
+    ] = "1%",
+    effort: Annotated[str, typer.Option(help="How hard to search: none, quick or full.")] = "quick",
+    trials: Annotated[
+        int | None, typer.Option(help="Plans to try at most (default: by effort).")
+    ] = None,
+    timeout: Annotated[
+        str | None, typer.Option(help="Time to search, e.g. 10m (default: by effort).")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help=f"Output folder (default: {RUNS}/<model>).", metavar="DIR")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run in the same folder.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
+    metric: Annotated[
+        str | None, typer.Option(help="Your own measure of accuracy.", metavar="MODULE:FUNCTION")
+    ] = None,
+    text: options.Text = None,
+    calibration: options.Calibration = None,
+    inputs: options.Inputs = None,
+    batch: options.Batch = None,
+    length: options.Length = None,
+    allow_global: options.AllowGlobal = None,
+    trust: options.Trust = False,
+    attention: options.Attention = None,
+    threads: options.Threads = None,
+    json: options.Json = False,
+) -> int:
+    """Make the attention of MODEL fast, and measure what it cost."""
+    from attnopt.autotune.request import parse_budget, parse_seconds, parse_share
+
+    demands: dict[str, Any] = {
+        "budget": None if budget is None else parse_budget(budget),
+        "max_drop": parse_share(max_drop),
+        "target": target,
+        "effort": effort,
+        "trials": trials,
+        "timeout": None if timeout is None else parse_seconds(timeout),
+        "out": RUNS / name_of(model) if out is None else out,
+        "seed": seed,
+        "resume": resume,
+        "metric": metric,
+        "command": shlex.join(ctx.obj or ["optimize", model]),
+    }
+    _check(demands)
+    try:
+        return _optimize(
+            model, json, threads, **demands, text=text, calibration=calibration, inputs=inputs,
+            batch=batch, length=length, allow_globals=tuple(allow_global or ()), trust=trust,
+            attention=attention,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        raise _interrupted(demands["out"], demands["command"]) from None
+
+
+def _check(demands: dict[str, Any]) -> None:
+    """Everything that can be refused without torch."""
+    from attnopt.autotune.request import Request
+    from attnopt.codegen.target import target
+    from attnopt.compiler.folder import check_writable
+
+    Request(**demands)
+    target(demands["target"])
+    check_writable(demands["out"])
+
+
+def _optimize(model: str, as_json: bool, threads: int | None, **asked: Any) -> int:
+    from attnopt.cli import draw
+    from attnopt.cli.progress import Progress
+
+    with Progress("optimize", quiet=as_json) as bar:
+        bar("starting torch", 0.0)
+        options.set_threads(threads)
+        from attnopt.autotune.optimize import optimize as run
+
+        result = run(model, progress=bar, **asked)
+    if as_json:
+        document({**result.as_json(), "folder": result.folder})
+    else:
+        draw.outcomes(result.outcomes)
+        draw.verdict(result)
+    return result.exit_code
+
+
+def name_of(model: str) -> str:
+    """What a run of this model is called: its file's or directory's name, or the callable's."""
+    path = Path(model)
+    if path.is_dir():
+        named = path.resolve().name
+    else:
+        named = path.stem if path.exists() else model.rpartition(":")[2]
+    return re.sub(r"[^\w.\-]+", "-", named).strip("-.") or "model"
+
+
+def _interrupted(out: Path, command: str) -> Interrupted:
+    again = command if "--resume" in shlex.split(command) else f"{command} --resume"
+    return Interrupted(
+        "A611",
+        "interrupted",
+        where=str(out),
+        why="what was measured so far is kept; an earlier result in the folder is untouched",
+        help=f"go on with: {again}",
+    )
