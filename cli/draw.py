@@ -201,7 +201,9 @@ def _fact(name: str, told: str, style: str = "") -> Text:
 def _table(*columns: tuple[str, Any]) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for name, side in columns:
-        table.add_column(name, justify=side, overflow="fold", no_wrap=side == "right")
+        table.add_column(
+            name, justify=side, overflow="fold", no_wrap=side == "right", min_width=len(name)
+        )
     return table
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from attnopt.cli import draw
 from attnopt.compiler.errors import Notice, Problem
@@ -60,11 +61,23 @@ def test_what_was_not_understood_says_why_and_where(capsys: pytest.CaptureFixtur
     }
     draw.sites([_row(), row])
     told = capsys.readouterr()
-    assert "not understood" in told.out and "2 found, 1 understood" in told.out
+    assert "left alone" in told.out and "2 found, 1 understood" in told.out
     assert "warning[A210]: attention left alone" in told.err
     assert "--> blocks.1   net.py:9" in told.err
     assert "= reason: scores are sorted (at node sort_2)" in told.err
     assert "= help: remove the sort" in told.err
+
+
+def test_a_narrow_terminal_keeps_every_fact(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Console(width=80, highlight=False, markup=False)
+    monkeypatch.setattr(draw, "console", lambda: made)
+    draw.sites([_row()])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[1].startswith("model.layers.0.self_attn") and "5.1%" in lines[1]
+    assert lines[2].strip() == "modeling_llama.py:257"
 
 
 def test_columns_that_were_not_measured_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:

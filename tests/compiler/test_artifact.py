@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 import warnings
@@ -23,19 +24,20 @@ from attnopt.compiler.optimized import Optimized
 from attnopt.compiler.plan import Plan
 from attnopt.compiler.program import Batch, Program
 from attnopt.compiler.signature import Signature
-from attnopt.compiler.spec import AttentionSpec
 from tests.tolerance import assert_close
 
 
 class _Model(nn.Module):
-    """Embeds tokens, zeroes the padded ones, and returns its outputs by name."""
+    """Embeds tokens and their positions (64 at most), and returns its outputs by name."""
 
     def __init__(self) -> None:
         super().__init__()
         self.table = nn.Embedding(11, 4)
+        self.places = nn.Parameter(torch.randn(64, 4))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-        return {"logits": self.table(input_ids) * attention_mask[..., None]}
+        embedded = self.table(input_ids) + self.places[: input_ids.shape[1]]
+        return {"logits": embedded * attention_mask[..., None]}
 
 
 class _Positional(nn.Module):
@@ -73,23 +75,37 @@ def tokens() -> Tensor:
     return torch.randint(0, 11, (2, 5))
 
 
-@pytest.fixture
-def program(tokens: Tensor) -> Program:
+@pytest.fixture(scope="module")
+def program() -> Program:
+    tokens = torch.randint(0, 11, (2, 5))
     return _program(_Model(), (), {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)})
 
 
-@pytest.fixture
-def folder(tmp_path: Path, program: Program) -> Path:
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory, program: Program) -> Path:
     batch = Batch((), {**program.example.kwargs}, torch.ones(2, 5, dtype=torch.bool))
     roles = {"calibration": [batch], "heldout": [batch, batch]}
-    return artifact.save(tmp_path / "out", program, Plan(), _Reports(), roles)
+    folder = tmp_path_factory.mktemp("saved") / "out"
+    return artifact.save(folder, program, Plan(), _Reports(), roles)
 
 
-def test_a_saved_program_loads_and_answers_like_the_model(folder: Path, program: Program) -> None:
+@pytest.fixture(scope="module")
+def loaded(saved: Path) -> Optimized:
+    return artifact.load(saved)
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A copy of the saved run, for tests that change it."""
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def test_a_saved_program_loads_and_answers_like_the_model(
+    loaded: Optimized, program: Program
+) -> None:
     tokens = torch.randint(0, 11, (3, 9))
     mask = (torch.arange(9) < torch.tensor([[9], [4], [1]])).long()
     expected = program(input_ids=tokens, attention_mask=mask)["logits"]
-    loaded = artifact.load(folder)
     by_name = loaded(input_ids=tokens, attention_mask=mask)
     assert_close(by_name.logits, expected)
     assert_close(by_name["logits"], expected)
@@ -100,7 +116,7 @@ def test_a_saved_program_loads_and_answers_like_the_model(folder: Path, program:
         _ = by_name.hidden
 
 
-def test_plain_torch_opens_a_model_of_aten_alone(folder: Path, tokens: Tensor) -> None:
+def test_plain_torch_opens_a_model_of_aten_alone(folder: Path) -> None:
     code = (
         "import sys, torch; m = torch.export.load(sys.argv[1]).module();"
         "x = torch.ones(2, 3, dtype=torch.long);"
@@ -111,8 +127,9 @@ def test_plain_torch_opens_a_model_of_aten_alone(folder: Path, tokens: Tensor) -
     subprocess.run(run, check=True, timeout=120)
 
 
-def test_a_missing_mask_is_all_ones_and_whole_numbers_convert(folder: Path, tokens: Tensor) -> None:
-    loaded = artifact.load(folder)
+def test_a_missing_mask_is_all_ones_and_whole_numbers_convert(
+    loaded: Optimized, tokens: Tensor
+) -> None:
     expected = loaded(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
     assert_close(loaded(input_ids=tokens).logits, expected)
     assert_close(loaded(tokens.int(), torch.ones_like(tokens).bool()).logits, expected)
@@ -136,10 +153,12 @@ def _wrong() -> dict[str, Callable[[Tensor], tuple[tuple[Any, ...], dict[str, An
 
 
 @pytest.mark.parametrize("why", sorted(_wrong()))
-def test_wrong_inputs_are_told_what_the_model_takes(folder: Path, tokens: Tensor, why: str) -> None:
+def test_wrong_inputs_are_told_what_the_model_takes(
+    loaded: Optimized, tokens: Tensor, why: str
+) -> None:
     args, kwargs = _wrong()[why](tokens)
     with pytest.raises(Problem) as told:
-        artifact.load(folder)(*args, **kwargs)
+        loaded(*args, **kwargs)
     assert told.value.code == "A506" and told.value.why == why
     assert "input_ids int64 [batch, length<=64]" in told.value.help
 
@@ -272,8 +291,6 @@ def test_the_hash_of_a_model_depends_on_contents_and_names(tmp_path: Path) -> No
 
 
 def test_a_signature_names_fixed_and_open_sizes() -> None:
-    spec = AttentionSpec(2, 2, 4, 4, 0.5)
-    assert spec.group == 1
     linear = nn.Linear(4, 4)
     exported = torch.export.export(linear, (torch.randn(2, 4),))
     assert str(Signature.of(exported)) == "input float32 [2, 4]"
