@@ -10,6 +10,7 @@ from attnopt.compiler.intake.loaded import Loaded
 from attnopt.compiler.plan import Outcome, Plan
 from attnopt.compiler.program import Program
 from attnopt.compiler.raising import raise_program
+from attnopt.compiler.raising.blocks import carried
 from attnopt.compiler.site import Site
 from attnopt.compiler.trace import trace
 from attnopt.compiler.verify import compare
@@ -82,9 +83,7 @@ def apply_edit(program: Program, target: Target, edit: Edit) -> Program:
     made.sites = tuple(site for site in sites if site.node in names)
     if edit.spec is not None and isinstance(target, Site):
         made.sites = tuple(replace(s, spec=edit.spec) if s.id == target.id else s for s in made.sites)
-    made.sublayers = tuple(
-        layer for layer in made.sublayers if {layer.entry, layer.branch, layer.exit} <= names
-    )
+    made.sublayers = carried(made, made.sublayers)
     return made
 
 
