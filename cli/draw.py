@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -23,6 +23,31 @@ NONE = "–"
 _PLAIN_WIDTH = 160  # into a file or a pipe: wide enough that no cell is cut
 _NARROW = 110  # below it, a site's source stands under its module
 _GREEN, _AMBER, _RED, _DIM = "green", "yellow", "bold red", "dim"
+
+Column = tuple[str, Literal["left", "right"]]
+_SITE: tuple[Column, ...] = (
+    ("attention", "left"),
+    ("source", "left"),
+    ("q/kv × dim", "right"),
+    ("scale", "right"),
+    ("mask", "left"),
+    ("position", "left"),
+    ("params", "right"),
+    ("FLOPs", "right"),
+    ("time", "right"),
+)
+_SUBLAYERS: tuple[Column, ...] = (
+    ("sublayers", "left"),
+    ("params", "right"),
+    ("FLOPs", "right"),
+    ("time", "right"),
+)
+_OUTCOMES: tuple[Column, ...] = (
+    ("rewrite", "left"),
+    ("at", "left"),
+    ("", "left"),
+    ("because", "left"),
+)
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -60,27 +85,19 @@ def problem(said: Problem | Notice) -> None:
 
 
 def sites(rows: Sequence[Mapping[str, Any]]) -> None:
-    """One row per attention, as `inspect --json` lists them; what was not understood follows,
-    with why.
+    """One row per attention, as `inspect --json` lists them; what was not understood follows, with
+    why.
     """
-    table = _table(
-        ("attention", "left"),
-        ("source", "left"),
-        ("q/kv × dim", "right"),
-        ("scale", "right"),
-        ("mask", "left"),
-        ("position", "left"),
-        ("params", "right"),
-        ("FLOPs", "right"),
-        ("time", "right"),
-    )
     target = console()
     narrow = target.width < _NARROW
+    target.print(_table(_SITE, [_site(row, narrow=narrow) for row in rows], 1 if narrow else 2))
+    missing: dict[tuple[str, str], list[str]] = {}
     for row in rows:
-        table.add_row(*map(_text, _site(row, narrow=narrow)))
-    _drop_empty(table)
-    table.padding = (0, 1 if narrow else 2, 0, 0)
-    target.print(table)
+        for fact, why in (row.get("missing") or {}).items():
+            missing.setdefault((fact, str(why)), []).append(_module(row))
+    for (fact, why), where in missing.items():
+        more = f" and {len(where) - 1} more" if len(where) > 1 else ""
+        target.print(_fact(fact, f"not found at {where[0]}{more}: {why}", _DIM))
     unknown = [row for row in rows if not row.get("raised", True)]
     for row in unknown:
         problem(_not_understood(row))
@@ -88,47 +105,56 @@ def sites(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def sublayers(rows: Sequence[Mapping[str, Any]]) -> None:
-    """The residual sublayers, one line per kind."""
+    """The residual branches by kind: how many, and their share of parameters, FLOPs and time."""
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        kinds.setdefault(str(row["kind"]), []).append(row)
-    for kind, group in kinds.items():
-        told = f"{len(group)} residual sublayers of kind {kind}: "
-        told += f"{_count(sum(row['parameters'] for row in group))} parameters"
-        for key, of in (("flops_share", "FLOPs"), ("time_share", "time")):
-            shares = [row[key] for row in group if row.get(key) is not None]
-            told += f", {_share(sum(shares))} of the {of}" if shares else ""
-        line(told)
+        kinds.setdefault(str(row.get("kind", "other")), []).append(row)
+    cells = [
+        (
+            f"{len(group)} {kind}",
+            _count(_sum(group, "parameters")),
+            _share(_sum(group, "flops_share")),
+            _share(_sum(group, "time_share")),
+        )
+        for kind, group in kinds.items()
+    ]
+    if cells:
+        console().print(_table(_SUBLAYERS, cells))
 
 
-def model(told: Mapping[str, Any]) -> None:
-    """The whole model: its size, what it was run on, and what is to be said about it."""
-    taken = told.get("seconds")
-    timed = f", {taken['value'] * 1e3:.1f} ms ({taken['kind']})" if taken else ""
-    size, work = _count(told["parameters"]), _count(told["flops"]["value"])
-    line(f"{told['model']}: {size} parameters, {work} operations on {told['inputs']}{timed}")
-    for note in told.get("notes", ()):
-        line(f"  {note}", _DIM)
+def model(found: Mapping[str, Any]) -> None:
+    """The model as a whole, from `inspect --json`: its size, inputs and time, and what to know."""
+    target = console()
+    seconds = _value(found.get("seconds"))
+    facts = (
+        ("model", str(found.get("model") or "")),
+        ("inputs", str(found.get("inputs") or "")),
+        ("params", _count(found.get("parameters"))),
+        ("FLOPs", _count(_value(found.get("flops")))),
+        ("time", f"{seconds * 1e3:.3g} ms per call, measured" if seconds is not None else ""),
+        *(("note", str(note)) for note in found.get("notes", ())),
+    )
+    for name, told in facts:
+        if told:
+            target.print(_fact(name, told))
 
 
 def outcomes(done: Iterable[Outcome]) -> None:
     """What each rewrite did: applied where, or why not; equal answers share a row."""
     from attnopt.autotune import wording as say
 
-    table = _table(("rewrite", "left"), ("at", "left"), ("", "left"), ("because", "left"))
     groups: dict[tuple[str, bool, str], list[Outcome]] = {}
     for outcome in done:
         told = outcome.note if outcome.applied else outcome.reason
         groups.setdefault((outcome.rewrite, outcome.applied, told), []).append(outcome)
+    rows = []
     for (rewrite, applied, told), group in groups.items():
         mark = Text("applied", _GREEN) if applied else Text("left alone", _DIM)
         where = say.targets(outcome.target for outcome in group).removeprefix("on ")
         helped = f"{told}; {group[0].help}" if group[0].help else told
-        table.add_row(
-            _text(rewrite), _text(where or "the model"), mark, _text(helped + _error(group))
-        )
-    if groups:
-        console().print(table)
+        rows.append((rewrite, where or "the model", mark, helped + _error(group)))
+    if rows:
+        console().print(_table(_OUTCOMES, rows))
 
 
 def verdict(result: Result) -> None:
@@ -162,7 +188,7 @@ def verdict(result: Result) -> None:
 
 
 def _site(row: Mapping[str, Any], *, narrow: bool) -> tuple[str | Text, ...]:
-    module, source = str(row.get("module") or row.get("id") or NONE), str(row.get("source") or "")
+    module, source = _module(row), str(row.get("source") or "")
     if narrow and source:
         module, source = f"{module}\n  {source}", ""
     if not row.get("raised", True):
@@ -182,6 +208,10 @@ def _site(row: Mapping[str, Any], *, narrow: bool) -> tuple[str | Text, ...]:
     )
 
 
+def _module(row: Mapping[str, Any]) -> str:
+    return str(row.get("module") or row.get("id") or NONE)
+
+
 def _not_understood(row: Mapping[str, Any]) -> Notice:
     where = "   ".join(str(row[key]) for key in ("module", "source") if row.get(key))
     why = str(row.get("reason") or "no reason is known")
@@ -198,32 +228,35 @@ def _fact(name: str, told: str, style: str = "") -> Text:
     return Text.assemble((f"  {name:<10}", _DIM), (told, style))
 
 
-def _table(*columns: tuple[str, Any]) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    for name, side in columns:
-        table.add_column(
-            name, justify=side, overflow="fold", no_wrap=side == "right", min_width=len(name)
-        )
+def _table(head: Sequence[Column], rows: Sequence[Sequence[str | Text]], gap: int = 2) -> Table:
+    """A table without lines; columns that say nothing in any row are left out."""
+    said = [any(str(row[at]).strip() not in ("", NONE) for row in rows) for at in range(len(head))]
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, gap, 0, 0))
+    for (name, side), kept in zip(head, said, strict=True):
+        if kept:
+            table.add_column(name, justify=side, overflow="fold", no_wrap=side == "right")
+    for row in rows:
+        table.add_row(*(_text(cell) for cell, kept in zip(row, said, strict=True) if kept))
     return table
-
-
-def _drop_empty(table: Table) -> None:
-    """Leave out columns that say nothing in any row."""
-    table.columns = [
-        column
-        for column in table.columns
-        if any(str(cell).strip() not in ("", NONE) for cell in column.cells)
-    ]
 
 
 def _text(cell: str | Text) -> Text:
     return cell if isinstance(cell, Text) else Text(cell)
 
 
+def _sum(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    values = [row[key] for row in rows if isinstance(row.get(key), (int, float))]
+    return sum(values) if len(values) == len(rows) else None
+
+
+def _value(number: Any) -> Any:
+    return number.get("value") if isinstance(number, Mapping) else number
+
+
 def _count(value: Any) -> str:
     if not isinstance(value, (int, float)):
         return ""
-    for scale, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for scale, unit in ((1e12, "T"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= scale:
             return f"{value / scale:.1f}{unit}"
     return f"{value:.0f}"

@@ -86,6 +86,44 @@ def test_columns_that_were_not_measured_are_left_out(capsys: pytest.CaptureFixtu
     assert "FLOPs" in head and "time" not in head
 
 
+def test_facts_that_were_not_found_say_why_once(capsys: pytest.CaptureFixture[str]) -> None:
+    row = _row(missing={"rotary": "the angle is learned"})
+    draw.sites([row, {**row, "module": "other"}, _row()])
+    told = capsys.readouterr().out
+    assert told.count("the angle is learned") == 1
+    assert "not found at model.layers.0.self_attn and 1 more: the angle is learned" in told
+
+
+def test_sublayers_are_summed_by_kind(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"kind": "mlp", "parameters": 1000, "flops_share": 0.25, "time_share": None}
+    draw.sublayers([row, row, {**row, "kind": "attention", "flops_share": 0.1}])
+    head, mlp, attention = capsys.readouterr().out.splitlines()
+    assert "time" not in head
+    assert mlp.split() == ["2", "mlp", "2.0k", "50.0%"]
+    assert attention.split() == ["1", "attention", "1.0k", "10.0%"]
+    draw.sublayers([])
+    assert capsys.readouterr().out == ""
+
+
+def test_the_model_as_a_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    found = {"model": NASTY, "inputs": "input_ids int64 [2, 64]", "parameters": 5_200_000,
+             "flops": {"value": 3.1e9, "kind": "counted"}, "notes": ["made up"],
+             "seconds": {"value": 0.0123, "kind": "measured"}}  # fmt: skip
+    draw.model(found)
+    told = capsys.readouterr().out
+    for text in (
+        NASTY,
+        "input_ids int64 [2, 64]",
+        "5.2M",
+        "3.1G",
+        "12.3 ms per call, measured",
+        "made up",
+    ):
+        assert text in told, text
+    draw.model({**found, "seconds": None})
+    assert "per call" not in capsys.readouterr().out
+
+
 def test_a_problem_is_told_on_stderr_in_the_compilers_form(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
