@@ -1,15 +1,20 @@
 """Window attention in blocks: the backend "chunked", with memory and work linear in the length.
 
-Queries are cut into blocks of C. Block b may read the keys from bC - (left - 1) to its own last query (for a two-sided window
-also left - 1 further), so every block reads a slice of one size, gathered once, plus the sink keys. The blocks then run as
-the heads of one ordinary attention, with the query heads of a key/value head folded into the rows:
+Queries are cut into blocks of C. Block b may read the keys from bC - (left - 1) to its own last
+query (for a two-sided window also left - 1 further), so every block reads a slice of one size,
+gathered once, plus the sink keys. The blocks then run as the heads of one ordinary attention, with
+the query heads of a key/value head folded into the rows:
 
-    q [batch kv_heads, blocks, group C, head_dim], k and v [batch kv_heads, blocks, slice + sink, .], mask [., blocks, group C, .]
+    q         [batch kv_heads, blocks, group C, head_dim]
+    k and v   [batch kv_heads, blocks, slice + sink, .]
+    mask      [1 or batch kv_heads, blocks, group C, slice + sink]
 
-A sink key that also lies in the slice is read in the slice alone, so no key is counted twice. Only aten operators with sizes
-computed from the inputs' shapes are used, so the function exports with dynamic batch and length; a length under the window works.
+A sink key that also lies in the slice is read in the slice alone, so no key is counted twice. Only
+aten operators with sizes computed from the inputs' shapes are used, so the function exports with
+dynamic batch and length; a length under the window works.
 
-Source: StreamingLLM (Xiao et al. 2023), equation of the sink mask; the block layout is the usual one of local attention.
+Source: StreamingLLM (Xiao et al. 2023), equation of the sink mask; the block layout is the usual
+one of local attention.
 """
 
 from __future__ import annotations
@@ -22,11 +27,15 @@ from torch import Tensor
 from attnopt.compiler import attend
 from attnopt.compiler.spec import FULL, AttentionSpec, Mask
 
-SMALLEST, LARGEST = 32, 128  # rows of a block: below, calls are too small; above, too many masked logits are computed
+# Rows of a block: below, calls are too small; above, too many masked logits are computed.
+SMALLEST, LARGEST = 32, 128
 
 
 def block_size(left: int) -> int:
-    """Queries per block for a window of `left` keys: the power of two at or above it, kept between 32 and 128."""
+    """Queries per block for a window of `left` keys.
+
+    The power of two at or above it, kept between 32 and 128.
+    """
     size = SMALLEST
     while size < min(left, LARGEST):
         size *= 2
@@ -34,7 +43,10 @@ def block_size(left: int) -> int:
 
 
 def logits_per_query(mask: Mask) -> int:
-    """How many logits `chunked` computes for each query, masked ones included. Independent of the length."""
+    """How many logits `chunked` computes for each query, masked ones included.
+
+    Independent of the length.
+    """
     block = block_size(mask.left)
     return block + _before(mask) + _behind(mask) + mask.sink
 
@@ -49,9 +61,10 @@ def why_not(spec: AttentionSpec) -> str:
 def chunked(
     q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: AttentionSpec
 ) -> Tensor:
-    """Attention under a window mask, block by block; equal to `attend.reference`. Other masks go to `attend.sdpa`.
+    """Attention under a window mask, block by block; equal to `attend.reference`.
 
-    q `[batch, heads, S, head_dim]`, k and v `[batch, kv_heads, T, .]`; a `bias` or `keep` that spans S x T is itself quadratic.
+    q `[batch, heads, S, head_dim]`, k and v `[batch, kv_heads, T, .]`. Other masks go to
+    `attend.sdpa`. A `bias` or `keep` that spans S x T is itself quadratic.
     """
     if why_not(spec):
         run = attend.reference if attend.runs_on_sdpa(spec) else attend.sdpa
@@ -89,9 +102,10 @@ def _behind(mask: Mask) -> int:
 def _positions(
     queries: int, keys: int, block: int, blocks: int, mask: Mask, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Query positions [blocks, block], key positions [blocks, slice + sink] (some out of range), keep [blocks, block, .].
+    """Query positions, key positions (some out of range), and which keys each query keeps.
 
-    The last block's surplus queries repeat the last real one, so that no row is empty; they are cut off at the end.
+    `[blocks, block]`, `[blocks, slice + sink]` and bool `[blocks, block, slice + sink]`. The last
+    block's surplus queries repeat the last real one, so that no row is empty; they are cut off.
     """
     first = torch.arange(blocks, device=device)[:, None] * block
     i = (first + torch.arange(block, device=device)[None, :]).clamp(max=queries - 1)
@@ -152,7 +166,10 @@ def _blocked(
 
 
 def _cut(x: Tensor, i: Tensor, read: Tensor) -> Tensor:
-    """A tensor broadcastable to [batch, heads, S, T] as [batch or 1, heads or 1, blocks, block or 1, slice or 1]."""
+    """The blocks of a tensor that broadcasts to `[batch, heads, S, T]`.
+
+    Answers `[batch or 1, heads or 1, blocks, block or 1, slice or 1]`.
+    """
     while x.dim() < 4:
         x = x.unsqueeze(0)
     rows = torch.zeros_like(i[:, :1]) if x.shape[2] == 1 else i
@@ -161,7 +178,7 @@ def _cut(x: Tensor, i: Tensor, read: Tensor) -> Tensor:
 
 
 def _fold(x: Tensor, spec: AttentionSpec, batch: int, shape: tuple[int, int, int]) -> Tensor:
-    """[batch or 1, heads or 1, blocks, block or 1, slice or 1] to [batch kv_heads or 1, blocks, group block, slice]."""
+    """What `_cut` gives as `[batch kv_heads or 1, blocks, group block, slice]`."""
     blocks, block, span = shape
     x = x.expand(x.shape[0], x.shape[1], blocks, block, span)
     if x.shape[0] == 1 and x.shape[1] == 1:
@@ -173,6 +190,8 @@ def _fold(x: Tensor, spec: AttentionSpec, batch: int, shape: tuple[int, int, int
 
 
 def _mean_where_empty(out: Tensor, keep: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
-    """With the fill "min" a query that reads no key gets the mean over all keys, as the definition has it."""
+    """With the fill "min" a query that reads no key gets the mean over all keys, as the definition
+    has it.
+    """
     mean = v.mean(2).reshape(-1, 1, 1, v.shape[-1])
     return torch.where(keep.any(-1, keepdim=True), out, mean.to(out.dtype))

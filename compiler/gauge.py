@@ -1,10 +1,12 @@
-"""What may be absorbed for free: the linear maps that pass through everything between a split and the attention.
+"""What may be absorbed for free: the maps that commute with all that acts on a head.
 
-A map M on the dims of a head can move from the key projection into the query projection only if rotary, norms and casts on
-the way commute with it. That is tried, not assumed: random head vectors go through the graph with M before and with M after.
+A map M on the dims of a head can move from the key projection into the query projection only if
+rotary, norms and casts on the way commute with it. That is tried, not assumed: random head vectors
+go through the graph with M before and with M after.
 
-With rotary the pair (a, b) is one complex number and only complex scalars commute, never a reflection; a norm takes away the
-scale and leaves the turn, where its weight is equal on both dims of a pair. Dims in no pair allow any matrix.
+With rotary the pair (a, b) is one complex number and only complex scalars commute, never a
+reflection; a norm takes away the scale and leaves the turn, where its weight is equal on both dims
+of a pair. Dims in no pair allow any matrix.
 """
 
 from __future__ import annotations
@@ -25,7 +27,11 @@ PairFreedom = Literal["scale", "turn", "none"]
 
 @dataclass(frozen=True)
 class Freedom:
-    """Which maps commute: complex scalars ("scale"), unit ones ("turn") or none per rotary pair; any matrix on the `rest`."""
+    """Which maps commute.
+
+    `pairs`: complex scalars ("scale"), unit ones ("turn") or none on a rotary pair. `rest`: whether
+    any matrix does on the dims in no pair. `why` says what forbids the rest.
+    """
 
     pairs: PairFreedom
     rest: bool
@@ -45,7 +51,9 @@ def freedom(program: Program, site: Site, which: Literal["q", "k", "v"]) -> Free
     operand = program.node(site.node).args["qkv".index(which)]
     assert isinstance(operand, fx.Node)
     dim = path.channels.shape[1]
-    pairs = site.rotary.pairs if site.rotary is not None and which != "v" else torch.empty(0, 2).long()
+    pairs = (
+        site.rotary.pairs if site.rotary is not None and which != "v" else torch.empty(0, 2).long()
+    )
     try:
         through = _Way(program, program.node(path.split), operand)
         turn = through.commutes(turned(dim, pairs, torch.rand(len(pairs)) * 6.0))
@@ -68,7 +76,10 @@ def stretched(dim: int, pairs: Tensor, factors: Tensor) -> Tensor:
 
 
 def mixed(dim: int, pairs: Tensor) -> Tensor:
-    """A random matrix on the dims that are in no pair, the identity on the others; `[dim, dim]` float64."""
+    """A random matrix on the dims that are in no pair, the identity on the others.
+
+    `[dim, dim]` float64.
+    """
     made = torch.eye(dim, dtype=torch.float64)
     free = unpaired(dim, pairs)
     made[free[:, None], free[None, :]] = torch.randn(len(free), len(free), dtype=torch.float64)
@@ -76,7 +87,10 @@ def mixed(dim: int, pairs: Tensor) -> Tensor:
 
 
 def complex_scalars(dim: int, pairs: Tensor, factors: Tensor) -> Tensor:
-    """Multiplication of each pair a + ib by its complex factor `[pairs]`, as a real `[dim, dim]` float64 matrix."""
+    """Multiplication of each pair a + ib by its complex factor `[pairs]`.
+
+    Answers a real `[dim, dim]` float64 matrix.
+    """
     made = torch.eye(dim, dtype=torch.float64)
     a, b = pairs[:, 0], pairs[:, 1]
     real, imag = factors.real.double(), factors.imag.double()
@@ -104,7 +118,7 @@ class _Way:
         self.y = self._run(self.x)
 
     def commutes(self, matrix: Tensor) -> bool:
-        """Whether the matrix before gives the matrix after, to the rounding of the model's dtype."""
+        """Whether the matrix before gives the matrix after, to the rounding of the dtype."""
         before, after = self._run(self.x @ matrix.T), self.y @ matrix.T
         slack = 64 * torch.finfo(self.dtype).eps * float(after.abs().max() + 1e-30)
         return bool((before - after).abs().max() <= slack)

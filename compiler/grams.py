@@ -1,7 +1,9 @@
-"""Second moments of activations, streamed in float64: all that the closed forms need, never the activations themselves.
+"""Second moments of activations, streamed in float64: all that the closed forms need, never the
+activations themselves.
 
-For rows x `[width]` (one per real token) with a constant 1 appended, C = sum x x^T. Whatever is linear in x follows from it:
-keys x W have the Gram W^T C W, a least squares target y needs C and sum x y^T besides. Padded positions are left out.
+For rows x `[width]` (one per real token) with a constant 1 appended, C = sum x x^T. Whatever is
+linear in x follows from it: keys x W have the Gram W^T C W, a least squares target y needs C and
+sum x y^T besides. Padded positions are left out.
 """
 
 from __future__ import annotations
@@ -16,12 +18,17 @@ from torch import Tensor, fx
 from attnopt.compiler.contract import Notes
 from attnopt.compiler.program import Batch, Program, peek
 
-_KEEP_BYTES = 1 << 30  # Grams of one program kept for later sites and trials; above it one site at a time is made
+_KEEP_BYTES = (
+    1 << 30
+)  # Grams of one program kept for later sites and trials; above it one site at a time is made
 
 
 @dataclass
 class Gram:
-    """Sums over tokens: `xx` `[p, p]`, `xy` `[p, r]` and `yy` (a sum of squares), all float64; `rows` tokens were added."""
+    """Sums over tokens.
+
+    `xx` `[p, p]`, `xy` `[p, r]` and `yy` (a sum of squares), all float64; `rows` tokens were added.
+    """
 
     xx: Tensor
     xy: Tensor
@@ -58,9 +65,10 @@ def with_one(x: Tensor) -> Tensor:
 
 
 def rows(value: Tensor, valid: Tensor | None) -> Tensor:
-    """The real tokens of `[batch, seq, width]` (or `[seq, batch, width]`, or already flat) as `[tokens, width]`.
+    """The real tokens of an activation as `[tokens, width]`.
 
-    `valid` bool `[batch, seq]`. Raises ValueError where the two do not fit together.
+    `value` is `[batch, seq, width]`, `[seq, batch, width]` or flat already; `valid` is bool
+    `[batch, seq]`. Raises ValueError where the two do not fit together.
     """
     flat = value.reshape(-1, value.shape[-1])
     if valid is None:
@@ -72,10 +80,8 @@ def rows(value: Tensor, valid: Tensor | None) -> Tensor:
     return flat[valid.reshape(-1).to(flat.device)]
 
 
-def moments(
-    program: Program, names: Sequence[str], batches: Sequence[Batch]
-) -> dict[str, Gram]:
-    """The Gram of each named node's value with a constant column, over the real tokens of the batches."""
+def moments(program: Program, names: Sequence[str], batches: Sequence[Batch]) -> dict[str, Gram]:
+    """The Gram of each named node's value with a constant column, over the real tokens."""
     found: dict[str, Gram] = {}
     for batch in batches:
         values = peek(program, names, batch)
@@ -90,10 +96,10 @@ _kept = WeakKeyDictionary()
 
 
 def input_moments(notes: Notes, names: Sequence[str], heldout: bool = False) -> dict[str, Gram]:
-    """Grams of what the named nodes of the original program hold, on its calibration (or held-out) batches.
+    """Grams of what named nodes of the original program hold, on calibration or held-out data.
 
-    The inputs of all sites are gathered in one pass over the data and kept for as long as the original lives, so that a
-    search over many options calibrates once.
+    The inputs of all sites are gathered in one pass over the data and kept for as long as the
+    original lives, so that a search over many options calibrates once.
     """
     batches = notes.heldout if heldout else notes.calibration
     kept = _entry(notes.original, batches)

@@ -1,10 +1,11 @@
 """Give one operand of an attention a new projection, with other heads, in the graph.
 
-`reproject` puts `linear(source, weight, bias)` beside the old projection, splits it into heads, and clones every node
-between the site's split and the attention's operand (rotary, norms, transposes) with the new head count; a repetition of
-key/value heads is dropped, since the attention reads grouped heads by itself. The old nodes die when nobody else reads
-them. Whatever cannot be cloned is a `Miss` that names the node; the program is then half edited and must be thrown away,
-so a pass tries on a copy first.
+`reproject` puts `linear(source, weight, bias)` beside the old projection, splits it into heads, and
+clones every node between the site's split and the attention's operand (rotary, norms, transposes)
+with the new head count; a repetition of key/value heads is dropped, since the attention reads
+grouped heads by itself. The old nodes die when nobody else reads them. Whatever cannot be cloned is
+a `Miss` that names the node; the program is then half edited and must be thrown away, so a pass
+tries on a copy first.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Literal, cast
 
-import sympy
+import sympy  # type: ignore[import-untyped]  # a dependency of torch
 import torch
 from torch import Tensor, fx
 
@@ -33,8 +34,9 @@ def reproject(
 ) -> Site | Miss:
     """Make operand `which` of a site from a new projection, in this program's graph.
 
-    `weight` `[heads * dim, width]` and `bias` `[heads * dim]` give the channels of head h at h * dim. Answers the site with
-    its new facts. The specs of k and v must agree in the end: reproject both.
+    `weight` `[heads * dim, width]` and `bias` `[heads * dim]` give the channels of head h at h *
+    dim. Answers the site with its new facts. The specs of k and v must agree in the end: reproject
+    both.
     """
     path: Path | None = getattr(site, which)
     if path is None:
@@ -73,7 +75,13 @@ def reproject(
 
 
 def _facts(
-    program: Program, site: Site, which: Which, linear: fx.Node, split: fx.Node, heads: int, dim: int
+    program: Program,
+    site: Site,
+    which: Which,
+    linear: fx.Node,
+    split: fx.Node,
+    heads: int,
+    dim: int,
 ) -> Site:
     old: Path = getattr(site, which)
     args = cast(tuple[fx.Node, ...], linear.args)
@@ -102,7 +110,10 @@ def _facts(
 
 
 def _between(split: fx.Node, operand: fx.Node) -> list[fx.Node] | None:
-    """The nodes after `split` that the operand is made through, in graph order; None when it is not made from it."""
+    """The nodes after `split` that the operand is made through, in graph order.
+
+    None when it is not made from it.
+    """
     above: set[fx.Node] = set()
     stack = [operand]
     while stack:
@@ -130,7 +141,7 @@ def _project(
     heads: int,
     name: str,
 ) -> tuple[fx.Node, fx.Node] | Miss:
-    """The new projection [batch, seq, heads dim], and its split into heads in the order of the old one."""
+    """The new projection `[batch, seq, heads dim]`, and its split into heads in the old order."""
     source = program.node(path.source)
     if source.meta["val"].dim() == 2 and source.target in _VIEWS:
         source = cast(fx.Node, source.args[0])
@@ -210,7 +221,10 @@ def _try(program: Program, node: fx.Node, args: Any, kwargs: Any) -> fx.Node | s
 
 
 def _expanded(node: fx.Node, values: dict[fx.Node, fx.Node]) -> list[Any]:
-    """The sizes of an expand: own sizes follow the new input, and a repetition of heads is dropped."""
+    """The sizes of an expand.
+
+    Own sizes follow the new input, and a repetition of heads is dropped.
+    """
     source = cast(fx.Node, node.args[0])
     before = list(source.meta["val"].shape)
     after = list(values.get(source, source).meta["val"].shape)
@@ -220,15 +234,17 @@ def _expanded(node: fx.Node, values: dict[fx.Node, fx.Node]) -> list[Any]:
         size, own, now = sizes[axis], before[axis - lead], after[axis - lead]
         if not isinstance(size, int) or size == -1:
             continue
-        if own == 1 and size > 1 and axis < len(sizes) - 2:
-            sizes[axis] = now
-        elif isinstance(now, int):
+        repeats = own == 1 and size > 1 and axis < len(sizes) - 2
+        if repeats or isinstance(now, int):
             sizes[axis] = now
     return sizes
 
 
 def _reshaped(node: fx.Node, values: dict[fx.Node, fx.Node]) -> Iterator[list[Any]]:
-    """Size lists for a view of the new input, the likeliest first: the one whose leading axes hold what they held."""
+    """Size lists for a view of the new input.
+
+    The likeliest come first: those that change an axis whose leading axes hold what they held.
+    """
     source = cast(fx.Node, node.args[0])
     ratio = _ratio(values[source], source)
     sizes = list(cast(Any, node.args[1]))
@@ -281,7 +297,10 @@ def _product(sizes: Any) -> sympy.Expr:
 
 
 def _ratio(new: fx.Node, old: fx.Node) -> Any:
-    """Elements of `new` over elements of `old` as a rational number; None when it depends on a symbol."""
+    """Elements of `new` over elements of `old` as a rational number.
+
+    None when it depends on a symbol.
+    """
     found = sympy.cancel(_product(new.meta["val"].shape) / _product(old.meta["val"].shape))
     return found if found.is_Rational else None
 

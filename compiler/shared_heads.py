@@ -1,14 +1,17 @@
 """One key or value head in the place of several: the closed forms, on second moments alone.
 
-A head is y_h = W_h x with x `[width + 1]` (a constant 1 last, so that W_h `[dim, width + 1]` carries the bias). A group of heads
-gets one shared head s = W x and a map per head, y_h ~ T_h s. The map costs nothing: q.k_h ~ (T_h^T q).s moves it into the
-query, a v_h W_o ~ a s T_h^T W_o moves it into the output projection. What T_h may be is the gauge (`attnopt.compiler.gauge`).
+A head is y_h = W_h x with x `[width + 1]` (a constant 1 last, so that W_h `[dim, width + 1]`
+carries the bias). A group of heads gets one shared head s = W x and a map per head, y_h ~ T_h s.
+The map costs nothing: q.k_h ~ (T_h^T q).s moves it into the query, a v_h W_o ~ a s T_h^T W_o moves
+it into the output projection. What T_h may be is the gauge (`attnopt.compiler.gauge`).
 
-* Any matrix (values; keys without rotary): stack the group's heads, weighted by a metric S_h, and keep the top principal
-  directions P: s = P^T [S_h y_h], T_h = S_h^-1 P_h. The metric of values is (sum W_o W_o^T)^1/2 over the query heads that
-  read them, that of keys the root of those query heads' second moment. Optimal for the weighted error.
-* Complex scalars (a rotary pair): with z_h = e_h (a + ib), e_h the rms of the query on the pair, and u the top eigenvector of
-  sum z z^H: s = sum_h conj(u_h) z_h, T_h = u_h / e_h. Optimal among one complex number per head and pair.
+* Any matrix (values; keys without rotary): stack the group's heads, weighted by a metric S_h, and
+  keep the top principal directions P: s = P^T [S_h y_h], T_h = S_h^-1 P_h. The metric of values is
+  (sum W_o W_o^T)^1/2 over the query heads that read them, that of keys the root of those query
+  heads' second moment. Optimal for the weighted error.
+* Complex scalars (a rotary pair): with z_h = e_h (a + ib), e_h the rms of the query on the pair,
+  and u the top eigenvector of sum z z^H: s = sum_h conj(u_h) z_h, T_h = u_h / e_h. Optimal among
+  one complex number per head and pair.
 * Unit complex scalars (a norm follows): the phases of u, on heads brought to equal energy.
 * Nothing: the mean, T_h = 1 (Ainslie et al. 2023, the baseline).
 """
@@ -22,14 +25,16 @@ from torch import Tensor
 
 from attnopt.compiler.gauge import Freedom, unpaired
 
-_DAMPING = 1e-6  # of a metric's mean diagonal: directions that calibration never saw keep their place
+# Of a metric's mean diagonal, so that directions that calibration never saw keep their place.
+_DAMPING = 1e-6
 
 
 @dataclass(frozen=True)
 class Shared:
-    """Shared heads `weight` `[groups, dim, width + 1]`, maps `expand` `[heads, dim, dim]`, all float64.
+    """The shared heads of all groups and the way back to the old ones, all float64.
 
-    `metric` `[heads, dim, dim]` weighs the error; `tail` is the predicted share of weighted energy lost (None without one).
+    `weight` `[groups, dim, width + 1]`, `expand` `[heads, dim, dim]`; `metric` `[heads, dim, dim]`
+    weighs the error; `tail` is the predicted share of weighted energy lost, None without one.
     """
 
     weight: Tensor
@@ -38,7 +43,9 @@ class Shared:
     tail: float | None = None
 
     def residual(self, heads: Tensor, gram: Tensor) -> float:
-        """Weighted share of energy lost for heads `[heads, dim, width + 1]` on inputs with this Gram."""
+        """Weighted share of energy lost for heads `[heads, dim, width + 1]` on inputs with this
+        Gram.
+        """
         size = len(heads) // len(self.weight)
         lost = heads - self.expand @ self.weight.repeat_interleave(size, dim=0)
         return _energy(self.metric @ lost, gram) / max(_energy(self.metric @ heads, gram), 1e-300)
@@ -70,11 +77,13 @@ def principal(heads: Tensor, gram: Tensor, groups: int, metric: Tensor) -> Share
     return Shared(torch.stack(weights), torch.cat(maps), metric, tail)
 
 
-def keys(heads: Tensor, gram: Tensor, groups: int, query: Tensor, pairs: Tensor, free: Freedom) -> Shared:
+def keys(
+    heads: Tensor, gram: Tensor, groups: int, query: Tensor, pairs: Tensor, free: Freedom
+) -> Shared:
     """Shared keys, each part of a head by what its gauge allows.
 
-    `heads` `[heads, dim, width + 1]` before rotary; `query` `[heads, dim, dim]` second moments of the queries that read each
-    key head, before rotary; `pairs` `[pairs, 2]` the rotary pairs.
+    `heads` `[heads, dim, width + 1]` before rotary; `query` `[heads, dim, dim]` second moments of
+    the queries that read each key head, before rotary; `pairs` `[pairs, 2]` the rotary pairs.
     """
     count, dim, _ = heads.shape
     metric = _key_metric(query, pairs, free)
@@ -104,7 +113,9 @@ def root(moment: Tensor) -> Tensor:
     level = level.clamp(min=1e-30 + 1e-12 * float(level.max()))
     eye = torch.eye(moment.shape[-1], dtype=moment.dtype)
     values, vectors = torch.linalg.eigh(_symmetric(moment) + _DAMPING * level * eye)
-    return (vectors * values.clamp(min=0).sqrt()[..., None, :]) @ vectors.transpose(-1, -2)
+    scaled: Tensor = vectors * values.clamp(min=0).sqrt()[..., None, :]
+    made: Tensor = scaled @ vectors.transpose(-1, -2)
+    return made
 
 
 def _pair(
@@ -117,7 +128,10 @@ def _pair(
     weight: Tensor,
     expand: Tensor,
 ) -> float:
-    """Fill in one rotary pair of all groups; answers the weighted energy it loses. `level` is set when only turns pass."""
+    """Fill in one rotary pair of all groups; answers the weighted energy it loses.
+
+    `level` is set when only turns pass.
+    """
     a, b = int(pair[0]), int(pair[1])
     number = torch.complex(heads[:, a], heads[:, b])
     energy = metric[:, a, a] if level is None else 1.0 / level
@@ -144,7 +158,10 @@ def _pair(
 
 
 def _key_metric(query: Tensor, pairs: Tensor, free: Freedom) -> Tensor:
-    """How errors of a key weigh in the logits: rms of the query per rotary pair, root of its moment on the other dims."""
+    """How errors of a key weigh in the logits.
+
+    Rms of the query per rotary pair, root of its moment on the other dims.
+    """
     count, dim, _ = query.shape
     metric = torch.zeros(count, dim, dim, dtype=torch.float64)
     rest = unpaired(dim, pairs)

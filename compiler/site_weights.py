@@ -1,7 +1,8 @@
 """Read and write the projections of a site by head and dim, whatever the model's own layout.
 
-Reading answers float64 `[heads, dim, width]`; writing keeps the parameter's dtype and layout and touches only the channels that
-belong to the site. A parameter that another node reads too is not written: the site gets one of its own.
+Reading answers float64 `[heads, dim, width]`; writing keeps the parameter's dtype and layout and
+touches only the channels that belong to the site. A parameter that another node reads too is not
+written: the site gets one of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ _TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default, aten.nu
 
 
 def read_weight(program: Program, path: Path) -> tuple[Tensor, Tensor | None]:
-    """The projection of q, k or v as weight `[heads, dim, width]` and bias `[heads, dim]` or None, both float64."""
+    """The projection of q, k or v, float64.
+
+    Weight `[heads, dim, width]`, and bias `[heads, dim]` or None.
+    """
     weight = program.weight(path.weight).detach().double()
     rows = weight if path.layout == "out_in" else weight.T
     bias = program.weight(path.bias).detach().double()[path.channels] if path.bias else None
@@ -28,14 +32,20 @@ def read_weight(program: Program, path: Path) -> tuple[Tensor, Tensor | None]:
 
 
 def read_output(program: Program, path: OutputPath) -> Tensor:
-    """The output projection as `[heads, v_dim, width]` float64: what (head, dim) of the attention's result adds."""
+    """The output projection as `[heads, v_dim, width]` float64.
+
+    What (head, dim) of the attention's result adds.
+    """
     weight = program.weight(path.weight).detach().double()
     rows = weight if path.layout == "in_out" else weight.T
     return rows[path.channels]
 
 
 def write_query(program: Program, site: Site, weight: Tensor, bias: Tensor | None) -> Site:
-    """Put `[heads, dim, width]` and `[heads, dim]` in the place of the query projection's; answers the site's new facts."""
+    """Put `[heads, dim, width]` and `[heads, dim]` in the place of the query projection's.
+
+    Answers the site's new facts.
+    """
     path = cast(Path, site.q)
     name = _written(program, path.projection, path.weight, path.channels, weight, path.layout)
     bias_name = path.bias
@@ -45,9 +55,11 @@ def write_query(program: Program, site: Site, weight: Tensor, bias: Tensor | Non
 
 
 def write_output(program: Program, site: Site, weight: Tensor, bias: Tensor | None = None) -> Site:
-    """Put `[heads, v_dim, width]` (and a bias `[width]`) in the place of the output projection's."""
+    """Put `[heads, v_dim, width]` (and a bias `[width]`) in the output projection's place."""
     path = cast(OutputPath, site.out)
-    flipped = "in_out" if path.layout == "out_in" else "out_in"  # here the site's channels are inputs
+    flipped = (
+        "in_out" if path.layout == "out_in" else "out_in"
+    )  # here the site's channels are inputs
     name = _written(program, path.projection, path.weight, path.channels, weight, flipped)
     bias_name = path.bias
     if bias is not None and path.bias is not None:
@@ -57,7 +69,7 @@ def write_output(program: Program, site: Site, weight: Tensor, bias: Tensor | No
 
 
 def write_output_whole(program: Program, site: Site, weight: Tensor, bias: Tensor | None) -> Site:
-    """Replace the whole output projection by `[width in, width out]`, whatever heads its input columns belong to."""
+    """Replace the whole output projection by `[width in, width out]`, columns of no head too."""
     path = cast(OutputPath, site.out)
     whole = replace(path, channels=torch.arange(len(weight))[None])
     made = write_output(program, replace(site, out=whole), weight[None], bias)

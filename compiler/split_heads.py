@@ -1,4 +1,6 @@
-"""Split one attention of the graph into two, by key/value head, so that each part may follow a spec of its own."""
+"""Split one attention of the graph into two, by key/value head, so that each part may follow a spec
+of its own.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,11 @@ aten = torch.ops.aten
 def split_heads(
     program: Program, site: Site, chosen: Sequence[int], spec: AttentionSpec
 ) -> Site | Miss:
-    """Give the `chosen` key/value heads of a site an attention with `spec`, in this program's graph.
+    """Give the `chosen` key/value heads of a site an attention with `spec`, in this graph.
 
-    The site keeps the other heads; a new site, with id "<id>.split", stands for the chosen ones. `spec` is for all heads.
-    Answers the site with its new facts: both parts lose the paths of q, k and v, and the first keeps that of the output.
+    The site keeps the other heads; a new site, with id "<id>.split", stands for the chosen ones.
+    `spec` is for all heads. Answers the site with its new facts: both parts lose the paths of q, k
+    and v, and the first keeps that of the output.
     """
     node = program.node(site.node)
     if len(chosen) in (0, site.kv_heads):
@@ -53,7 +56,7 @@ def split_heads(
         reader.replace_input_with(node, result)
 
     why = "its heads are split between two attentions"
-    missing = {**site.missing, **{which: why for which in ("q", "k", "v")}}
+    missing = {**site.missing, **dict.fromkeys(("q", "k", "v"), why)}
     bare = replace(site, q=None, k=None, v=None, missing=missing)
     extra = replace(
         bare,

@@ -1,10 +1,11 @@
 """Merge key/value heads: multi-head or grouped attention to fewer key/value heads, down to one.
 
-Adjacent key/value heads form groups of `factor`. "mean" averages their projections (Ainslie et al. 2023, "GQA", section 2.1).
-"closed" takes the optimum that the gauge of each part allows, computed from second moments of the projections' inputs:
-one complex rank-1 fit per rotary frequency for the keys, weighted by the query's energy; weighted principal components
-for keys without rotary and for values. The maps back to the old heads are absorbed in the query and output projections, so
-nothing is added at run time. The maths is in `attnopt.compiler.shared_heads`; run `refit` afterwards.
+Adjacent key/value heads form groups of `factor`. "mean" averages their projections (Ainslie et al.
+2023, "GQA", section 2.1). "closed" takes the optimum that the gauge of each part allows, computed
+from second moments of the projections' inputs: one complex rank-1 fit per rotary frequency for the
+keys, weighted by the query's energy; weighted principal components for keys without rotary and for
+values. The maps back to the old heads are absorbed in the query and output projections, so nothing
+is added at run time. The maths is in `attnopt.compiler.shared_heads`; run `refit` afterwards.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ class MergeKvHeads(Pass):
 
     name: ClassVar[str] = "merge_kv_heads"
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
-    source: ClassVar[str] = "Ainslie et al. 2023 (mean); complex rank-1 keys, group-PCA values (closed)"
+    source: ClassVar[str] = (
+        "Ainslie et al. 2023 (mean); complex rank-1 keys, group-PCA values (closed)"
+    )
 
     factor: int = choice(2, 4, 8, default=2)
     method: str = choice("closed", "mean", default="closed")
@@ -68,7 +71,9 @@ class MergeKvHeads(Pass):
                 why = site.missing.get(which, "not known")
                 return Miss(f"the projection of {which} was not found: {why}", site.node)
         if "rotary" in site.missing:
-            return Miss(f"the rotary embedding is not understood: {site.missing['rotary']}", site.node)
+            return Miss(
+                f"the rotary embedding is not understood: {site.missing['rotary']}", site.node
+            )
         if site.kv_heads == 1:
             return Miss("there is one key/value head already", site.node)
         if site.kv_heads % self.factor:
@@ -117,7 +122,10 @@ def _freedom(program: Program, site: Site) -> _Free:
 
 @dataclass(frozen=True)
 class _Heads:
-    """A site's projections with the bias as last column: q, k, v `[heads, dim, width + 1]`, out `[heads, v_dim, width]`."""
+    """A site's projections with the bias as last column.
+
+    `q`, `k`, `v` are `[heads, dim, width + 1]`, `out` is `[heads, v_dim, width]`, all float64.
+    """
 
     q: Tensor
     k: Tensor
@@ -127,8 +135,10 @@ class _Heads:
     @staticmethod
     def read(program: Program, site: Site) -> _Heads:
         """The projections as they stand in the program, float64."""
-        stacked = [_with_bias(*read_weight(program, cast(Path, getattr(site, w)))) for w in _WHICH]
-        return _Heads(*stacked, out=read_output(program, cast(OutputPath, site.out)))
+        q, k, v = (
+            _with_bias(*read_weight(program, cast(Path, getattr(site, which)))) for which in _WHICH
+        )
+        return _Heads(q, k, v, read_output(program, cast(OutputPath, site.out)))
 
     @property
     def group(self) -> int:
@@ -146,7 +156,9 @@ class _Heads:
             return shared_heads.mean(self.k, groups, one), shared_heads.mean(self.v, groups, metric)
         c_q, c_k, c_v = (grams[cast(Path, getattr(site, w)).source].xx for w in _WHICH)
         query = self._read_by(self.q @ c_q @ self.q.transpose(1, 2))
-        bound = free or _Free(Freedom("none", False), Freedom("none", False), site.rotary is not None)
+        bound = free or _Free(
+            Freedom("none", False), Freedom("none", False), site.rotary is not None
+        )
         k = shared_heads.keys(self.k, c_k, groups, query, pairs, bound.k)
         if bound.v.rest:
             return k, shared_heads.principal(self.v, c_v, groups, metric)
@@ -166,22 +178,24 @@ class _Heads:
 
 
 def _apply(program: Program, site: Site, heads: _Heads, k: Shared, v: Shared) -> Site | Miss:
-    """Put the shared projections into a program's graph; the site with its new facts, or what stood in the way."""
+    """Put the shared projections into a program's graph.
+
+    Answers the site with its new facts, or what stood in the way.
+    """
     old = [cast(Path, getattr(site, which)) for which in _WHICH]
     q_path, k_path, v_path = old
-    made: Site | Miss = site
-    for which, shared, path in (("k", k, k_path), ("v", v, v_path)):
-        made = _reprojected(program, made, "k" if which == "k" else "v", shared.weight, path)
-        if isinstance(made, Miss):
-            return made
+    made = _reprojected(program, site, "k", k.weight, k_path)
+    if not isinstance(made, Miss):
+        made = _reprojected(program, made, "v", v.weight, v_path)
+    if isinstance(made, Miss):
+        return made
     query = heads.query(k)
     if q_path.projection in (k_path.projection, v_path.projection):
         made = _reprojected(program, made, "q", query, q_path)
+        if isinstance(made, Miss):
+            return made
     else:
-        bias = query[..., -1] if q_path.bias else None
-        made = write_query(program, made, query[..., :-1], bias)
-    if isinstance(made, Miss):
-        return made
+        made = write_query(program, made, query[..., :-1], query[..., -1] if q_path.bias else None)
     made = write_output(program, made, heads.output(v))
     program.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     for name in {name for path in old for name in (path.weight, path.bias) if name}:
@@ -207,7 +221,7 @@ def _with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
 def _input_grams(
     program: Program, site: Site, notes: Notes, heldout: bool = False
 ) -> dict[str, Gram] | None:
-    """Second moments of the projections' inputs; of the original model where it has the same nodes."""
+    """Second moments of the projections' inputs, of the original where it has the same nodes."""
     batches = notes.heldout if heldout else notes.calibration
     if not batches:
         return None
@@ -226,7 +240,7 @@ def _evidence(
     v: Shared,
     grams: dict[str, Gram] | None,
 ) -> dict[str, float]:
-    """Predicted and measured shares of key and value energy lost, on calibration and on held-out data."""
+    """Shares of key and value energy lost: predicted, and measured on both kinds of data."""
     dtype = program.weight(cast(Path, site.k).weight).dtype
     found: dict[str, float] = {}
     held = _input_grams(program, site, notes, heldout=True)

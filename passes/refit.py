@@ -1,17 +1,21 @@
-"""Refit the output projection of an attention, so that a changed attention adds again what the original one added.
+"""Refit the output projection, so that a changed attention adds what the original one added.
 
-After heads, masks or keys have changed, the rows z that enter the output projection differ from the original's. With Z those rows
-in the program as it now is, and Y what the original attention gave for the same tokens,
+After heads, masks or keys have changed, the rows z that enter the output projection differ from the
+original's. With Z those rows in the program as it now is, and Y what the original attention gave
+for the same tokens,
 
     W = W0 + (Z^T Z + lambda I)^-1 Z^T (Y - Z W0),    lambda = damping * mean diag(Z^T Z),
 
-with a constant column where the projection has a bias. This is ridge regression that leans towards the weight W0 at hand, not
-towards zero: the calibration error cannot rise, and directions that calibration never saw stay as they were. It is solved layer
-by layer in the order of the graph, each layer seeing the drift of those before. With `against="residual"` the target is the
-original's stream before and after the attention summed up, less the present stream before it, which also mends drift.
+with a constant column where the projection has a bias. This is ridge regression that leans towards
+the weight W0 at hand, not towards zero: the calibration error cannot rise, and directions that
+calibration never saw stay as they were. It is solved layer by layer in the order of the graph, each
+layer seeing the drift of those before. With `against="residual"` the target is the original's
+stream before and after the attention summed up, less the present stream before it, which also mends
+drift.
 
-The new weight is kept only where the error on held-out data falls. Only second moments are held, never the activations.
-Source: the least squares of OSSCAR (Meng et al. 2024, section 3) and of ordinary ridge regression.
+The new weight is kept only where the error on held-out data falls. Only second moments are held,
+never the activations. Source: the least squares of OSSCAR (Meng et al. 2024, section 3) and of
+ordinary ridge regression.
 """
 
 from __future__ import annotations
@@ -30,7 +34,8 @@ from attnopt.compiler.site import OutputPath, Site
 from attnopt.compiler.site_weights import write_output_whole
 
 aten = torch.ops.aten
-_FLOOR = 1e-12  # of the target's energy: an error below it is rounding, and there is nothing to mend
+# Of the target's energy: an error below it is rounding, and there is nothing to mend.
+_FLOOR = 1e-12
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class Refit(Pass):
         after = check.error(rounded) / check.yy
         if not after < before:
             return Miss(
-                f"the held-out error would go from {before:.3g} to {after:.3g} of the target's energy",
+                f"the held-out error would go from {before:.3g} to {after:.3g} of the energy",
                 target.node,
             )
         return self._edit(target, program, new, with_bias, {
@@ -107,13 +112,19 @@ class Refit(Pass):
         if layer is None or teacher is None:
             return Miss("the site is in no residual sublayer", site.node)
         if not _ends_in(program, path.projection, layer.branch):
-            return Miss("something stands between the projection and the residual sum", layer.branch)
+            return Miss(
+                "something stands between the projection and the residual sum", layer.branch
+            )
         return _Flow(program, notes, entering, (teacher.entry, teacher.branch), layer.entry)
 
 
 @dataclass(frozen=True)
 class _Flow:
-    """Z is node `z` of the program; Y the sum of nodes `y` of the original, less node `less` of the program."""
+    """Where the rows come from.
+
+    Z is node `z` of the program; Y is the sum of nodes `y` of the original, less node `less` of
+    the program.
+    """
 
     program: Program
     notes: Notes
@@ -143,7 +154,10 @@ class _Flow:
 
 
 def solve(sums: Gram, old: Tensor, damping: float) -> tuple[Tensor, float]:
-    """Ridge regression towards `old` `[p, r]` from moments; also the relative norm of the gradient at the solution."""
+    """Ridge regression towards `old` `[p, r]` from moments.
+
+    Also the relative norm of the gradient at the solution.
+    """
     ridge = damping * sums.xx.diagonal().mean().clamp(min=1e-30)
     regular = sums.xx + ridge * torch.eye(len(sums.xx), dtype=torch.float64)
     step = sums.xy - sums.xx @ old

@@ -1,13 +1,15 @@
-"""Read a window of recent keys and a few sink keys instead of all of them (StreamingLLM, Xiao et al. 2023).
+"""Read a window of recent keys and a few sink keys instead of all (StreamingLLM, 2023).
 
-Query i keeps key j where i - j < left or j < sink; under a causal mask never j > i, for an encoder |i - j| < left. The sink keys take
-up the weight that a softmax has no use for; without them the outputs of long texts go astray. Positions stay as they are.
+Query i keeps key j where i - j < left or j < sink; under a causal mask never j > i, for an encoder
+|i - j| < left. The sink keys take up the weight that a softmax has no use for; without them the
+outputs of long texts go astray. Positions stay as they are.
 
-`groups` names the key/value heads to window, `kept` picks them instead: those whose kept attention mass on calibration data is at
-least that share on average. The others go on reading everything, in an attention of their own.
+`groups` names the key/value heads to window, `kept` picks them instead: those whose kept attention
+mass on calibration data is at least that share on average. The others go on reading everything, in
+an attention of their own.
 
-Dropping the mass delta of a query's keys and renormalising moves its output by at most 2 delta max|v|, so the kept mass that
-is reported bounds the error at each site. Run `refit` afterwards.
+Dropping the mass delta of a query's keys and renormalising moves its output by at most 2 delta
+max|v|, so the kept mass that is reported bounds the error at each site. Run `refit` afterwards.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from attnopt.compiler import attend, text
 from attnopt.compiler.attend_window import logits_per_query
 from attnopt.compiler.contract import Edit, Exactness, Miss, Notes, Pass, choice
 from attnopt.compiler.program import Batch, Program
+from attnopt.compiler.raising.evaluate import concrete, example_sizes
 from attnopt.compiler.reproject import same
 from attnopt.compiler.site import Site
 from attnopt.compiler.spec import AttentionSpec, Mask, parse_spec
@@ -37,7 +40,9 @@ class SlidingWindow(Pass):
 
     name: ClassVar[str] = "sliding_window"
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
-    source: ClassVar[str] = "StreamingLLM (Xiao et al. 2023); heads by kept mass after DuoAttention (2024)"
+    source: ClassVar[str] = (
+        "StreamingLLM (Xiao et al. 2023); heads by kept mass after DuoAttention (2024)"
+    )
     after: ClassVar[tuple[str, ...]] = ("simplify_mask",)
 
     left: int = choice(64, 128, 256, 512, 1024, 2048, 4096, default=256)
@@ -54,10 +59,10 @@ class SlidingWindow(Pass):
             return mask
         if self.backend not in ("auto", "chunked", "sdpa", "reference"):
             return Miss(f"unknown backend `{self.backend}`", target.node)
-        lengths = _lengths(target, program, notes)
-        if max(lengths) <= mask.left:
-            return Miss(f"no input is longer than {max(lengths)}: the window holds it all", target.node)
-        windowed = spec.with_(mask=mask, backend=self._backend(spec, mask, max(lengths)))
+        longest = _longest(target, program, notes)
+        if longest <= mask.left:
+            return Miss(f"no input is longer than {longest}: the window holds it all", target.node)
+        windowed = spec.with_(mask=mask, backend=self._backend(spec, mask, longest))
         # All the data where heads are chosen by it, one batch where it is only told.
         data = notes.calibration if self.kept else notes.calibration[:1]
         mass = _kept_mass(target, program, notes, mask, data) if data else None
@@ -96,7 +101,7 @@ class SlidingWindow(Pass):
             return self.backend
         dense = "reference" if attend.runs_on_sdpa(spec) else "sdpa"
         if {"keep", "bias"} & set(spec.extras):
-            return dense  # such an extra spans all queries and keys, and blocks would have to gather it
+            return dense  # such an extra spans all queries and keys; blocks would gather it
         return "chunked" if logits_per_query(mask) <= _PAYS * longest else dense
 
     def _chosen(self, site: Site, mass: Tensor | None) -> list[int] | Miss:
@@ -104,7 +109,9 @@ class SlidingWindow(Pass):
         if self.groups:
             outside = [g for g in self.groups if g not in everyone]
             if outside:
-                return Miss(f"there are {site.kv_heads} key/value heads, none is {outside}", site.node)
+                return Miss(
+                    f"there are {site.kv_heads} key/value heads, none is {outside}", site.node
+                )
             return sorted(set(self.groups))
         if not self.kept:
             return everyone
@@ -114,11 +121,16 @@ class SlidingWindow(Pass):
         if found:
             return found
         best = float(mass.max())
-        return Miss(f"no head keeps {self.kept:.2f} of its mass; the best keeps {best:.3f}", site.node)
+        return Miss(
+            f"no head keeps {self.kept:.2f} of its mass; the best keeps {best:.3f}", site.node
+        )
 
 
 def _class(site: Site, spec: AttentionSpec) -> Mask | None:
-    """The mask class in force: what the site is known to compute, or the spec's own where the spec says more."""
+    """The mask class in force.
+
+    What the site is known to compute, or the spec's own where the spec says more.
+    """
     if spec.mask.kind != "full":
         return spec.mask
     first = site.mask.split("+")[0]
@@ -150,23 +162,19 @@ def _split(
     return Edit(graph=edit, sites={site.id: made}, note=said, evidence=evidence)
 
 
-def _lengths(site: Site, program: Program, notes: Notes) -> list[int]:
-    """The sequence lengths that are known: the example's, and the batches' where they say which tokens are real."""
+def _longest(site: Site, program: Program, notes: Notes) -> int:
+    """The longest sequence that this attention meets in the example or in the data."""
+    size = cast(fx.Node, program.node(site.node).args[0]).meta["val"].shape[2]
     batches = [program.example, *notes.calibration, *notes.heldout]
-    return [_length(site, program, batch) for batch in batches]
-
-
-def _length(site: Site, program: Program, batch: Batch) -> int:
-    if batch.valid is not None:
-        return int(batch.valid.shape[1])
-    tensors = [x for x in (*batch.args, *batch.kwargs.values()) if isinstance(x, Tensor)]
-    return max((int(x.shape[1]) for x in tensors if x.dim() > 1), default=0)
+    return max(concrete(size, example_sizes(replace(program, example=batch))) for batch in batches)
 
 
 def _kept_mass(
     site: Site, program: Program, notes: Notes, mask: Mask, batches: Sequence[Batch]
 ) -> Tensor:
-    """The mean share of attention weight that each key/value head's queries keep, `[kv_heads]` float64."""
+    """The mean share of attention weight that each key/value head's queries keep, `[kv_heads]`
+    float64.
+    """
     node = program.node(site.node)
     spec = parse_spec(str(node.args[4]))
     extras = [cast(fx.Node, extra).name for extra in cast(Sequence[Any], node.args[3])]

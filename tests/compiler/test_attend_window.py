@@ -1,4 +1,6 @@
-"""The chunked window backend equals the dense definition at odd lengths, and stays linear in the length."""
+"""The chunked window backend equals the dense definition at odd lengths, and stays linear in the
+length.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,9 @@ def _reads(mask: Mask, i: int, j: int) -> bool:
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 @pytest.mark.parametrize("seq", (1, 63, 150))
 def test_reads_the_keys_that_brute_force_reads(mask: Mask, seq: int) -> None:
-    """Zero logits make every weight 1 / count, so values that are a basis show each key that was read."""
+    """Zero logits make every weight 1 / count, so values that are a basis show each key that was
+    read.
+    """
     made = spec(mask, 1, 1, v_dim=seq)
     zero = torch.zeros(1, 1, seq, 8)
     out = chunked(zero, zero, torch.eye(seq)[None, None], [], made)
