@@ -51,8 +51,10 @@ def share(value: float) -> str:
 
 def duration(value: float) -> str:
     """Seconds in s, ms or µs."""
+    if not value < 60:
+        return f"{value:.0f} s"
     for least, scale, unit in ((1.0, 1.0, "s"), (1e-3, 1e3, "ms")):
-        if value >= least or not math.isfinite(value):
+        if value >= least:
             return f"{value * scale:.3g} {unit}"
     return f"{value * 1e6:.3g} µs"
 

@@ -124,6 +124,8 @@ def sublayers(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def model(found: Mapping[str, Any]) -> None:
     """The model as a whole, from `inspect --json`: its size, inputs and time, and what to know."""
+    from attnopt.autotune import wording as say
+
     target = console()
     seconds = _value(found.get("seconds"))
     facts = (
@@ -131,7 +133,7 @@ def model(found: Mapping[str, Any]) -> None:
         ("inputs", str(found.get("inputs") or "")),
         ("params", _count(found.get("parameters"))),
         ("FLOPs", _count(_value(found.get("flops")))),
-        ("time", f"{seconds * 1e3:.3g} ms per call, measured" if seconds is not None else ""),
+        ("time", f"{say.duration(seconds)} per call, measured" if seconds is not None else ""),
         *(("note", str(note)) for note in found.get("notes", ())),
     )
     for name, told in facts:

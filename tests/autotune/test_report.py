@@ -139,7 +139,8 @@ def test_shares_in_words(value: float, said: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "said"), [(412.0, "412 s"), (0.0123, "12.3 ms"), (4.2e-5, "42 µs"), (1.5, "1.5 s")]
+    ("value", "said"),
+    [(1234.5, "1234 s"), (59.7, "59.7 s"), (0.0123, "12.3 ms"), (4.2e-5, "42 µs"), (1.5, "1.5 s")],
 )
 def test_durations_in_words(value: float, said: str) -> None:
     assert say.duration(value) == said
