@@ -1,0 +1,1 @@
+"""Side-by-side measurements; results are kept as JSON with device, versions and date."""
