@@ -103,9 +103,10 @@ class Run:
         single: list[Single] = []
         menus: list[Menu] = []
         for kind in kinds:
-            each = singles(self.bench, kind, request.seconds * SENSITIVITY_SHARE / max(1, len(kinds)))
+            seconds = request.seconds * SENSITIVITY_SHARE / max(1, len(kinds)) / 2
+            each = singles(self.bench, kind, seconds)
             single += each
-            made = menu(kind, each, *found.get(kind.name, (0.0, 0.0)))
+            made = menu(self.bench, kind, each, *found.get(kind.name, (0.0, 0.0)), seconds)
             if made.targets:
                 menus.append(made)
         if not menus:

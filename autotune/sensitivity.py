@@ -14,6 +14,7 @@ from attnopt.compiler.pipeline import target_id
 from attnopt.compiler.plan import Step
 from attnopt.compiler.profile import LEAST_CEILING, Profile, ceiling
 from attnopt.compiler.program import Program
+from attnopt.compiler.skip_order import greedy
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,33 @@ def singles(bench: Workbench, kind: type[Pass], seconds: float) -> list[Single]:
     return found
 
 
-def menu(kind: type[Pass], found: Sequence[Single], share: float, limit: float) -> Menu:
-    """The targets of a pass that can be used, least harmful first."""
+def menu(
+    bench: Workbench, kind: type[Pass], found: Sequence[Single], share: float, limit: float, seconds: float
+) -> Menu:
+    """The targets of a pass that can be used, least harmful first.
+
+    For a greedy pass the order is found by taking one after the other, measuring again after each removal, until `seconds` are
+    spent; what that did not reach follows in the order of the single drops.
+    """
     usable = sorted((s for s in found if math.isfinite(s.drop)), key=lambda s: s.drop)
-    return Menu(kind, tuple(s.target for s in usable), limit, share)
+    order = [s.target for s in usable]
+    if kind.greedy and len(order) > 1:
+        first = _greedily(bench, order, seconds)
+        order = first + [id for id in order if id not in first]
+    return Menu(kind, tuple(order), limit, share)
+
+
+def _greedily(bench: Workbench, candidates: list[str], seconds: float) -> list[str]:
+    """The candidates in the order of greedy removal; the first half of them at most."""
+
+    def measure() -> list[str]:
+        begun, taken = time.monotonic(), list[str]()
+        half = len(candidates) // 2
+        for choice in greedy(bench.program, bench.notes, candidates, count=half, batches=bench.data.heldout):
+            taken.append(choice.id)
+            bench.progress("greedy order of removal", len(taken) / max(1, half))
+            if time.monotonic() - begun > seconds:
+                break
+        return taken
+
+    return list(bench.journal.get(f"greedy {sorted(candidates)}", measure))

@@ -103,6 +103,7 @@ class Pass(ABC):
     after: ClassVar[tuple[str, ...]] = ()
     excludes: ClassVar[tuple[str, ...]] = ()
     valid_only: ClassVar[bool] = False  # padded positions may change; compare at real tokens only
+    greedy: ClassVar[bool] = False  # the search orders its targets by removing them one after the other
     heals: ClassVar[bool] = False  # repairs what approximate passes before it did; run after them
 
     @abstractmethod

@@ -59,6 +59,7 @@ class SkipSublayers(Pass):
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
     scope: ClassVar[Scope] = "sublayer"
     source: ClassVar[str] = "FinerCut (arXiv 2405.18218); NBL (arXiv 2505.21077), section 3"
+    greedy: ClassVar[bool] = True
 
     method: str = choice("delete", "linear", "best", default="best")
     against: str = choice("branch", "residual", default="residual")
@@ -109,7 +110,8 @@ class SkipSublayers(Pass):
             sums = flow.sums(notes.calibration)
             checks = flow.sums(notes.heldout) if notes.heldout else {}
         except ValueError as error:
-            return Miss(f"the stream does not line up with the tokens: {error}", target.entry)
+            why = f"the stream does not line up with the tokens: {error}"
+            return Miss(why, target.entry)
         count = next(iter(sums.values())).rows
         if count < 2 * width:
             return Miss(f"{count} calibration tokens are too few for a map of width {width}",
@@ -165,7 +167,7 @@ def _fitted(sums: Gram, check: Gram | None, key: tuple[str, str]) -> _Fit:
 
 
 def _sources(program: Program, target: Sublayer) -> list[str]:
-    """The entry, and the normalised stream that the branch's first projection reads, if it is one."""
+    """The entry, and the normalised stream that the branch's first projection reads."""
     entry = program.node(target.entry)
     inside = set(target.inner)
     shape = str(entry.meta["val"].shape)
