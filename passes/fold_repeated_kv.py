@@ -1,9 +1,10 @@
 """Let grouped query heads read the key/value heads directly, instead of copies of them.
 
-A model with grouped-query attention (Ainslie et al., GQA, arXiv:2305.13245, section 2.2) repeats each key/value head for the
-query heads of its group before a plain attention. The copies are found by what they compute: numbers that name every
-element are put at a candidate node, and read at the attention's operand. If head h there is head h // r of the candidate,
-the attention is given the candidate and a spec with r times fewer key/value heads, which is the same function.
+A model with grouped-query attention (Ainslie et al., GQA, arXiv:2305.13245, section 2.2) repeats
+each key/value head for the query heads of its group before a plain attention. The copies are found
+by what they compute: numbers that name every element are put at a candidate node, and read at the
+attention's operand. If head h there is head h // r of the candidate, the attention is given the
+candidate and a spec with r times fewer key/value heads, which is the same function.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ class FoldRepeatedKV(Pass):
 
 
 def originals(program: Program, attention: fx.Node, operand: int) -> dict[int, fx.Node]:
-    """Nodes upstream of an operand of which it is a grouped repeat: number of heads -> node [batch, heads, T, dim]."""
+    """Nodes upstream of an operand of which it is a grouped repeat: number of heads -> node [batch,
+    heads, T, dim].
+    """
     copies = attention.args[operand]
     assert isinstance(copies, fx.Node)
     found: dict[int, fx.Node] = {}
@@ -104,7 +107,9 @@ def _repeats(program: Program, candidate: fx.Node, copies: fx.Node, heads: int) 
 
 
 def _small(program: Program) -> dict[str, int]:
-    """Sizes to probe at: 2 for every symbol of the batch's size in the example, 3 for the others."""
+    """Sizes to probe at: 2 for every symbol of the batch's size in the example, 3 for the
+    others.
+    """
     sizes = example_sizes(program)
     values = sorted(set(sizes.values()))
     return {name: 2 + values.index(size) for name, size in sizes.items()}

@@ -1,9 +1,10 @@
-"""Run the attention on torch's fused `scaled_dot_product_attention` instead of the written-out reference.
+"""Run the attention on torch's fused `scaled_dot_product_attention` instead of the written-out
+reference.
 
-The fused kernel computes softmax(scale q k^T + mask) v in tiles, keeping a running maximum and sum per query
-(Dao et al., FlashAttention, arXiv:2205.14135, section 3.1), so the score matrix never lies in memory. It is the same
-function up to the order of sums. Half-precision inputs are accumulated in float32 inside the kernel, so a spec that asks for a
-float32 softmax keeps it.
+The fused kernel computes softmax(scale q k^T + mask) v in tiles, keeping a running maximum and sum
+per query (Dao et al., FlashAttention, arXiv:2205.14135, section 3.1), so the score matrix never
+lies in memory. It is the same function up to the order of sums. Half-precision inputs are
+accumulated in float32 inside the kernel, so a spec that asks for a float32 softmax keeps it.
 """
 
 from __future__ import annotations

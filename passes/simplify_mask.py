@@ -1,13 +1,14 @@
 """Replace a mask that the model materialises as a tensor by its class, where the class is proved.
 
-A mask tensor [batch, heads, S, T] costs S T reads per head and hides that, say, half of it is never kept. Where it
-equals a class (full, causal, window, window with sinks) and a padding of keys for every length and every input, the class
-goes into the spec and the padding stays as one truth value per key, `[batch, T]`. Logits that the model adds besides
-(a relative bias) stay.
+A mask tensor [batch, heads, S, T] costs S T reads per head and hides that, say, half of it is never
+kept. Where it equals a class (full, causal, window, window with sinks) and a padding of keys for
+every length and every input, the class goes into the spec and the padding stays as one truth value
+per key, `[batch, T]`. Logits that the model adds besides (a relative bias) stay.
 
-The rewrite is exact: a dropped logit becomes what it was, -inf or the lowest number, so a query whose keys are all
-dropped gives zeros or the mean over all keys as before. Adding the lowest number of float32 to a logit gives
-that number again, because half its spacing there, 1e31, is larger than any logit.
+The rewrite is exact: a dropped logit becomes what it was, -inf or the lowest number, so a query
+whose keys are all dropped gives zeros or the mean over all keys as before. Adding the lowest number
+of float32 to a logit gives that number again, because half its spacing there, 1e31, is larger than
+any logit.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ class SimplifyMask(Pass):
     source: ClassVar[str] = "difference constraints, Cormen et al., Introduction to Algorithms"
 
     def rewrite(self, target: Site, program: Program, notes: Notes) -> Edit | Miss:
-        """Give the site's spec with its mask as a class, or say what stood in the way of a proof."""
+        """Give the site's spec with its mask as a class, or say what stood in the way of a
+        proof.
+        """
         node = program.node(target.node)
         spec = program.spec(target)
         if not set(spec.extras) - {"padding"}:
@@ -66,7 +69,8 @@ class SimplifyMask(Pass):
 
 
 def simplified(spec: AttentionSpec, facts: MaskFacts, self_attention: bool) -> AttentionSpec:
-    """The spec with its mask as proved. `self_attention` says that there are as many queries as keys.
+    """The spec with its mask as proved. `self_attention` says that there are as many queries as
+    keys.
 
     Where no query can lose all its keys the two fills are the same function, and "-inf" is taken.
     """
@@ -116,7 +120,9 @@ def _padding(program: Program, attention: fx.Node, source: fx.Node, test: Test) 
 def _cut(
     program: Program, k: fx.Node, padding: fx.Node, wanted: tuple[Any, Any], first: fx.Node
 ) -> fx.Node:
-    """The padding at the batch rows and key positions that the attention has, as the model's own mask reads it."""
+    """The padding at the batch rows and key positions that the attention has, as the model's own
+    mask reads it.
+    """
     rows, keys = (
         _size(program, k, dim, size, first) for dim, size in zip((0, 2), wanted, strict=True)
     )
@@ -150,7 +156,8 @@ def _after_inputs(program: Program) -> fx.Node:
     """The first node below the inputs and below what this pass has put there."""
     nodes = list(program.graph.nodes)
     last = max(n for n, node in enumerate(nodes) if node.op == "placeholder")
-    return next(node for node in nodes[last + 1 :] if _MARK not in node.meta)
+    found: fx.Node = next(node for node in nodes[last + 1 :] if _MARK not in node.meta)
+    return found
 
 
 def _shared(
@@ -161,7 +168,8 @@ def _shared(
         if node is first:
             break
         if node.target is target and node.args == args and dict(node.kwargs) == kwargs:
-            return node
+            found: fx.Node = node
+            return found
     made = program.call(target, args, first, **kwargs)
     made.meta[_MARK] = True
     return made

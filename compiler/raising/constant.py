@@ -1,4 +1,6 @@
-"""Constant tensors recognised by their values: one number, a run of positions, a band such as a triangle."""
+"""Constant tensors recognised by their values: one number, a run of positions, a band such as a
+triangle.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from attnopt.compiler.raising.symbolic_views import Index
 
 
 def element(value: Any, index: Index) -> Expression:
-    """The element of a constant tensor at `index`. Raises Unknown when its values follow no simple rule.
+    """The element of a constant tensor at `index`. Raises Unknown when its values follow no simple
+    rule.
 
     The rule holds at every position inside the tensor, and positions outside of it cannot be read.
     """

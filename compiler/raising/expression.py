@@ -1,9 +1,11 @@
-"""Expressions in index variables: what one element of a mask tensor is, as a function of its position.
+"""Expressions in index variables: what one element of a mask tensor is, as a function of its
+position.
 
-A number is a decision tree: `Where(condition, a, b)` over leaves that are `Affine` (integers: sums of index variables,
-sizes and input values, plus a constant) or `Const` (reals). A condition is a formula over `Compare` atoms, each an
-affine form compared with zero. Arithmetic and comparisons are pushed down to the leaves when an expression is built,
-so every expression is a function of the truth of finitely many affine comparisons: `mask_class` decides equality on that.
+A number is a decision tree: `Where(condition, a, b)` over leaves that are `Affine` (integers: sums
+of index variables, sizes and input values, plus a constant) or `Const` (reals). A condition is a
+formula over `Compare` atoms, each an affine form compared with zero. Arithmetic and comparisons are
+pushed down to the leaves when an expression is built, so every expression is a function of the
+truth of finitely many affine comparisons: `mask_class` decides equality on that.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import reduce
 from typing import Any
 
 import torch
@@ -26,7 +27,9 @@ LEAVES = (
 
 @dataclass(frozen=True)
 class Datum:
-    """One value of an input tensor, unknown at compile time: input name, index expressions, truth value or number."""
+    """One value of an input tensor, unknown at compile time: input name, index expressions, truth
+    value or number.
+    """
 
     name: str
     index: tuple[Affine, ...]
@@ -38,7 +41,9 @@ Variable = str | Datum
 
 @dataclass(frozen=True)
 class Affine:
-    """constant + sum of coefficient * variable, all integers. Terms are sorted and have no zero coefficient."""
+    """constant + sum of coefficient * variable, all integers. Terms are sorted and have no zero
+    coefficient.
+    """
 
     terms: tuple[tuple[Variable, int], ...] = ()
     constant: int = 0
@@ -168,7 +173,10 @@ def compare(op: str, x: Expression, y: Expression) -> Condition:
 
 def both(*parts: Expression) -> Condition:
     """All conditions hold."""
-    return reduce(lambda a, b: logic("and", a, b), (truth(p) for p in parts), TRUE)
+    joined: Condition = TRUE
+    for part in parts:
+        joined = logic("and", joined, part)
+    return joined
 
 
 def negate(x: Expression) -> Condition:
@@ -193,7 +201,9 @@ def logic(op: str, x: Expression, y: Expression) -> Condition:
 
 
 def evaluate(x: Expression, values: Mapping[Variable, Tensor]) -> Tensor:
-    """The expression at points given as broadcastable int64 tensors per variable: bool, int64 or float64."""
+    """The expression at points given as broadcastable int64 tensors per variable: bool, int64 or
+    float64.
+    """
     if isinstance(x, Const):
         return torch.tensor(
             x.value, dtype=torch.bool if isinstance(x.value, bool) else torch.float64
@@ -207,7 +217,8 @@ def evaluate(x: Expression, values: Mapping[Variable, Tensor]) -> Tensor:
         made: Tensor = COMPARISONS[x.op](evaluate(x.form, values), 0)
         return made
     if isinstance(x, Where):
-        return torch.where(*(evaluate(p, values) for p in (x.condition, x.yes, x.no)))
+        condition, yes, no = (evaluate(p, values) for p in (x.condition, x.yes, x.no))
+        return torch.where(condition, yes, no)
     parts = [evaluate(part, values) for part in x.parts]
     if x.op == "not":
         return ~parts[0]

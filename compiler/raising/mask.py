@@ -1,4 +1,6 @@
-"""The mask probe: what class the mask of one attention is, proved from the graph or else only observed."""
+"""The mask probe: what class the mask of one attention is, proved from the graph or else only
+observed.
+"""
 
 from __future__ import annotations
 
@@ -146,7 +148,9 @@ class _Probe:
         return self._bias(kept) if isinstance(kept, fx.Node) else None
 
     def _real(self, node: fx.Node) -> fx.Node:
-        """A bias that stays a tensor. Raises Unknown, with what hid its mask, when it also drops keys."""
+        """A bias that stays a tensor. Raises Unknown, with what hid its mask, when it also drops
+        keys.
+        """
         if not mask_observe.drops(self.program, self.attention, node):
             return node
         _split(self._element(node))
@@ -241,7 +245,9 @@ def _dropping(value: object) -> float | None:
 
 
 def _test(padding: Padding) -> Test:
-    """Where a padding input holds the batch and the keys. Raises Unknown when it is not one row per sequence."""
+    """Where a padding input holds the batch and the keys. Raises Unknown when it is not one row per
+    sequence.
+    """
     places: dict[str, int] = {}
     for axis, form in enumerate(padding.datum.index):
         if form == Affine():

@@ -1,14 +1,16 @@
 """Deciding which mask class an index expression is, for every length at once.
 
-An expression is a function of the truth of comparisons  x - y <= c  and  x <= c  (also <, =, and so on) of the query
-position i, the key position j and, where they occur, sizes. Two such functions are equal for all integers i, j >= 0 when
-they agree on one point of every non-empty cell of the arrangement of these comparisons, both functions' together.
-A cell is a system of difference constraints over the unknowns and a node for zero. Because every unknown is at least 0,
-a feasible system has a least solution, and it is a negated shortest-path distance: a path without repeated nodes, so each
-coordinate is a sum of at most as many edge weights as there are unknowns (Bellman-Ford; Cormen et al., Introduction to
-Algorithms, section "Difference constraints and shortest paths"). Edge weights are c - 1, c or c + 1 up to sign. So
-it is enough to compare on the grid of all such sums; that is what `agree` does, and it is a proof. Values
-of inputs may be compared with constants only; each is tried below, at and above every constant.
+An expression is a function of the truth of comparisons  x - y <= c  and  x <= c  (also <, =, and so
+on) of the query position i, the key position j and, where they occur, sizes. Two such functions are
+equal for all integers i, j >= 0 when they agree on one point of every non-empty cell of the
+arrangement of these comparisons, both functions' together. A cell is a system of difference
+constraints over the unknowns and a node for zero. Because every unknown is at least 0, a feasible
+system has a least solution, and it is a negated shortest-path distance: a path without repeated
+nodes, so each coordinate is a sum of at most as many edge weights as there are unknowns
+(Bellman-Ford; Cormen et al., Introduction to Algorithms, section "Difference constraints and
+shortest paths"). Edge weights are c - 1, c or c + 1 up to sign. So it is enough to compare on the
+grid of all such sums; that is what `agree` does, and it is a proof. Values of inputs may be
+compared with constants only; each is tried below, at and above every constant.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ class Classless(Unknown):
 
 @dataclass(frozen=True)
 class Padding:
-    """Keys dropped by an input: a key is read where the input's value compares with `value` by `op`."""
+    """Keys dropped by an input: a key is read where the input's value compares with `value` by
+    `op`.
+    """
 
     datum: Datum
     op: str
@@ -73,10 +77,11 @@ def keep_of(mask: Mask) -> Condition:
 
 
 def decide(keep: Condition, sizes: tuple[Affine, Affine]) -> tuple[Mask, Padding | None]:
-    """The mask class and the padding that together equal `keep`, proved. Raises Classless, or Unknown
-    with what stands in the way of a decision.
+    """The mask class and the padding that together equal `keep`, proved. Raises Classless, or
+    Unknown with what stands in the way of a decision.
 
-    `sizes` are the numbers of queries and keys as affine forms: i < sizes[0] and j < sizes[1] are known.
+    `sizes` are the numbers of queries and keys as affine forms: i < sizes[0] and j < sizes[1] are
+    known.
     """
     for padding in (None, *_paddings(keep)):
         dropped = [] if padding is None else [_reads(padding)]
@@ -104,7 +109,9 @@ def candidates(keep: Expression) -> list[Mask]:
 
 
 def agree(a: Condition, b: Condition, sizes: tuple[Affine, Affine]) -> bool:
-    """Whether two conditions on (i, j), sizes and input values are equal wherever i and j are in range. A proof."""
+    """Whether two conditions on (i, j), sizes and input values are equal wherever i and j are in
+    range. A proof.
+    """
     everything = atoms(a) | atoms(b)
     _check(everything)
     names = _unknowns(everything)
@@ -147,7 +154,9 @@ def _equal(
 
 
 def _paddings(keep: Condition) -> list[Padding]:
-    """Tests of one input value against a number that occur in the expression, and their opposites; "!= 0" first."""
+    """Tests of one input value against a number that occur in the expression, and their opposites;
+    "!= 0" first.
+    """
     found: set[Padding] = set()
     for atom in atoms(keep):
         if len(atom.form.terms) != 1 or not isinstance(atom.form.terms[0][0], Datum):

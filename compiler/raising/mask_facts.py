@@ -13,7 +13,8 @@ from attnopt.compiler.spec import FULL, Fill, Mask
 class Test:
     """How a padding input says that a key is real: `aten.<op>(input, value)`.
 
-    `batch` and `keys` are the axes of the input that run over the batch and the keys; its other axes are read at 0.
+    `batch` and `keys` are the axes of the input that run over the batch and the keys; its other
+    axes are read at 0.
     """
 
     op: str = "ne"
@@ -26,9 +27,10 @@ class Test:
 class MaskFacts:
     """What the mask of one attention is, its spec's own mask included.
 
-    `mask` is the class, None when there is none. `padding` names the input that drops keys, read through `test`. `fill` says
-    what dropped logits become. `bias` says that real-valued logits are added besides, by the node `rest`. "proved" holds for
-    every length and input; "observed" was seen at a few. `reason` and `at` say what stood in the way of a proof.
+    `mask` is the class, None when there is none. `padding` names the input that drops keys, read
+    through `test`. `fill` says what dropped logits become. `bias` says that real-valued logits are
+    added besides, by the node `rest`. "proved" holds for every length and input; "observed" was
+    seen at a few. `reason` and `at` say what stood in the way of a proof.
     """
 
     mask: Mask | None

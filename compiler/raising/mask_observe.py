@@ -17,7 +17,7 @@ from attnopt.compiler.raising.evaluate import (
     example_sizes,
 )
 from attnopt.compiler.raising.mask_facts import MaskFacts, mask_text
-from attnopt.compiler.spec import CAUSAL, FULL, AttentionSpec, Mask
+from attnopt.compiler.spec import CAUSAL, FULL, AttentionSpec, Fill, Mask
 
 LENGTHS = (9, 14, 23)
 DROPPED = -1e4
@@ -26,7 +26,9 @@ DROPPED = -1e4
 def observe(
     program: Program, attention: fx.Node, spec: AttentionSpec, named: Mapping[str, fx.Node]
 ) -> MaskFacts:
-    """The class that the mask has at every length tried, or `mask=None` when it has none of them at some."""
+    """The class that the mask has at every length tried, or `mask=None` when it has none of them at
+    some.
+    """
     found: set[tuple[Mask | None, str | None, bool]] = set()
     fill = spec.fill
     try:
@@ -44,7 +46,9 @@ def observe(
 
 
 def bias_kind(program: Program, attention: fx.Node, node: fx.Node) -> str:
-    """ "alibi" (linear in j - i), "relative-bias" (a function of j - i) or "tensor", per head, as seen at one length."""
+    """ "alibi" (linear in j - i), "relative-bias" (a function of j - i) or "tensor", per head, as
+    seen at one length.
+    """
     length = LENGTHS[1]
     try:
         value = Evaluator(program, small_sizes(program, attention, length))(node)
@@ -62,7 +66,9 @@ def bias_kind(program: Program, attention: fx.Node, node: fx.Node) -> str:
 
 
 def drops(program: Program, attention: fx.Node, node: fx.Node) -> bool:
-    """Whether an added tensor was seen to drop keys, with whole inputs and with padded ones, or could not be run."""
+    """Whether an added tensor was seen to drop keys, with whole inputs and with padded ones, or
+    could not be run.
+    """
     sizes = small_sizes(program, attention, LENGTHS[1])
     whole = {n.name: _ones(program, n, sizes) for n in _masks_among_inputs(program, {"": node})}
     padded = {name: _planted(value) for name, value in whole.items()}
@@ -74,7 +80,9 @@ def drops(program: Program, attention: fx.Node, node: fx.Node) -> bool:
 
 
 def small_sizes(program: Program, attention: fx.Node, length: int) -> dict[str, int]:
-    """Symbol sizes that set every symbol with the example's number of queries or keys to `length`."""
+    """Symbol sizes that set every symbol with the example's number of queries or keys to
+    `length`.
+    """
     sizes = example_sizes(program)
     lengths: set[int] = set()
     for operand, dim in ((0, 2), (1, 2)):
@@ -90,7 +98,7 @@ def _seen(
     spec: AttentionSpec,
     named: Mapping[str, fx.Node],
     length: int,
-) -> tuple[tuple[Mask | None, str | None, bool], str]:
+) -> tuple[tuple[Mask | None, str | None, bool], Fill]:
     sizes = small_sizes(program, attention, length)
     sources = _masks_among_inputs(program, named)
     whole = {node.name: _ones(program, node, sizes) for node in sources}
@@ -116,8 +124,10 @@ def _evaluate(
     named: Mapping[str, fx.Node],
     spec: AttentionSpec,
     attention: fx.Node,
-) -> tuple[Tensor, bool, str]:
-    """Which keys are kept [batch, heads, S, T], whether real numbers are added, and what the dropped become."""
+) -> tuple[Tensor, bool, Fill]:
+    """Which keys are kept [batch, heads, S, T], whether real numbers are added, and what the
+    dropped become.
+    """
     run = Evaluator(program, sizes, inputs=inputs)
     shapes = [_concrete(run, attention.args[n]) for n in (0, 1)]
     keep = spec.mask.dense(shapes[0][2], shapes[1][2])[None, None]
@@ -156,7 +166,9 @@ def _classes(keep: Tensor) -> Iterator[Mask]:
 
 
 def _masks_among_inputs(program: Program, named: Mapping[str, fx.Node]) -> list[fx.Node]:
-    """The truth-valued or whole-number inputs [batch, keys] that the mask reads and that look like masks."""
+    """The truth-valued or whole-number inputs [batch, keys] that the mask reads and that look like
+    masks.
+    """
     seen: set[fx.Node] = set()
     waiting = list(named.values())
     while waiting:

@@ -1,9 +1,10 @@
 """What one element of a mask tensor is, as an expression in its indices, read off the graph.
 
-`Symbolic.at(node, index)` goes from the mask down to its sources: a view, slice or transpose changes the index
-expressions, arithmetic and comparisons combine the operands' elements, `arange` turns an index into a number, a constant
-buffer is recognised by its values, and an input tensor becomes an unknown `Datum` at its index. Nothing is run
-and no length is assumed. What is not understood raises `Unknown` with the node.
+`Symbolic.at(node, index)` goes from the mask down to its sources: a view, slice or transpose
+changes the index expressions, arithmetic and comparisons combine the operands' elements, `arange`
+turns an index into a number, a constant buffer is recognised by its values, and an input tensor
+becomes an unknown `Datum` at its index. Nothing is run and no length is assumed. What is not
+understood raises `Unknown` with the node.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def name_of(node: fx.Node) -> str:
 class Symbolic:
     """Reads elements of one program's tensors as expressions.
 
-    `extents` maps index variable -> size (int or SymInt), for the simplification of merged axes. Results are kept.
+    `extents` maps index variable -> size (int or SymInt), for the simplification of merged axes.
+    Results are kept.
     """
 
     def __init__(self, program: Program, extents: Mapping[str, Any]) -> None:
@@ -66,7 +68,9 @@ class Symbolic:
         self._fresh = 0
 
     def at(self, x: Any, index: Index) -> Expression:
-        """The element of `x` (a tensor node, a size node or a number) at `index`. Raises Unknown."""
+        """The element of `x` (a tensor node, a size node or a number) at `index`. Raises
+        Unknown.
+        """
         if not isinstance(x, fx.Node):
             return self._number(x)
         value = x.meta.get("val")

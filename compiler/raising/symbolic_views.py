@@ -1,6 +1,7 @@
 """Views as maps of index expressions: which element of its input an element of a view is.
 
-Covers broadcasting, slices, selects, transposes and the merging and splitting of axes; raises `Unknown` for the rest.
+Covers broadcasting, slices, selects, transposes and the merging and splitting of axes; raises
+`Unknown` for the rest.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
 
@@ -25,7 +26,9 @@ _RESHAPES = {"view", "reshape", "unsafe_view", "flatten", "unflatten", "view_as"
 
 
 def size_form(size: Any) -> Affine:
-    """A size, symbolic or not, as an affine form in the size symbols. Raises Unknown for products of symbols."""
+    """A size, symbolic or not, as an affine form in the size symbols. Raises Unknown for products
+    of symbols.
+    """
     if not isinstance(size, torch.SymInt):
         return Affine((), int(size))
     total = Affine()
@@ -46,7 +49,9 @@ def broadcast(shape: Sequence[Any], index: Index) -> Index:
 
 
 def moved(node: fx.Node, name: str, index: Index, extents: Mapping[str, Any]) -> Index | None:
-    """The index into the first operand of a view that gives its element at `index`; None when it is no view."""
+    """The index into the first operand of a view that gives its element at `index`; None when it is
+    no view.
+    """
     if name not in VIEWS:
         return None
     shape = node.args[0].meta["val"].shape  # type: ignore[union-attr]
@@ -54,7 +59,7 @@ def moved(node: fx.Node, name: str, index: Index, extents: Mapping[str, Any]) ->
         return broadcast(shape, index)
     if name in _RESHAPES:
         return reshaped(shape, node.meta["val"].shape, index, extents)
-    arguments = list(node.args[1:])
+    arguments: list[Any] = list(node.args[1:])
     if name == "t":
         return index[::-1]
     if name == "unsqueeze":
@@ -77,7 +82,9 @@ def moved(node: fx.Node, name: str, index: Index, extents: Mapping[str, Any]) ->
 def reshaped(
     inner: Sequence[Any], outer: Sequence[Any], index: Index, extents: Mapping[str, Any]
 ) -> Index:
-    """The index into a tensor of shape `inner` that a contiguous view of it with shape `outer` has at `index`."""
+    """The index into a tensor of shape `inner` that a contiguous view of it with shape `outer` has
+    at `index`.
+    """
     found: list[Affine] = []
     left, right = [_expr(s) for s in inner], [_expr(s) for s in outer]
     places = list(index)
@@ -128,7 +135,9 @@ def _unflat(sizes: list[Any], flat: Affine, extents: Mapping[str, Any]) -> list[
 
 
 def _divided(form: Affine, by: int, extents: Mapping[str, Any]) -> tuple[Affine, Affine]:
-    """Quotient and remainder of an affine form by a positive number, when they are affine for every index."""
+    """Quotient and remainder of an affine form by a positive number, when they are affine for every
+    index.
+    """
     whole = Affine(tuple((v, c // by) for v, c in form.terms if c % by == 0), form.constant // by)
     rest = Affine(tuple((v, c) for v, c in form.terms if c % by), form.constant % by)
     most = rest.constant
@@ -143,7 +152,8 @@ def _divided(form: Affine, by: int, extents: Mapping[str, Any]) -> tuple[Affine,
 
 
 def _sliced(name: str, arguments: list[Any], shape: Sequence[Any], index: Index) -> Index:
-    dim, start, _, step = [*arguments, *(None,) * (4 - len(arguments))]
+    padded = [*arguments, *[None] * (4 - len(arguments))]
+    dim, start, step = padded[0], padded[1], padded[3]
     at = _axis(dim or 0, len(index))
     if name == "narrow":
         step = 1
@@ -155,7 +165,9 @@ def _sliced(name: str, arguments: list[Any], shape: Sequence[Any], index: Index)
 
 
 def _start(value: Any, size: Any) -> Affine:
-    """A start position as a form that is never negative: Python's negative positions count from the end."""
+    """A start position as a form that is never negative: Python's negative positions count from the
+    end.
+    """
     if isinstance(value, fx.Node):
         value = value.meta["val"]
     if isinstance(value, int) and value < 0:

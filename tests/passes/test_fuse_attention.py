@@ -1,0 +1,76 @@
+"""fuse_attention: the fused backend gives what the reference gives, under every mask; soft caps
+stay.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnopt.compiler import attend
+from attnopt.compiler.contract import Edit, Miss, Notes, passes, read_pass
+from attnopt.compiler.spec import CAUSAL, FULL, AttentionSpec, Mask
+from tests.programs import one_attention
+from tests.tolerance import assert_close
+
+SPEC = AttentionSpec(6, 2, head_dim=5, v_dim=7, scale=0.3, mask=CAUSAL)
+
+
+def answer(spec: AttentionSpec) -> Edit | Miss:
+    program = one_attention(spec)
+    return read_pass("fuse_attention{}").rewrite(program.sites[0], program, Notes(program))
+
+
+def test_fires_and_changes_the_backend_alone() -> None:
+    edit = answer(SPEC)
+    assert isinstance(edit, Edit)
+    assert edit.spec == SPEC.with_(backend="sdpa")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"), [({"softcap": 30.0}, "soft cap"), ({"backend": "sdpa"}, "already")]
+)
+def test_stays_where_it_must_and_says_why(change: dict[str, float | str], reason: str) -> None:
+    miss = answer(SPEC.with_(**change))
+    assert isinstance(miss, Miss)
+    assert reason in miss.reason
+
+
+PADDINGS = {
+    "real": torch.ones(2, 7, dtype=torch.bool),
+    "right": torch.arange(7)[None] < torch.tensor([[7], [3]]),
+    "left": torch.arange(7)[None] >= torch.tensor([[0], [3]]),
+    "nothing": torch.arange(7)[None] < torch.tensor([[7], [0]]),
+}
+
+
+@pytest.mark.parametrize("fill", ["-inf", "min"])
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("mask", [FULL, CAUSAL, Mask("window", left=3, sink=1)])
+def test_equals_the_reference_under_every_mask(mask: Mask, padding: str, fill: str) -> None:
+    spec = SPEC.with_(mask=mask, extras=("padding",), fill=fill)
+    q, k, v = one_attention(SPEC).example.args[:3]
+    extras = [PADDINGS[padding]]
+    assert_close(attend.sdpa(q, k, v, extras, spec), attend.reference(q, k, v, extras, spec))
+
+
+def test_a_padding_that_drops_nothing_is_not_traced_away() -> None:
+    """The shortcut for whole batches is for eager runs: an exported program must read its
+    padding.
+    """
+    spec = SPEC.with_(extras=("padding",))
+    q, k, v = one_attention(SPEC).example.args[:3]
+
+    class Call(torch.nn.Module):
+        def forward(self, padding: Tensor) -> Tensor:
+            return attend.sdpa(q, k, v, [padding], spec)
+
+    run = torch.export.export(Call(), (PADDINGS["real"],), strict=False).module()
+    expected = attend.reference(q, k, v, [PADDINGS["right"]], spec)
+    assert_close(run(PADDINGS["right"]), expected)
+
+
+def test_reads_back_from_its_text() -> None:
+    made = passes()["fuse_attention"]()
+    assert read_pass(made.text) == made
