@@ -13,9 +13,9 @@ layer seeing the drift of those before. With `against="residual"` the target is 
 stream before and after the attention summed up, less the present stream before it, which also mends
 drift.
 
-The new weight is kept only where the error on held-out data falls. Only second moments are held,
-never the activations. Source: the least squares of OSSCAR (Meng et al. 2024, section 3) and of
-ordinary ridge regression.
+Three ridges are tried, and the one with the least error on held-out data is kept, where that error
+falls at all. Only second moments are held, never the activations. Source: ridge regression, as in
+OSSCAR (Meng et al. 2024, section 3).
 """
 
 from __future__ import annotations
@@ -36,11 +36,15 @@ from attnopt.compiler.site_weights import write_output_whole
 aten = torch.ops.aten
 # Of the target's energy: an error below it is rounding, and there is nothing to mend.
 _FLOOR = 1e-12
+_STRONGER = (1.0, 10.0, 100.0)  # ridges that are tried, as multiples of `damping`
 
 
 @dataclass(frozen=True)
 class Refit(Pass):
-    """Least squares for the output projection; `damping` is the ridge, `against` the target."""
+    """Least squares for the output projection.
+
+    `damping` is the weakest ridge that is tried, `against` says what the target is.
+    """
 
     name: ClassVar[str] = "refit"
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
@@ -73,17 +77,21 @@ class Refit(Pass):
         before, trained = check.error(old) / check.yy, fit.error(old) / fit.yy
         if trained < _FLOOR:
             return Miss("its output is the original's already: nothing to refit", target.node)
-        new, gradient = solve(fit, old, self.damping)
-        rounded = new.to(program.weight(target.out.weight).dtype).double()
-        after = check.error(rounded) / check.yy
-        if not after < before:
+        dtype = program.weight(target.out.weight).dtype
+        tried = [(*solve(fit, old, self.damping * by), self.damping * by) for by in _STRONGER]
+        rounded = [new.to(dtype).double() for new, _, _ in tried]
+        errors = [check.error(new) / check.yy for new in rounded]
+        best = min(range(len(tried)), key=lambda at: errors[at])
+        if not errors[best] < before:
             return Miss(
-                f"the held-out error would go from {before:.3g} to {after:.3g} of the energy",
+                f"the held-out error would go from {before:.3g} to {errors[best]:.3g}",
                 target.node,
             )
+        new, gradient, damping = tried[best]
         return self._edit(target, program, new, with_bias, {
-            "heldout_before": before, "heldout_after": after, "calibration_before": trained,
-            "calibration_after": fit.error(rounded) / fit.yy, "gradient": gradient,
+            "heldout_before": before, "heldout_after": errors[best], "calibration_before": trained,
+            "calibration_after": fit.error(rounded[best]) / fit.yy, "gradient": gradient,
+            "damping": damping,
         })  # fmt: skip
 
     def _edit(
