@@ -13,6 +13,7 @@ whitening y is the sum of 1 - rho_i^2. Source: NBL (arXiv 2505.21077), section 3
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from attnopt.compiler.grams import Gram
 
 RIDGE = 1e-9  # enough for directions that the data never shows, too little to bend the others
+RIDGES = (RIDGE, 1e-4, 1e-2)  # to choose from on held-out rows
 
 
 @dataclass(frozen=True)
@@ -46,17 +48,25 @@ def fit(sums: Gram, ridge: float = RIDGE) -> LinearMap:
 
     Raises ValueError when no row was added.
     """
+    return fits(sums, (ridge,))[0]
+
+
+def fits(sums: Gram, ridges: Sequence[float] = RIDGES) -> list[LinearMap]:
+    """One map per ridge from the same sums, as `fit` makes it."""
     if not sums.rows:
         raise ValueError("no calibration rows")
     mean_x, mean_y = sums.xx[-1, :-1] / sums.rows, sums.xy[-1] / sums.rows
     s_xx, s_xy = _centred(sums)
-    shift = ridge * float(s_xx.diagonal().mean())
     values, vectors = torch.linalg.eigh(s_xx)
-    values = values.clamp(min=0.0) + shift
-    inverse = torch.where(values > 0, 1.0 / values, torch.zeros_like(values))
-    weight = vectors @ (inverse[:, None] * (vectors.T @ s_xy))
-    bias = mean_y - mean_x @ weight
-    return LinearMap(weight, bias, residual(sums, weight, bias), sums.rows)
+    turned = vectors.T @ s_xy
+    made: list[LinearMap] = []
+    for ridge in ridges:
+        shifted = values.clamp(min=0.0) + ridge * float(s_xx.diagonal().mean())
+        inverse = torch.where(shifted > 0, 1.0 / shifted, torch.zeros_like(shifted))
+        weight = vectors @ (inverse[:, None] * turned)
+        bias = mean_y - mean_x @ weight
+        made.append(LinearMap(weight, bias, residual(sums, weight, bias), sums.rows))
+    return made
 
 
 def residual(sums: Gram, weight: Tensor, bias: Tensor) -> float:

@@ -68,7 +68,7 @@ def edited(program: Program, edit: Callable[[Program], object]) -> Program:
 def forks(
     program: Program, layers: Sequence[Sublayer], batch: Batch
 ) -> Iterator[tuple[Sublayer | None, Any]]:
-    """The outputs with each of the sublayers removed on its own, in graph order; last those with none."""
+    """The outputs with each sublayer removed on its own, in graph order; last those with none."""
     nodes = list(program.graph.nodes)
     at = {node: i for i, node in enumerate(nodes)}
     exits = sorted(((at[exit_of(program, layer)], layer) for layer in layers), key=lambda p: p[0])

@@ -1,10 +1,10 @@
-"""In which order to take sublayers out: greedily by the measured change of the outputs, or ranked once.
+"""In which order to take sublayers out: greedily by the measured change, or ranked once.
 
 *Greedy* (FinerCut, arXiv 2405.18218): at each step every remaining candidate is removed on its own
 from the program as it is by then, the outputs are compared with the *original* model's, and the
-least damaging one goes. *One shot* ranks all candidates once, by block influence 1 - cos(x, x + f(x))
-(ShortGPT, arXiv 2403.03853) or by the damage of its single removal; it does not see that two
-sublayers may stand in for each other, and serves as baseline and as pre-filter.
+least damaging one goes. *One shot* ranks all candidates once, by block influence
+1 - cos(x, x + f(x)) (ShortGPT, arXiv 2403.03853) or by the damage of its single removal; it does
+not see that two sublayers may stand in for each other, and serves as baseline and pre-filter.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Rank:
-    """One sublayer in the one-shot ranking; `score` is what it was ranked by, small ones go first."""
+    """One sublayer in the one-shot ranking; small scores go first."""
 
     id: str
     score: float
@@ -134,8 +134,7 @@ def influence(
 ) -> dict[str, float]:
     """Block influence of each sublayer: the mean over real tokens of 1 - cos(bypass, exit)."""
     pairs = {
-        layer.id: (bypass_of(program, layer).name, exit_of(program, layer).name)
-        for layer in layers
+        layer.id: (bypass_of(program, layer).name, exit_of(program, layer).name) for layer in layers
     }
     sums = dict.fromkeys(pairs, 0.0)
     count = 0

@@ -5,7 +5,8 @@ x W + b, the linear minimum mean square error estimate of what the original adds
 
     W = S_xx^-1 S_xy,    b = m_y - m_x W,
 
-over the real tokens of the calibration data. x is the stream at the entry or its normalised form,
+over the real tokens of the calibration data (a small ridge on S_xx is chosen by the error on
+held-out tokens where there are any). x is the stream at the entry or its normalised form,
 whichever leaves less; y is the original's branch (`against="branch"`), or the original's stream
 after the sublayer less the present stream beside it (`against="residual"`), which also mends the
 drift of earlier rewrites. With `method="best"` both targets and deletion are run on held-out data
@@ -114,13 +115,17 @@ class SkipSublayers(Pass):
             return Miss(why, target.entry)
         count = next(iter(sums.values())).rows
         if count < 2 * width:
-            return Miss(f"{count} calibration tokens are too few for a map of width {width}",
-                        target.branch, f"give at least {2 * width}, better {10 * width}")  # fmt: skip
+            few = f"{count} calibration tokens are too few for a map of width {width}"
+            return Miss(few, target.branch, f"give at least {2 * width}, better {10 * width}")
         made = [_fitted(sums[key], checks.get(key), key) for key in sums]
         wanted = ["branch", "residual"] if flow.drifted else ["branch"]
-        best = [min((f for f in made if f.against == kind), key=lambda f: f.map.residual)
+        best = [min((f for f in made if f.against == kind), key=_left)
                 for kind in wanted]  # fmt: skip
         return sorted(best, key=lambda fit: fit.against != self.against)
+
+
+def _left(fit: _Fit) -> float:
+    return fit.map.residual if fit.heldout is None else fit.heldout
 
 
 class _Flow:
@@ -161,9 +166,12 @@ class _Flow:
 
 
 def _fitted(sums: Gram, check: Gram | None, key: tuple[str, str]) -> _Fit:
-    made = lmmse.fit(sums)
-    heldout = lmmse.residual(check, made.weight, made.bias) if check is not None else None
-    return _Fit(key[0], key[1], made, heldout)
+    if check is None:
+        return _Fit(key[0], key[1], lmmse.fit(sums), None)
+    made = lmmse.fits(sums)
+    left = [lmmse.residual(check, item.weight, item.bias) for item in made]
+    best = left.index(min(left))
+    return _Fit(key[0], key[1], made[best], left[best])
 
 
 def _sources(program: Program, target: Sublayer) -> list[str]:

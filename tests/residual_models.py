@@ -1,4 +1,4 @@
-"""Random tiny models of every residual structure, traced: shared by the tests of blocks and of the passes on them."""
+"""Random tiny models of every residual structure, traced: for tests of blocks and their passes."""
 
 from __future__ import annotations
 
@@ -51,19 +51,34 @@ EAGER_ONLY = ("gptj", "sandwich-norm")  # no SDPA spelling, or another function 
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("Llama", "LlamaForCausalLM", _sized(num_key_value_heads=2)),
     "neox": ("GPTNeoX", "GPTNeoXForCausalLM", _sized()),
-    "neox-sequential": (
-        "GPTNeoX", "GPTNeoXForCausalLM", _sized(use_parallel_residual=False)),  # fmt: skip
+    "neox-sequential": ("GPTNeoX", "GPTNeoXForCausalLM", _sized(use_parallel_residual=False)),
     "gptj": ("GPTJ", "GPTJForCausalLM", {**_GPT2, **_TOKEN_END, "rotary_dim": 4}),
     "gpt2": ("GPT2", "GPT2LMHeadModel", {**_GPT2, **_TOKEN_END}),
     "bert": ("Bert", "BertModel", _sized()),
     "vit": ("ViT", "ViTModel", _sized(image_size=16, patch_size=8)),
-    "opt": ("OPT", "OPTForCausalLM", _sized(
-        ffn_dim=2 * WIDTH, word_embed_proj_dim=WIDTH, max_position_embeddings=64)),  # fmt: skip
-    "t5": ("T5", "T5EncoderModel", {"d_model": WIDTH, "d_kv": 8, "d_ff": 2 * WIDTH,
-           "num_layers": LAYERS, "num_heads": HEADS, "vocab_size": VOCABULARY}),  # fmt: skip
+    "opt": (
+        "OPT",
+        "OPTForCausalLM",
+        _sized(ffn_dim=2 * WIDTH, word_embed_proj_dim=WIDTH, max_position_embeddings=64),
+    ),
+    "t5": (
+        "T5",
+        "T5EncoderModel",
+        {
+            "d_model": WIDTH,
+            "d_kv": 8,
+            "d_ff": 2 * WIDTH,
+            "num_layers": LAYERS,
+            "num_heads": HEADS,
+            "vocab_size": VOCABULARY,
+        },
+    ),
     "scaled": ("Granite", "GraniteForCausalLM", _sized(residual_multiplier=0.3)),
-    "sandwich-norm": ("Gemma2", "Gemma2ForCausalLM", _sized(
-        num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8)),  # fmt: skip
+    "sandwich-norm": (
+        "Gemma2",
+        "Gemma2ForCausalLM",
+        _sized(num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8),
+    ),
 }
 
 
@@ -107,7 +122,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two projections around the tanh form of GELU, spelled out: it holds sums that are no residuals."""
+    """Two projections around a spelled-out tanh GELU, which holds sums that are no residuals."""
 
     def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
@@ -120,7 +135,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm block. `attention` and `mlp` may be None, which is how a test removes one by hand."""
+    """A pre-norm block; a test removes `attention` or `mlp` by setting it to None."""
 
     def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
@@ -153,4 +168,3 @@ class Decoder(nn.Module):
         for block in self.blocks:
             x = block(x)
         return {"logits": self.head(self.norm(x))}
-

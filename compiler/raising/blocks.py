@@ -1,14 +1,16 @@
 """Residual sublayers found from the graph alone: no module name is read to find them.
 
-A residual sublayer is a sum `exit = entry + f(entry)`. Two facts of the dataflow graph show one, each enough:
+A residual sublayer is a sum `exit = entry + f(entry)`. Two facts of the dataflow graph show
+one, and each is enough:
 
-- the sum *post-dominates* an operand that has other users: whatever else reads that operand flows into the sum, so the
-  other terms are functions of it (side inputs such as masks and rotary tables do not disturb this);
-- an operand *dominates* another term: everything that the term takes from the model's input passes through that operand
-  (this holds where a longer skip connection bypasses the sum, which breaks the first fact).
+- the sum *post-dominates* an operand that has other users: whatever else reads that operand flows
+  into the sum, so the other terms are functions of it (masks and rotary tables do no harm);
+- an operand *dominates* another term: everything that the term takes from the model's input passes
+  through that operand (also where a longer skip connection breaks the first fact).
 
-Sums of several terms are read as one (parallel attention and MLP: `x + attn(x) + mlp(x)`), a scale on any term is allowed,
-and so is a norm after the sum (post-norm). A branch without a projection (the polynomial inside a GELU) is not a sublayer.
+Sums of several terms are read as one (parallel attention and MLP: `x + attn(x) + mlp(x)`), a scale
+on any term is allowed, and so is a norm after the sum (post-norm). A branch without a projection
+(the polynomial inside a GELU) is not a sublayer.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ _SOURCE, _SINK = "the inputs", "the outputs"  # ends of the graph under the domi
 
 @dataclass(frozen=True)
 class _Branch:
-    """One candidate: `exit` adds `branch` to the rest; `region` are the nodes between `entry` and `branch`."""
+    """One candidate: `exit` adds `branch`; `region` are the nodes from `entry` to `branch`."""
 
     entry: fx.Node
     branch: fx.Node
@@ -51,21 +53,22 @@ class _Branch:
 
 
 def sublayers(program: Program) -> tuple[Sublayer, ...]:
-    """The residual sublayers in order of their branches; empty when the model has no residual structure.
+    """The residual sublayers in order of their branches; empty for a model without residuals.
 
-    Takes time linear in the graph but for nested skip connections, whose insides are walked once per level.
+    Takes time linear in the graph; the inside of nested skip connections is walked once per level.
     """
     flow = _Flow(program.graph)
     found = [branch for total in flow.sums() for branch in _branches(flow, total)]
     kept = sorted(_one_level(found), key=lambda item: flow.index[item.branch])
-    return tuple(_named(program, flow, kept))
+    return tuple(_named(program, kept))
 
 
 def carried(program: Program, before: Sequence[Sublayer]) -> tuple[Sublayer, ...]:
     """The sublayers of a rewritten program under the ids they had before the rewrite.
 
-    A removed sublayer changes what its neighbours are attached to, so entries and exits are found anew; a sublayer is the
-    one it was as long as its branch node is. What is not found any more, but has all its nodes, stays as it was.
+    A removed sublayer changes what its neighbours are attached to, so entries and exits are found
+    anew; a sublayer is the one it was as long as its branch node is. What is not found any more,
+    but has all its nodes, stays as it was.
     """
     fresh = {layer.branch: layer for layer in sublayers(program)}
     names = {node.name for node in program.graph.nodes}
@@ -80,7 +83,7 @@ def carried(program: Program, before: Sequence[Sublayer]) -> tuple[Sublayer, ...
 
 
 class _Flow:
-    """The dataflow between tensors of a graph, with its dominators. Sizes and other numbers are no dataflow."""
+    """The dataflow between tensors of a graph, with its dominators. Sizes are no dataflow."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.nodes = [n for n in graph.nodes if n.op != "output" and _is_data(n)]
@@ -100,7 +103,7 @@ class _Flow:
     def sums(self) -> Iterator[fx.Node]:
         """The last add of each sum of equally shaped tensors."""
         for node in self.nodes:
-            if is_sum(node) and not (self._inside(node) is not None):
+            if is_sum(node) and self._inside(node) is None:
                 yield node
 
     def terms(self, total: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
@@ -121,12 +124,14 @@ class _Flow:
         for term in sorted(terms, key=lambda t: self.index.get(t, 0)):
             for root in self._unscaled(term):
                 others = [t for t in terms if t is not term]
-                if self._post_dominated(root, total) or any(self._dominates(root, t) for t in others):
+                if self._post_dominated(root, total):
+                    return root
+                if any(self._dominates(root, other) for other in others):
                     return root
         return None
 
     def region(self, entry: fx.Node, branch: fx.Node) -> frozenset[fx.Node] | None:
-        """The nodes computed after `entry` that `branch` needs; None when it does not need `entry`."""
+        """The nodes after `entry` that `branch` needs; None when it does not need `entry`."""
         start, reached, seen = self.index[entry], False, {branch}
         stack = [branch]
         while stack:
@@ -168,13 +173,13 @@ class _Flow:
         backwards = self._graph.reverse()
         (output,) = (node for node in graph.nodes if node.op == "output")
         ends = [node for node in output.all_input_nodes if node in self._graph]
-        # An output that also feeds a later one (hidden states, keys and values) is no end of the flow.
+        # An output that also feeds a later one (hidden states, keys, values) ends no flow.
         last = [node for node in ends if not any(user in self._graph for user in node.users)]
         backwards.add_edges_from((_SINK, node) for node in last or ends)
         return dict(nx.immediate_dominators(backwards, _SINK)) if ends else {}
 
     def _dominators(self) -> dict[Any, Any]:
-        """Dominators as seen from the input that most of the graph reads, so that masks do not count."""
+        """Dominators seen from the input that most of the graph reads: masks do not count."""
         inputs = [n for n in self.nodes if n.op == "placeholder" and n in self._graph]
         if not inputs:
             return {}
@@ -183,7 +188,7 @@ class _Flow:
 
 
 def is_sum(node: fx.Node) -> bool:
-    """Whether a node adds two floating-point tensors of one shape, as a residual connection does."""
+    """Whether a node adds two floating-point tensors of one shape, as residuals do."""
     if node.target not in _ADDS or len(node.all_input_nodes) != 2:
         return False
     values = [item.meta.get("val") for item in (node, *node.all_input_nodes)]
@@ -237,7 +242,7 @@ def _attends(node: fx.Node) -> bool:
 
 
 def _weighs_values(softmax: fx.Node) -> bool:
-    """Whether a softmax's result is multiplied with another activation (the softmax of a router is not)."""
+    """Whether a softmax's result is multiplied with another activation (a router's is not)."""
     node: fx.Node | None = softmax
     for _ in range(6):
         assert node is not None
@@ -251,7 +256,7 @@ def _weighs_values(softmax: fx.Node) -> bool:
 
 
 def _one_level(found: Sequence[_Branch]) -> list[_Branch]:
-    """Of nested candidates keep one level: a branch that holds whole blocks goes, else what it holds goes."""
+    """Of nested candidates keep one level: one that holds whole blocks goes, else what it holds."""
     by_exit: dict[fx.Node, list[_Branch]] = {}
     for item in found:
         by_exit.setdefault(item.exit, []).append(item)
@@ -264,7 +269,7 @@ def _one_level(found: Sequence[_Branch]) -> list[_Branch]:
     return [item for item in found if id(item) not in dropped]
 
 
-def _named(program: Program, flow: _Flow, kept: Sequence[_Branch]) -> Iterator[Sublayer]:
+def _named(program: Program, kept: Sequence[_Branch]) -> Iterator[Sublayer]:
     attentions = 0
     taken: dict[str, int] = {}
     for item in kept:
@@ -278,7 +283,7 @@ def _named(program: Program, flow: _Flow, kept: Sequence[_Branch]) -> Iterator[S
             id=base if taken[base] == 1 else f"{base}{taken[base]}",
             kind=item.kind,
             block=block,
-            module=_module(program, item, flow),
+            module=_module(program, item),
             entry=item.entry.name,
             branch=item.branch.name,
             exit=item.exit.name,
@@ -288,7 +293,7 @@ def _named(program: Program, flow: _Flow, kept: Sequence[_Branch]) -> Iterator[S
 
 
 def _only_here(item: _Branch) -> set[fx.Node]:
-    """The nodes that would be dead without the branch: all their users are among them, or are the exit's add."""
+    """The nodes that are dead without the branch: only they and the exit's add read them."""
     if len(item.branch.users) > 1:
         return set()
     inner = {item.branch}
@@ -303,8 +308,8 @@ def _only_here(item: _Branch) -> set[fx.Node]:
     return inner
 
 
-def _module(program: Program, item: _Branch, flow: _Flow) -> str:
-    """The deepest module that holds the branch's projections and its attention, without the program's prefix."""
+def _module(program: Program, item: _Branch) -> str:
+    """The deepest module that holds the branch's projections and attention, without the prefix."""
     main = [n for n in item.region if _attends(n) or projection(n) is not None]
     paths = [path for path in map(_path, main or item.region) if path is not None]
     common = list(paths[0]) if paths else []

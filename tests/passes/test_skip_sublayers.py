@@ -1,4 +1,4 @@
-"""skip_sublayers: deletion is removal by hand, linear maps are exact where the sublayer is linear."""
+"""skip_sublayers: deletion is removal by hand; linear maps are exact for linear sublayers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.tolerance import assert_close
 
 
 class Linear(nn.Module):
-    """An attention that gives each token its own value: with an output projection it is linear in its input."""
+    """Two projections and nothing between them: linear in its input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,7 +103,9 @@ def test_what_a_deleted_attention_had_is_gone(program: Program, notes: Notes) ->
     left = {node.name for node in made.graph.nodes}
     assert not left & set(layer.inner)
     assert len(made.attentions()) == len(program.attentions()) - 1
-    assert [site.id for site in made.sites] == [s.id for s in program.sites if s.id not in layer.sites]
+    assert [site.id for site in made.sites] == [
+        s.id for s in program.sites if s.id not in layer.sites
+    ]
     gone = {name for name, _ in program.module.named_parameters()}
     gone -= {name for name, _ in made.module.named_parameters()}
     assert gone == {f"blocks.0.{name}" for name in (
@@ -125,9 +127,7 @@ def test_rotary_tables_go_with_the_last_attention_that_reads_them() -> None:
     _, made = traced_family("llama")
     raised = raise_program(made)
     ids = [s.id for s in raised.sublayers if s.kind == "attention"]
-    after, _ = apply_pass(
-        raised, read_pass("skip_sublayers{method=delete}"), ids, Notes(raised)
-    )
+    after, _ = apply_pass(raised, read_pass("skip_sublayers{method=delete}"), ids, Notes(raised))
     assert not after.attentions()
     assert not after.sites
     tables = (torch.ops.aten.cos.default, torch.ops.aten.sin.default)
@@ -137,14 +137,16 @@ def test_rotary_tables_go_with_the_last_attention_that_reads_them() -> None:
 
 @pytest.mark.parametrize("name", ["neox", "bert"])
 def test_parallel_and_post_norm_models(name: str) -> None:
-    """With the weights of a branch's last projection at zero the branch adds nothing, so deletion changes nothing."""
+    """With its last projection at zero a branch adds nothing, so deletion changes nothing."""
     pytest.importorskip("transformers")
     model, made = traced_family(name)
     ends = ("attention.dense", "dense_4h_to_h", "output.dense")
     for key, parameter in model.named_parameters():
         if any(f"{end}.{leaf}" in key for end in ends for leaf in ("weight", "bias")):
             nn.init.zeros_(parameter)
-    after, outcomes = apply_pass(made, read_pass("skip_sublayers{method=delete}"), ["*"], Notes(made))
+    after, outcomes = apply_pass(
+        made, read_pass("skip_sublayers{method=delete}"), ["*"], Notes(made)
+    )
     assert all(outcome.applied for outcome in outcomes)
     assert not after.sublayers
     expected, actual = made.run(made.example), after.run(made.example)
@@ -175,7 +177,9 @@ def test_the_reported_residual_is_the_measured_one(program: Program, notes: Note
     (mapped,) = (n for n in made.graph.nodes if "linear_maps" in str(n.all_input_nodes))
     targets, estimates = [], []
     for batch in notes.calibration:
-        targets.append(record(program, [layer.branch], batch)[0][layer.branch].flatten(0, 1).double())
+        targets.append(
+            record(program, [layer.branch], batch)[0][layer.branch].flatten(0, 1).double()
+        )
         estimates.append(record(made, [mapped.name], batch)[0][mapped.name].flatten(0, 1).double())
     y, fitted = torch.cat(targets), torch.cat(estimates)
     measured = float((y - fitted).square().sum() / (y - y.mean(0)).square().sum())

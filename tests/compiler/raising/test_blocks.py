@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def test_module_is_the_deepest_common_one_without_the_prefix() -> None:
 
 def test_sequential_sublayers_are_a_chain() -> None:
     found = sublayers(traced_family("llama"))
-    for before, after in zip(found, found[1:], strict=False):
+    for before, after in pairwise(found):
         assert after.entry == before.exit
 
 
@@ -134,7 +135,7 @@ def test_blocks_inside_a_long_skip_connection_are_found_one_by_one() -> None:
 
 
 class Gated(nn.Module):
-    """A scaled stream (as DeepNorm), a routed MLP whose softmax is no attention, a residual with one projection."""
+    """A scaled stream (as DeepNorm), a routed MLP, and a residual with one projection."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -166,7 +167,7 @@ def test_a_hundred_layers_take_little_time() -> None:
 
 
 def repeated(times: int) -> Program:
-    """The graph of one block, copied behind itself `times` times (tracing that many layers takes long)."""
+    """The graph of one block, copied behind itself: tracing that many layers takes long."""
     one = traced(Block(), torch.randn(2, 7, WIDTH))
     graph = torch.fx.Graph()
     values: dict[torch.fx.Node, torch.fx.Node] = {}
