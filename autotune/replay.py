@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from attnopt.autotune.accuracy import evaluate
+from attnopt.autotune.baselines import baselines
 from attnopt.autotune.data import gather
 from attnopt.autotune.environment import environment
 from attnopt.autotune.optimize import original, require_sites
@@ -163,13 +164,11 @@ def check(
     home = Path(folder)
     report = _result(home)
     _same_model(report, Path(model))
-    wanted = Wanted(*(Path(p) if p else None for p in (text, calibration, inputs)), batch, length)
+    wanted = Wanted(_path(text), _path(calibration), _path(inputs), batch, length)
     loaded = load(str(model), inputs=wanted.inputs, text=wanted.text, allow_globals=allow_globals, trust=trust)
     require_weights(loaded)
     data = gather(loaded, wanted, str(model))
     given, optimized = original(loaded), load_folder(home)
-    from attnopt.autotune.baselines import baselines
-
     base = baselines(given, data.timing)
     timing = compare([*base.contenders, Contender("optimized", optimized)], data.timing, seconds=seconds, progress=say)
     ratio = timing.ratio("optimized", timing.fastest([c.name for c in base.contenders]))
@@ -190,6 +189,10 @@ def check(
     return Verdict(
         fast and close, ratio.value, ratio.interval.low, bound, drop, upper, allowed, tuple(lines), environment()
     )
+
+
+def _path(value: str | Path | None) -> Path | None:
+    return None if value is None else Path(value)
 
 
 def _same_model(report: Result, model: Path) -> None:
