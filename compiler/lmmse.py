@@ -93,7 +93,8 @@ def correlations(sums: Gram, yy: Tensor) -> Tensor:
     mean_y = sums.xy[-1] / sums.rows
     s_yy = yy - sums.rows * torch.outer(mean_y, mean_y)
     whitened = _root_inverse(s_xx) @ s_xy @ _root_inverse(s_yy)
-    return torch.linalg.svdvals(whitened).clamp(max=1.0)
+    values: Tensor = torch.linalg.svdvals(whitened)
+    return values.clamp(max=1.0)
 
 
 def _centred(sums: Gram) -> tuple[Tensor, Tensor]:
@@ -106,4 +107,5 @@ def _centred(sums: Gram) -> tuple[Tensor, Tensor]:
 def _root_inverse(moments: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(moments)
     keep = values > 1e-12 * values[-1]
-    return (vectors[:, keep] / values[keep].sqrt()) @ vectors[:, keep].T
+    root: Tensor = (vectors[:, keep] / values[keep].sqrt()) @ vectors[:, keep].T
+    return root

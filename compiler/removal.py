@@ -52,10 +52,15 @@ def remove(program: Program, layer: Sublayer) -> None:
 
 def without(program: Program, layers: Sequence[Sublayer]) -> Program:
     """A copy without these sublayers, its sites and sublayers brought up to date."""
-    return edited(program, lambda made: [remove(made, layer) for layer in layers])
+
+    def edit(made: Program) -> None:
+        for layer in layers:
+            remove(made, layer)
+
+    return edited(program, edit)
 
 
-def edited(program: Program, edit: Callable[[Program], object]) -> Program:
+def edited(program: Program, edit: Callable[[Program], None]) -> Program:
     """A copy with a graph edit made and cleaned, its sites and sublayers brought up to date."""
     made = program.copy()
     edit(made)

@@ -74,7 +74,8 @@ def solve(sums: Gram, ridge: float, with_one: bool) -> Tensor:
     shift = torch.zeros(len(sums.xx), dtype=torch.float64)
     shift[:size] = ridge * sums.xx.diagonal()[:size].mean()
     shift[size:] = 1e-9 * float(sums.rows)
-    return start + torch.linalg.solve(sums.xx + shift.diag(), sums.xy - sums.xx @ start)
+    step: Tensor = torch.linalg.solve(sums.xx + shift.diag(), sums.xy - sums.xx @ start)
+    return start + step
 
 
 def fold(

@@ -192,10 +192,9 @@ def is_sum(node: fx.Node) -> bool:
     if node.target not in _ADDS or len(node.all_input_nodes) != 2:
         return False
     values = [item.meta.get("val") for item in (node, *node.all_input_nodes)]
-    if not all(isinstance(value, Tensor) and value.is_floating_point() for value in values):
-        return False
-    shapes = [[str(size) for size in value.shape] for value in values]
-    return len(shapes[0]) >= 2 and shapes[0] == shapes[1] == shapes[2]
+    sums = [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
+    shapes = [[str(size) for size in value.shape] for value in sums]
+    return len(shapes) == 3 and len(shapes[0]) >= 2 and shapes[0] == shapes[1] == shapes[2]
 
 
 def _is_data(node: fx.Node) -> bool:
