@@ -132,9 +132,11 @@ def _stub(monkeypatch: pytest.MonkeyPatch, answer: Any) -> list[dict[str, Any]]:
 
 
 def test_every_option_arrives(command: Command, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the folder of the metric is added to it
     asked = _stub(monkeypatch, least())
     text = tmp_path / "a text.txt"
     text.write_text("words")
+    (tmp_path / "mine.py").write_text("def score(model):\n    return 1.0\n")
     ended = command(
         "optimize", "m.pt", "--target", "a100", "--budget", "150%", "--max-drop", "0.5%",
         "--effort", "full", "--trials", "7", "--timeout", "1.5m", "--out", "there", "--seed", "3",
@@ -151,6 +153,13 @@ def test_every_option_arrives(command: Command, tmp_path: Path, monkeypatch: Any
         "metric": "mine:score", "text": text, "calibration": text, "inputs": text, "batch": 8,
         "length": 64, "allow_globals": ("a.B", "c.D"), "trust": True, "attention": "eager",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("metric", ["nowhere:score", "mine", "math:pi"])
+def test_a_metric_that_is_none(command: Command, monkeypatch: Any, metric: str) -> None:
+    asked = _stub(monkeypatch, least())
+    ended = command("optimize", "m.pt", "--metric", metric, "--json")
+    assert ended.code == 1 and ended.error["code"] == "A407" and not asked
 
 
 @pytest.mark.parametrize(
