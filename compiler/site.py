@@ -111,8 +111,10 @@ class Unraised:
 class Sublayer:
     """One residual branch: `exit` = `entry` + f(`entry`), where f's last node is `branch`.
 
-    `id` is like "b3.attention". `entry`, `branch` and `exit` are node names of `[batch, seq, width]` tensors; removing the
-    sublayer replaces `exit` by `entry` (a norm after the add stays, as post-norm models need). `inner` are the node names
+    `id` is like "b3.attention". `entry`, `branch` and `exit` are node names of `[batch, seq, width]` tensors; `exit` is
+    the add that reads `branch`. Removing the sublayer replaces `exit` by the add's other operand: the entry, or, where several
+    branches are added in one sum (parallel attention and MLP), what is left of it; see `compiler.removal`. A norm after the add
+    stays, as post-norm models need. `inner` are the node names
     that only this branch uses; `sites` the ids of the attention sites among them.
     """
 
