@@ -326,7 +326,8 @@ def train(run: Run, args: argparse.Namespace, device: str) -> None:
 
 def facts(run: Run, args: argparse.Namespace, device: str) -> dict[str, Any]:
     """What the metrics say about how the model was trained."""
-    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {args.threads} threads"
+    threads = "1 thread" if args.threads == 1 else f"{args.threads} threads"
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {threads}"
     return {
         "tokens_seen": run.tokens,
         "train_tokens": len(run.sampler.stream),
