@@ -46,7 +46,7 @@ def check(
     from attnopt.cli import draw
     from attnopt.cli.progress import Progress
 
-    bounds = {
+    bounds: dict[str, Any] = {
         "min_speed": None if min_speed is None else parse_budget(min_speed),
         "max_drop": None if max_drop is None else parse_share(max_drop),
     }
