@@ -19,7 +19,9 @@ from attnopt.autotune.search import Limits, Search, Tried
 from attnopt.autotune.sensitivity import Menu, Single, ceilings, menu, singles, worthwhile
 from attnopt.autotune.workbench import Built, Workbench
 from attnopt.codegen.target import target as known_target
+from attnopt.compiler.contract import read_pass
 from attnopt.compiler.cost import Cost, cost
+from attnopt.compiler.plan import Plan
 from attnopt.compiler.profile import Profile, profile
 from attnopt.compiler.program import Program
 
@@ -52,7 +54,7 @@ class Run:
             exact = self.bench.apply(replace(exact.plan, steps=()))
             pace = replace(pace, built=exact)
         self.profile = self._profile(exact)
-        found = ceilings(exact.program, self.profile, approximate()) if self.profile else {}
+        found = ceilings(self.program, self.profile, approximate()) if self.profile else {}
         if self._enough(pace) or not self.request.searches or not self._can_search():
             return self._finish(pace, found)
         tried, single = self._search(exact, pace, found)
@@ -77,7 +79,9 @@ class Run:
     def _profile(self, exact: Built) -> Profile | None:
         if self.request.target != "cpu":
             return None
-        return profile(exact.program, self.data.timing[0], repeats=3, progress=self.progress)
+        steps = [step for step in exact.plan.steps if read_pass(step.rewrite).scope == "site"]
+        padded = self.bench.apply(Plan(tuple(steps)))  # a packed program no longer has the sites' nodes
+        return profile(padded.program, self.data.timing[0], repeats=3, progress=self.progress)
 
     def _enough(self, pace: Pace) -> bool:
         return self.request.budget is not None and pace.ratio >= self.request.budget

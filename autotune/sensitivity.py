@@ -6,10 +6,10 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from attnopt.autotune.accuracy import Accuracy
 from attnopt.autotune.workbench import Workbench
-from attnopt.compiler.contract import Miss, Pass
+from attnopt.compiler.contract import Pass
 from attnopt.compiler.pipeline import target_id
 from attnopt.compiler.plan import Step
 from attnopt.compiler.profile import LEAST_CEILING, Profile, ceiling
@@ -25,7 +25,6 @@ class Single:
     target: str
     drop: float
     reason: str = ""
-    accuracy: Accuracy | None = None
 
 
 @dataclass(frozen=True)
@@ -60,22 +59,29 @@ def singles(bench: Workbench, kind: type[Pass], seconds: float) -> list[Single]:
     rewrite = kind()
     begun = time.monotonic()
     found: list[Single] = []
-    base = bench.build([]).program
-    targets = [target_id(t) for t in rewrite.targets(base)]
+    targets = [target_id(target) for target in rewrite.targets(bench.program)]
     for i, id in enumerate(targets):
-        target = next(t for t in rewrite.targets(base) if target_id(t) == id)
         if time.monotonic() - begun > seconds:
             found.append(Single(rewrite.text, id, math.inf, "the time for sensitivities was spent"))
             continue
-        answer = rewrite.rewrite(target, base, bench.notes)
-        if isinstance(answer, Miss):
-            found.append(Single(rewrite.text, id, math.inf, answer.reason))
-            continue
-        accuracy = bench.drop([Step(rewrite.text, (id,))])
-        drop = accuracy.drop if accuracy.feasible else math.inf
-        found.append(Single(rewrite.text, id, drop, accuracy.reason, accuracy))
+        found.append(_alone(bench, rewrite, id))
         bench.progress(f"sensitivity of {rewrite.name}", (i + 1) / len(targets))
     return found
+
+
+def _alone(bench: Workbench, rewrite: Pass, id: str) -> Single:
+    step = Step(rewrite.text, (id,))
+
+    def measure() -> dict[str, Any]:
+        outcomes = bench.build([step], verify=False).outcomes
+        missed = [o.reason for o in outcomes if o.rewrite == rewrite.text and not o.applied]
+        if missed:
+            return {"drop": None, "reason": missed[0]}
+        accuracy = bench.drop([step])
+        return {"drop": accuracy.drop if accuracy.feasible else None, "reason": accuracy.reason}
+
+    known = bench.journal.get(f"alone {step}", measure)
+    return Single(rewrite.text, id, math.inf if known["drop"] is None else known["drop"], known["reason"])
 
 
 def menu(

@@ -95,31 +95,35 @@ class Workbench:
         self.judging = Teacher(original, data.evaluation, task)
         named = json.dumps({**(scope or {}), "words": data.words, "seed": seed}, sort_keys=True, default=str)
         self.journal = Journal(work / "measurements.jsonl" if work else None, hashlib.sha256(named.encode()).hexdigest())
-        self._built: dict[tuple[Step, ...], tuple[Program, tuple[Outcome, ...]]] = {}
+        self._built: dict[tuple[tuple[Step, ...], bool], tuple[Program, tuple[Outcome, ...]]] = {}
         self._baselines: Baselines | None = None
 
-    def build(self, steps: list[Step], exact: bool = True) -> Built:
+    def build(self, steps: list[Step], exact: bool = True, verify: bool = True) -> Built:
         """Apply approximate steps together with all exact ones, each at its place in the order."""
-        return self.apply(compose(steps, exact))
+        return self.apply(compose(steps, exact), verify)
 
-    def apply(self, plan: Plan) -> Built:
-        """Apply a plan as it stands; shared beginnings of plans are applied once."""
+    def apply(self, plan: Plan, verify: bool = True) -> Built:
+        """Apply a plan as it stands; shared beginnings of plans are applied once.
+
+        Inside the search `verify` is off: the exact rewrites were compared on the exact plan, and are again on the winner.
+        """
         program, outcomes = self.program, tuple[Outcome, ...]()
         for i in range(len(plan.steps)):
-            prefix = plan.steps[: i + 1]
-            if prefix not in self._built:
-                step = prefix[-1]
-                made, done = apply_pass(program, read_pass(step.rewrite), step.targets, self.notes)
+            key = (plan.steps[: i + 1], verify)
+            if key not in self._built:
+                step = plan.steps[i]
+                rewrite = read_pass(step.rewrite)
+                made, done = apply_pass(program, rewrite, step.targets, self.notes, verify)
                 if len(self._built) >= KEPT_PROGRAMS:
                     self._built.pop(next(iter(self._built)))
-                self._built[prefix] = (made, (*outcomes, *done))
-            program, outcomes = self._built[prefix]
+                self._built[key] = (made, (*outcomes, *done))
+            program, outcomes = self._built[key]
         return Built(plan, program, lower(program), outcomes)
 
     def drop(self, steps: list[Step]) -> Accuracy:
         """Accuracy on the heldout data, from the journal where it was measured before."""
         key = "heldout " + _key(compose(steps))
-        found = self.journal.get(key, lambda: self._drop(self.build(steps), self.searching).as_json())
+        found = self.journal.get(key, lambda: self._drop(self.build(steps, verify=False), self.searching).as_json())
         return Accuracy.from_json(found)
 
     def verdict(self, built: Built) -> Accuracy:
@@ -155,7 +159,7 @@ class Workbench:
         key = f"gain {_key(compose(steps))} over {_key(over.plan)}"
 
         def measure() -> float:
-            pair = [Contender("over", over.module), Contender(CANDIDATE, self.build(steps).module)]
+            pair = [Contender("over", over.module), Contender(CANDIDATE, self.build(steps, verify=False).module)]
             timing = compare(pair, self.data.timing, seconds=seconds, rounds=5, precision=0.02)
             return timing.ratio(CANDIDATE, "over").value
 

@@ -37,9 +37,12 @@ def apply_plan(
 
 
 def apply_pass(
-    program: Program, rewrite: Pass, targets: Sequence[str], notes: Notes
+    program: Program, rewrite: Pass, targets: Sequence[str], notes: Notes, verify: bool = True
 ) -> tuple[Program, list[Outcome]]:
-    """Apply one pass to the named targets (("*",) is all of its scope), one after the other."""
+    """Apply one pass to the named targets (("*",) is all of its scope), one after the other.
+
+    With `verify`, an exact or guarded pass is compared with the program before it, and what disagrees is rolled back.
+    """
     chosen = [t for t in rewrite.targets(program) if "*" in targets or target_id(t) in targets]
     known = {target_id(t) for t in chosen}
     outcomes = [_missing(rewrite, name) for name in targets if name != "*" and name not in known]
@@ -48,7 +51,7 @@ def apply_pass(
     for id in [target_id(t) for t in chosen]:
         current, outcome = _apply_one(current, rewrite, id, notes)
         (applied if outcome.applied else outcomes).append(outcome)
-    if applied and rewrite.exactness is not Exactness.APPROXIMATE:
+    if verify and applied and rewrite.exactness is not Exactness.APPROXIMATE:
         current, applied = _verified(program, current, rewrite, applied, notes)
     return current, [*outcomes, *applied]
 
