@@ -132,6 +132,11 @@ def expression(size: Any) -> sympy.Expr:
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
 
 
+def is_symbol(size: Any) -> bool:
+    """Whether a size may vary: a SymInt that the trace has narrowed to one number may not."""
+    return not expression(size).is_Integer
+
+
 def same_size(a: Any, b: Any) -> bool:
     """Whether two sizes are the same expression."""
     return bool(sympy.expand(expression(a) - expression(b)) == 0)

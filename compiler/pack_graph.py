@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
 
-from attnopt.compiler.layout import Layout, same_size
+from attnopt.compiler.layout import Layout, is_symbol, same_size
 from attnopt.compiler.packed_form import Form, Gather, arguments
 from attnopt.compiler.packed_ops import PACK_INDEX, PACKED_ATTENTION, UNPACK
 from attnopt.compiler.packing import Exit, Region, ancestors, entry_roles
@@ -37,7 +37,7 @@ class _Writer:
 
     def __init__(self, program: Program, region: Region) -> None:
         self.program, self.region, self.t = program, region, region.tokenwise
-        self.here = {node.name: node for node in program.graph.nodes}
+        self.here: dict[str, fx.Node] = {node.name: node for node in program.graph.nodes}
         self.now: dict[fx.Node, fx.Node] = {}
         self.made: dict[Any, Any] = {}
 
@@ -64,7 +64,7 @@ class _Writer:
             self._leave(leaving)
 
     def _size(self, size: Any, before: fx.Node) -> Any:
-        if not isinstance(size, torch.SymInt):
+        if not is_symbol(size):
             return int(size)
         found = placeholder_dim(self.program.graph, size)
         assert found is not None
@@ -86,7 +86,7 @@ class _Writer:
         target = self.here[node.name]
         args, kwargs = self._arguments(form.args, target), self._arguments(form.kwargs, target)
         if form.target is None:
-            return args[0]  # type: ignore[no-any-return]
+            return cast(fx.Node, args[0])
         if form.target is PACKED_ATTENTION:
             args = (*args, self.index, self.offsets, self.keys, self.seq)
         target.target, target.args, target.kwargs = form.target, args, kwargs
@@ -116,7 +116,7 @@ class _Writer:
     def _gather(self, node: fx.Node, roles: tuple[str, ...], before: fx.Node) -> fx.Node:
         """The operand at the kept tokens: token axes moved to the front, then one index_select."""
         if (node, roles) in self.made:
-            return self.made[node, roles]
+            return cast(fx.Node, self.made[node, roles])
         call, x = self.program.call, node
         for _ in range(len(roles) - len(x.meta["val"].shape)):
             x = call(aten.unsqueeze.default, (x, 0), before=before)
@@ -144,7 +144,7 @@ class _Writer:
         if tokens not in self.made:
             divide = aten.remainder.Scalar if tokens == "S" else aten.floor_divide.default
             self.made[tokens] = self.program.call(divide, (self.index, self.seq), before=before)
-        return self.made[tokens]
+        return cast(fx.Node, self.made[tokens])
 
     def _leave(self, leaving: Exit) -> None:
         layout = self.t.layouts[leaving.node]
@@ -172,7 +172,7 @@ class _Writer:
                 shape = [-1 if len(d) > 1 else sizes.get(d[0], d[0]) for d in layout.dims]
                 x = call(aten.reshape.default, (x, shape), before=before)
             self.made[key] = x
-        return self.made[key]
+        return cast(fx.Node, self.made[key])
 
     def _replace_size(self, node: fx.Node, layout: Layout) -> None:
         """A size that was read off a packed value, from the inputs instead."""

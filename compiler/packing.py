@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from attnopt.compiler.contract import Miss
 from attnopt.compiler.layout import Layout, is_free
@@ -91,7 +91,7 @@ def polarity(node: Any) -> tuple[Any, bool]:
     straight = True
     while isinstance(node, fx.Node) and node.op == "call_function":
         source = node.args[0] if node.args else None
-        if not isinstance(source, fx.Node):
+        if not isinstance(source, fx.Node) or not isinstance(source.meta.get("val"), Tensor):
             break
         to, of = node.meta["val"].dtype, source.meta["val"].dtype
         flips = node.target is aten.logical_not.default or (

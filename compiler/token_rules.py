@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from attnopt.compiler.layout import Dim, Layout, is_free
+from attnopt.compiler.layout import Dim, Layout, is_free, is_symbol
 from attnopt.compiler.ops import ATTENTION
 from attnopt.compiler.packed_form import Form, Gather, Tokenwise
 from attnopt.compiler.packed_ops import PACKED_ATTENTION
@@ -22,10 +22,16 @@ aten = torch.ops.aten
 Rule = Callable[[fx.Node, dict[str, Any], Tokenwise], Form | str]
 
 
+def _call(node: fx.Node) -> Callable[..., Any]:
+    """The operator that a node calls."""
+    assert callable(node.target)
+    return node.target
+
+
 def rule_of(node: fx.Node) -> Rule | None:
     """The rule of a call, or None when its operator is not known to work token by token."""
     found = _RULES.get(node.target)
-    if found is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
+    if found is None and torch.Tag.pointwise in getattr(_call(node), "tags", ()):
         return pointwise
     return found
 
@@ -39,7 +45,7 @@ def pointwise(node: fx.Node, a: dict[str, Any], t: Tokenwise) -> Form | str:
     if main is None:
         return f"`{node.name}` broadcasts its padded operand"
     dims: tuple[Dim, ...] = tuple(
-        (int(shape[i]),) if is_free(dim) and not isinstance(shape[i], torch.SymInt) else dim
+        (int(shape[i]),) if is_free(dim) and not is_symbol(shape[i]) else dim
         for i, dim in enumerate(main.dims)
     )
     made: dict[fx.Node, Any] = {}
@@ -50,7 +56,7 @@ def pointwise(node: fx.Node, a: dict[str, Any], t: Tokenwise) -> Form | str:
                 return fitted
             made[operand] = fitted
     args, kwargs = _swap((node.args, dict(node.kwargs)), made)
-    return Form(Layout(dims), node.target, args, kwargs)  # type: ignore[arg-type]
+    return Form(Layout(dims), _call(node), args, kwargs)
 
 
 def _operand(node: fx.Node, dims: Sequence[Dim], t: Tokenwise) -> Any:
@@ -68,9 +74,7 @@ def _operand(node: fx.Node, dims: Sequence[Dim], t: Tokenwise) -> Any:
     for size, dim in zip(shape, dims[len(dims) - len(shape) :], strict=True):
         if is_free(dim):
             roles.append("")
-        elif (
-            not isinstance(size, torch.SymInt) and int(size) == 1 and len(dim) == len(_tokens(dim))
-        ):
+        elif not is_symbol(size) and int(size) == 1 and len(dim) == len(_tokens(dim)):
             roles.append("1")
         elif len(dim) == len(_tokens(dim)) and t.extent.fits(Layout((dim,)), (size,)):
             roles.append(_tokens(dim))
@@ -104,7 +108,7 @@ def _same(node: fx.Node, a: dict[str, Any], t: Tokenwise) -> Form | str:
     layout = t.layout(node.args[0])
     if layout is None:
         return f"`{node.name}` takes only its dtype or device from a padded value"
-    return Form(layout, node.target, node.args, dict(node.kwargs))  # type: ignore[arg-type]
+    return Form(layout, _call(node), node.args, dict(node.kwargs))
 
 
 def _dropout(node: fx.Node, a: dict[str, Any], t: Tokenwise) -> Form | str:
@@ -128,8 +132,8 @@ def _product(node: fx.Node, a: dict[str, Any], t: Tokenwise) -> Form | str:
     if isinstance(bias, fx.Node) and len(bias.meta["val"].shape) != 1:
         return f"`{node.name}` adds a matrix"
     return Form(
-        layout.put(-1, int(node.meta["val"].shape[-1])), node.target, node.args, dict(node.kwargs)
-    )  # type: ignore[arg-type]
+        layout.put(-1, int(node.meta["val"].shape[-1])), _call(node), node.args, dict(node.kwargs)
+    )
 
 
 def _norm(node: fx.Node, a: dict[str, Any], t: Tokenwise) -> Form | str:
@@ -140,7 +144,7 @@ def _norm(node: fx.Node, a: dict[str, Any], t: Tokenwise) -> Form | str:
         return f"`{node.name}` normalises over tokens"
     if any(t.layout(a.get(name)) is not None for name in ("weight", "bias")):
         return f"`{node.name}` scales by a padded value"
-    return Form(layout, node.target, node.args, dict(node.kwargs))  # type: ignore[arg-type]
+    return Form(layout, _call(node), node.args, dict(node.kwargs))
 
 
 def _view(node: fx.Node, a: dict[str, Any], t: Tokenwise) -> Form | str:
@@ -201,7 +205,7 @@ def _along(node: fx.Node, a: dict[str, Any], t: Tokenwise) -> Form | str:
     made = layout.drop(a["dim"]) if node.target is aten.select.int else None
     if made is None:
         made = layout.put(a["dim"], int(value.shape[layout.index(a["dim"])]))
-    return Form(made, node.target, (), {**a, "dim": axis})  # type: ignore[arg-type]
+    return Form(made, _call(node), (), {**a, "dim": axis})
 
 
 def _reduce(node: fx.Node, a: dict[str, Any], t: Tokenwise) -> Form | str:
@@ -216,7 +220,7 @@ def _reduce(node: fx.Node, a: dict[str, Any], t: Tokenwise) -> Form | str:
     made = layout
     for dim in dims:
         made = made.put(dim, 1) if a["keepdim"] else made.drop(dim)
-    return Form(made, node.target, (), {**a, "dim": axes if listed else axes[0]})  # type: ignore[arg-type]
+    return Form(made, _call(node), (), {**a, "dim": axes if listed else axes[0]})
 
 
 def _pieces(node: fx.Node, a: dict[str, Any], t: Tokenwise) -> Form | str:
@@ -230,7 +234,7 @@ def _pieces(node: fx.Node, a: dict[str, Any], t: Tokenwise) -> Form | str:
     else:
         at = layout.index(a["dim"])
         made = tuple(layout.put(at, int(piece.shape[at])) for piece in node.meta["val"])
-    return Form(made, node.target, (), {**a, "dim": axis})  # type: ignore[arg-type]
+    return Form(made, _call(node), (), {**a, "dim": axis})
 
 
 def _join(node: fx.Node, a: dict[str, Any], t: Tokenwise) -> Form | str:
@@ -250,7 +254,7 @@ def _join(node: fx.Node, a: dict[str, Any], t: Tokenwise) -> Form | str:
         if not is_free(first.dims[at]) or len({x.drop(at) for x in layouts if x is not None}) > 1:
             return f"`{node.name}` joins along the sequence"
         made = first.put(at, int(shape[at]))
-    return Form(made, node.target, (list(a["tensors"]), made.axis(at)))  # type: ignore[arg-type]
+    return Form(made, _call(node), (list(a["tensors"]), made.axis(at)))
 
 
 def embedding(node: fx.Node, a: dict[str, Any], t: Tokenwise) -> Form | str:
@@ -261,12 +265,12 @@ def embedding(node: fx.Node, a: dict[str, Any], t: Tokenwise) -> Form | str:
     if layout is None and t.extent.fits(Layout((("B",), ("S",))), ids.meta["val"].shape):
         width = int(node.meta["val"].shape[-1])
         return Form(
-            Layout((("B",), ("S",), (width,))), node.target, (weight, Gather(ids, ("B", "S")))
-        )  # type: ignore[arg-type]
+            Layout((("B",), ("S",), (width,))), _call(node), (weight, Gather(ids, ("B", "S")))
+        )
     if layout is None:
         return ""
     made = layout.insert(len(layout.dims), int(node.meta["val"].shape[-1]))
-    return Form(made, node.target, (weight, ids))  # type: ignore[arg-type]
+    return Form(made, _call(node), (weight, ids))
 
 
 def _attention(node: fx.Node, a: dict[str, Any], t: Tokenwise) -> Form | str:

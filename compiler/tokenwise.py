@@ -12,10 +12,9 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
-from attnopt.compiler.layout import Extent, Layout
+from attnopt.compiler.layout import Extent, Layout, is_symbol
 from attnopt.compiler.packed_form import Form, Tokenwise, arguments
 from attnopt.compiler.token_rules import embedding, rule_of
 
@@ -47,7 +46,7 @@ def _seed(node: fx.Node, extent: Extent) -> Layout | None:
         return None
     if value.dim() < 3 or not value.is_floating_point():
         return None
-    if any(isinstance(size, torch.SymInt) for size in value.shape[2:]):
+    if any(is_symbol(size) for size in value.shape[2:]):
         return None
     rest = tuple((int(size),) for size in value.shape[2:])
     for layout in (Layout((("B",), ("S",), *rest)), Layout((("S",), ("B",), *rest))):

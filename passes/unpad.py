@@ -22,7 +22,7 @@ import torch
 from torch import fx
 
 from attnopt.compiler.contract import Edit, Exactness, Miss, Notes, Pass, Scope
-from attnopt.compiler.layout import Extent, same_size
+from attnopt.compiler.layout import Extent, is_symbol, same_size
 from attnopt.compiler.pack_graph import placeholder_dim, rewrite
 from attnopt.compiler.packed_ops import PACKED_ATTENTION
 from attnopt.compiler.packing import Region, choose
@@ -78,7 +78,7 @@ def _region(program: Program, attention: fx.Node) -> Region | Miss:
             help="give example inputs with a batch of 2 or more",
         )
     for what, size in (("batch size", extent.batch), ("length", extent.seq)):
-        if isinstance(size, torch.SymInt) and placeholder_dim(program.graph, size) is None:
+        if is_symbol(size) and placeholder_dim(program.graph, size) is None:
             return Miss(
                 f"the {what} {size} of attention `{attention.name}` is that of no input",
                 at=attention.name,
