@@ -68,7 +68,7 @@ class Run:
         }  # fmt: skip
         return Workbench(
             self.original, self.program, self.data, task=self.task, metric=self.request.metric,
-            target=self.request.target, seed=self.request.seed, work=self.work, scope=scope, progress=self.progress,
+            device=self.request.target, seed=self.request.seed, work=self.work, scope=scope, progress=self.progress,
         )  # fmt: skip
 
     def _pace(self, built: Built, seconds: float = 8.0) -> Pace:

@@ -17,6 +17,8 @@ from attnopt.autotune.data import Data
 from attnopt.autotune.order import compose
 from attnopt.autotune.teacher import Teacher
 from attnopt.autotune.timing import Contender, Timing, compare
+from attnopt.codegen.roofline import estimate
+from attnopt.codegen.target import target
 from attnopt.compiler.contract import Notes, read_pass
 from attnopt.compiler.lower import lower
 from attnopt.compiler.pipeline import apply_pass
@@ -82,7 +84,7 @@ class Workbench:
         *,
         task: str,
         metric: str | None = None,
-        target: str = "cpu",
+        device: str = "cpu",
         seed: int = 0,
         work: Path | None = None,
         scope: Mapping[str, Any] | None = None,
@@ -90,7 +92,7 @@ class Workbench:
     ) -> None:
         self.original, self.program, self.data, self.task, self.metric = original, program, data, task, metric
         self.seed, self.progress = seed, progress or (lambda what, share: None)
-        self.notes = Notes(program, data.calibration, data.heldout, target, seed)
+        self.notes = Notes(program, data.calibration, data.heldout, device, seed)
         self.searching = Teacher(original, data.heldout, task)
         self.judging = Teacher(original, data.evaluation, task)
         named = json.dumps({**(scope or {}), "words": data.words, "seed": seed}, sort_keys=True, default=str)
@@ -155,10 +157,17 @@ class Workbench:
         return compare(contenders, self.data.timing, seconds=seconds, rounds=rounds, progress=self.progress)
 
     def gain(self, steps: list[Step], over: Built, seconds: float = 2.0) -> float:
-        """How many times as fast the steps are as `over`, both run eagerly, paired; from the journal where known."""
+        """How many times as fast the steps are as `over`, from the journal where known.
+
+        On the machine at hand both run eagerly, paired; for a device that is not there both are estimated.
+        """
         key = f"gain {_key(compose(steps))} over {_key(over.plan)}"
 
         def measure() -> float:
+            if self.notes.device != "cpu":
+                device = target(self.notes.device)
+                built = self.build(steps, verify=False)
+                return estimate(over.program, device).seconds / estimate(built.program, device).seconds
             pair = [Contender("over", over.module), Contender(CANDIDATE, self.build(steps, verify=False).module)]
             timing = compare(pair, self.data.timing, seconds=seconds, rounds=5, precision=0.02)
             return timing.ratio(CANDIDATE, "over").value

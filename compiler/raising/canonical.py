@@ -101,7 +101,7 @@ class _Maker:
             node = self.call(aten.to.dtype, node, torch.bool)
         if self.heads is None or node.meta["val"].dim() != 3:
             return node
-        if node.meta["val"].shape[0] == 1:
+        if static(node.meta["val"].shape[0]) == 1:
             return self.call(aten.unsqueeze.default, node, 0)
         return self.call(aten.unflatten.int, node, 0, [-1, self.heads])
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
+from attnopt.compiler.layout import same_size
 from attnopt.compiler.program import Program
 from attnopt.compiler.raising.evaluate import Unknown
 from attnopt.compiler.raising.index_probe import (
@@ -132,9 +133,11 @@ def _table(program: Program, table: fx.Node, tokens: fx.Node) -> str:
     value, other = table.meta.get("val"), tokens.meta.get("val")
     if not isinstance(value, Tensor) or not isinstance(other, Tensor) or other.dim() != 3:
         return ""
-    if not value.is_floating_point() or value.dim() not in (2, 3) or value.shape[-1] != other.shape[-1]:
+    if not value.is_floating_point() or value.dim() not in (2, 3):
         return ""
-    if value.shape[-2] != other.shape[1] or _reads_data(table) or not _reads_data(tokens):
+    if not (same_size(value.shape[-1], other.shape[-1]) and same_size(value.shape[-2], other.shape[1])):
+        return ""
+    if _reads_data(table) or not _reads_data(tokens):
         return ""
     if _parameters(program, table):
         return "learned"

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
+from attnopt.compiler.layout import same_size
 from attnopt.compiler.program import Program
 from attnopt.compiler.raising.evaluate import Evaluator, Unknown, concrete, example_sizes
 from attnopt.compiler.raising.projections import Projection
@@ -133,10 +134,11 @@ def split_node(
         value = node.meta.get("val")
         if node not in held.between or not isinstance(value, Tensor) or value.dim() != 4:
             continue
-        if value.shape[0] != batch or value.shape[3] != dim:
+        if not (same_size(value.shape[0], batch) and same_size(value.shape[3], dim)):
             continue
         for order, axis in (("bthd", 1), ("bhtd", 2)):
-            if value.shape[axis] != seq or value.shape[3 - axis] != len(wanted):
+            heads = value.shape[3 - axis]
+            if not (same_size(value.shape[axis], seq) and same_size(heads, len(wanted))):
                 continue
             try:
                 found = evaluator(node)
