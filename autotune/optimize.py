@@ -53,6 +53,7 @@ def optimize(
     allow_globals: tuple[str, ...] = (),
     trust: bool = False,
     attention: str | None = None,
+    dtype: str | None = None,
     progress: Progress | None = None,
     command: str = "",
 ) -> Result:
@@ -60,7 +61,8 @@ def optimize(
 
     `budget` is how many times as fast the result has to be as the faster of the model and torch.compile of it (None: as fast as
     it gets); `max_drop` the largest relative loss of accuracy (0.01 is 1%; 0 allows exact rewrites only). `attention`
-    picks the spelling of a transformers model (eager, sdpa). The result object is what
+    picks the spelling of a transformers model (eager, sdpa), `dtype` what a model computes in ("float32"; left out, as it
+    is stored). The result object is what
     `report.json` holds; with `out` the folder is written. Raises `Problem` for what the user can mend, and `NothingFound` when
     the model has no attention that could be raised.
     """
@@ -71,7 +73,7 @@ def optimize(
     )  # fmt: skip
     if request.out is not None:
         check_writable(request.out)
-    loaded, sha = _loaded(model, example_inputs, request, allow_globals, trust, attention)
+    loaded, sha = _loaded(model, example_inputs, request, allow_globals, trust, attention, dtype)
     return run(loaded, request, str(model) if not isinstance(model, nn.Module) else "", sha, progress)
 
 
@@ -141,14 +143,14 @@ def original(loaded: Loaded) -> Callable[..., Any]:
 
 def _loaded(
     model: str | Path | nn.Module, example_inputs: Any, request: Request, allow: tuple[str, ...], trust: bool,
-    attention: str | None,
+    attention: str | None, dtype: str | None,
 ) -> tuple[Loaded, str]:  # fmt: skip
     if isinstance(model, nn.Module):
         return from_module(model, example_inputs), ""
     data = request.data
     loaded = load(
         str(model), inputs=data.inputs, text=data.text, batch=data.batch, length=data.length,
-        allow_globals=allow, trust=trust, attention=attention,
+        allow_globals=allow, trust=trust, attention=attention, dtype=dtype,
     )  # fmt: skip
     path = Path(model)
     return loaded, source_sha256(path) if path.exists() else ""

@@ -62,6 +62,8 @@ def apply(
     inputs: str | Path | None = None,
     allow_globals: tuple[str, ...] = (),
     trust: bool = False,
+    attention: str | None = None,
+    dtype: str | None = None,
     progress: Progress | None = None,
 ) -> Applied:
     """Apply a saved plan to a model; the batches it was fitted on are taken from beside the plan.
@@ -73,7 +75,10 @@ def apply(
     home = Path(plan) if Path(plan).is_dir() else Path(plan).parent
     if out is not None:
         check_writable(out)
-    loaded = load(str(model), inputs=Path(inputs) if inputs else None, allow_globals=allow_globals, trust=trust)
+    loaded = load(
+        str(model), inputs=Path(inputs) if inputs else None, allow_globals=allow_globals, trust=trust,
+        attention=attention, dtype=dtype,
+    )  # fmt: skip
     require_weights(loaded)
     program = read(loaded)
     require_sites(program)
@@ -152,6 +157,8 @@ def check(
     length: int | None = None,
     allow_globals: tuple[str, ...] = (),
     trust: bool = False,
+    attention: str | None = None,
+    dtype: str | None = None,
     seconds: float = 8.0,
     progress: Progress | None = None,
 ) -> Verdict:
@@ -165,7 +172,10 @@ def check(
     report = _result(home)
     _same_model(report, Path(model))
     wanted = Wanted(_path(text), _path(calibration), _path(inputs), batch, length)
-    loaded = load(str(model), inputs=wanted.inputs, text=wanted.text, allow_globals=allow_globals, trust=trust)
+    loaded = load(
+        str(model), inputs=wanted.inputs, text=wanted.text, allow_globals=allow_globals, trust=trust,
+        attention=attention, dtype=dtype,
+    )  # fmt: skip
     require_weights(loaded)
     data = gather(loaded, wanted, str(model))
     given, optimized = original(loaded), load_folder(home)

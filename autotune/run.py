@@ -64,7 +64,7 @@ class Run:
     def _bench(self) -> Workbench:
         scope = {
             "model": self.sha or self.program.name, "environment": _stable(environment()),
-            "target": self.request.target, "metric": self.request.metric,
+            "target": self.request.target, "metric": self.request.metric, "form": _form(self.program),
         }  # fmt: skip
         return Workbench(
             self.original, self.program, self.data, task=self.task, metric=self.request.metric,
@@ -191,6 +191,12 @@ class Run:
 class _Best:
     pace: Pace
     tried: Tried | None
+
+
+def _form(program: Program) -> list[str]:
+    """What a model file leaves open: the dtypes it computes in, and how its attention is spelled."""
+    dtypes = {str(p.dtype) for p in program.module.parameters()}
+    return [*sorted(dtypes), *sorted({site.spelling for site in program.sites})]
 
 
 def _stable(facts: dict[str, Any]) -> dict[str, Any]:

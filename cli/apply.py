@@ -18,6 +18,8 @@ def apply(
     inputs: options.Inputs = None,
     allow_global: options.AllowGlobal = None,
     trust: options.Trust = False,
+    attention: options.Attention = None,
+    dtype: options.Dtype = None,
     threads: options.Threads = None,
     json: options.Json = False,
 ) -> int:
@@ -34,7 +36,7 @@ def apply(
 
         done = replay(
             plan, model, out=out, inputs=inputs, allow_globals=tuple(allow_global or ()),
-            trust=trust, progress=bar,
+            trust=trust, attention=attention, dtype=dtype, progress=bar,
         )  # fmt: skip
     if json:
         document(done.as_json())

@@ -13,7 +13,6 @@ from attnopt.cli.stdout import document
 from attnopt.compiler.errors import Problem
 
 NOT_MET = 2
-_INHERITED = ("text", "calibration", "inputs", "batch", "length")
 
 
 def check(
@@ -38,6 +37,8 @@ def check(
     length: options.Length = None,
     allow_global: options.AllowGlobal = None,
     trust: options.Trust = False,
+    attention: options.Attention = None,
+    dtype: options.Dtype = None,
     threads: options.Threads = None,
     json: options.Json = False,
 ) -> int:
@@ -57,14 +58,15 @@ def check(
         "batch": batch,
         "length": length,
     }
-    original, data = _as_then(folder, model, given)
+    form = {"attention": attention, "dtype": dtype}
+    original, asked = _as_then(folder, model, given, form)
     with Progress("check", quiet=json) as bar:
         bar("starting torch", 0.0)
         options.set_threads(threads)
         from attnopt.autotune.replay import check as measure
 
         found = measure(
-            folder, original, **bounds, **data, trust=trust,
+            folder, original, **bounds, **asked, trust=trust,
             allow_globals=tuple(allow_global or ()), progress=bar,
         )  # fmt: skip
     if json:
@@ -76,15 +78,18 @@ def check(
     return 0 if found.ok else NOT_MET
 
 
-def _as_then(folder: Path, model: str | None, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The model and the data: what was given now, else what the run's recorded command named.
+def _as_then(
+    folder: Path, model: str | None, data: dict[str, Any], form: dict[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """The model, its data and the form it is read in: what was given, else what the run had.
 
     A report can come from a stranger. So only a path to a model and its data are taken over, never
     code to import (`module:callable`) and never `--trust` or `--allow-global`.
     """
     then = _recorded(folder)
-    if not any(value is not None for value in given.values()):
-        given = {key: then.get(key) for key in _INHERITED}
+    if not any(value is not None for value in data.values()):
+        data = {key: then.get(key) for key in data}
+    form = {key: then.get(key) if value is None else value for key, value in form.items()}
     named = model if model is not None else then.get("model")
     if model is None and (named is None or not Path(named).exists()):
         raise Problem(
@@ -94,7 +99,7 @@ def _as_then(folder: Path, model: str | None, given: dict[str, Any]) -> tuple[st
             why=f"the run was made from {named}, which is not here" if named else "",
             help=f"attnopt check {shlex.quote(str(folder))} MODEL",
         )
-    return str(named), given
+    return str(named), {**data, **form}
 
 
 def _recorded(folder: Path) -> dict[str, Any]:

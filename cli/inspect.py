@@ -26,6 +26,7 @@ def inspect(
     allow_global: options.AllowGlobal = None,
     trust: options.Trust = False,
     attention: options.Attention = None,
+    dtype: options.Dtype = None,
     threads: options.Threads = None,
     json: options.Json = False,
 ) -> int:
@@ -40,7 +41,8 @@ def inspect(
 
         found = look(
             model, time=time, inputs=inputs, text=text, batch=batch, length=length,
-            allow_globals=tuple(allow_global or ()), trust=trust, attention=attention, progress=bar,
+            allow_globals=tuple(allow_global or ()), trust=trust, attention=attention, dtype=dtype,
+            progress=bar,
         )  # fmt: skip
     if json:
         return _document(found)

@@ -51,6 +51,7 @@ def optimize(
     allow_global: options.AllowGlobal = None,
     trust: options.Trust = False,
     attention: options.Attention = None,
+    dtype: options.Dtype = None,
     threads: options.Threads = None,
     json: options.Json = False,
 ) -> int:
@@ -75,7 +76,7 @@ def optimize(
         return _optimize(
             model, json, threads, **demands, text=text, calibration=calibration, inputs=inputs,
             batch=batch, length=length, allow_globals=tuple(allow_global or ()), trust=trust,
-            attention=attention,
+            attention=attention, dtype=dtype,
         )  # fmt: skip
     except KeyboardInterrupt:
         raise _interrupted(demands["out"], demands["command"]) from None

@@ -70,6 +70,14 @@ Attention = Annotated[
     ),
 ]  # fmt: skip
 
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=_FILES, metavar="float32|bfloat16|float16",
+        help="What the model is converted to before anything else (default: as it is stored).",
+    ),
+]  # fmt: skip
+
 
 def set_threads(threads: int | None) -> None:
     """Run torch with this many threads; None leaves its choice."""

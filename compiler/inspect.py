@@ -80,6 +80,7 @@ def inspect(
     allow_globals: Sequence[str] = (),
     trust: bool = False,
     attention: str | None = None,
+    dtype: str | None = None,
     progress: Progress | None = None,
 ) -> Inspection:
     """Read, trace and raise a model, and say what was found. `time` measures where the time goes.
@@ -95,6 +96,7 @@ def inspect(
         loaded = load(
             str(model), inputs=_path(inputs), text=_path(text), batch=batch, length=length,
             allow_globals=allow_globals, trust=trust, attention=attention,
+            dtype=dtype,
         )  # fmt: skip
     return inspect_loaded(loaded, time=time, progress=say)
 

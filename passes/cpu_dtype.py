@@ -45,7 +45,7 @@ class CpuDtype(Pass):
     source: ClassVar[str] = "oneDNN developer guide, Data types"
     after: ClassVar[tuple[str, ...]] = (
         "simplify_mask", "fold_repeated_kv", "fuse_attention", "merge_kv_heads", "sliding_window", "skip_sublayers",
-        "refit", "unpad",
+        "fuse_blocks", "refit", "unpad",
     )  # fmt: skip
 
     def rewrite(self, target: Any, program: Program, notes: Notes) -> Edit | Miss:

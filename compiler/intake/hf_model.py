@@ -7,11 +7,13 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.intake.checkpoint import first_line
 
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 BACKENDS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 
 
@@ -81,6 +83,16 @@ def check_attention(attention: str | None) -> None:
             f"unknown attention implementation {attention!r}",
             help=f"known: {', '.join(BACKENDS)}",
         )
+
+
+def named_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
+    """The dtype of a name (float32, bfloat16, float16, float64). Raises `Problem` A114."""
+    if name is None or isinstance(name, torch.dtype):
+        return name
+    if name not in DTYPES:
+        raise Problem("A114", f"unknown dtype {name!r}", help=f"known: {', '.join(DTYPES)}")
+    found: torch.dtype = getattr(torch, name)
+    return found
 
 
 def set_attention(hf: Any, attention: str | None) -> None:

@@ -15,7 +15,13 @@ from attnopt.compiler.intake.detect import Kind, detect
 from attnopt.compiler.intake.export_model import load_export
 from attnopt.compiler.intake.hf_directory import read_directory, read_tokenizer
 from attnopt.compiler.intake.hf_inputs import from_text, made_up, task_of, varying_dims
-from attnopt.compiler.intake.hf_model import HFModel, check_attention, is_hf, set_attention
+from attnopt.compiler.intake.hf_model import (
+    HFModel,
+    check_attention,
+    is_hf,
+    named_dtype,
+    set_attention,
+)
 from attnopt.compiler.intake.inputs import Batch, load_batches, missing, varying
 from attnopt.compiler.intake.loaded import Kind as Source
 from attnopt.compiler.intake.loaded import Loaded, check_finite, check_runs
@@ -31,17 +37,19 @@ def load(
     length: int | None = None,
     allow_globals: Sequence[str] = (),
     trust: bool = False,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     attention: str | None = None,
 ) -> Loaded:
     """Read a model safely, find example inputs for it, and run it once on them.
 
     `source` is a `.pt`, a `.pt2`, a directory of `save_pretrained`, or `module.path:callable`;
     files are told apart by their content. `allow_globals` and `trust` widen what a pickle may
-    restore. `attention` picks the spelling of a transformers model (eager, sdpa). `batch` and
-    `length` size inputs made from a config or from `text`. Raises `Problem` A101 to A117.
+    restore. `attention` picks the spelling of a transformers model (eager, sdpa), `dtype` what it
+    computes in. `batch` and `length` size inputs made from a config or from `text`. Raises
+    `Problem` A101 to A117.
     """
     check_attention(attention)
+    dtype = named_dtype(dtype)
     given = load_batches(inputs)[0] if inputs is not None else None
     request = _Request(given, text, batch, length, attention, dtype)
     path = Path(source)

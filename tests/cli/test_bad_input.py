@@ -110,6 +110,11 @@ def test_a_missing_file(command: Command) -> None:
     assert refused(command, "missing.pt")["code"] == "A101"
 
 
+def test_unknown_dtype(command: Command, files: tuple[Path, Path]) -> None:
+    error = refused(command, *files[:1], "--inputs", files[1], "--dtype", "float13")
+    assert error["code"] == "A114" and "float32" in error["help"]
+
+
 def test_unknown_target(command: Command, files: tuple[Path, Path]) -> None:
     error = command("optimize", files[0], "--target", "h1000", "--json").error
     assert error["code"] == "A401" and "h1000" in error["what"]

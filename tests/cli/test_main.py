@@ -142,7 +142,7 @@ def test_every_option_arrives(command: Command, tmp_path: Path, monkeypatch: Any
         "--effort", "full", "--trials", "7", "--timeout", "1.5m", "--out", "there", "--seed", "3",
         "--resume", "--metric", "mine:score", "--text", text, "--calibration", text,
         "--inputs", text, "--batch", "8", "--length", "64", "--allow-global", "a.B",
-        "--allow-global", "c.D", "--trust", "--attention", "eager",
+        "--allow-global", "c.D", "--trust", "--attention", "eager", "--dtype", "float32",
     )  # fmt: skip
     assert ended.code == 0
     given = asked[0]
@@ -152,6 +152,7 @@ def test_every_option_arrives(command: Command, tmp_path: Path, monkeypatch: Any
         "trials": 7, "timeout": 90.0, "out": Path("there"), "seed": 3, "resume": True,
         "metric": "mine:score", "text": text, "calibration": text, "inputs": text, "batch": 8,
         "length": 64, "allow_globals": ("a.B", "c.D"), "trust": True, "attention": "eager",
+        "dtype": "float32",
     }  # fmt: skip
 
 

@@ -103,13 +103,15 @@ def test_what_check_takes_over_from_a_report(
 ) -> None:
     model, inputs = save_encoder(tmp_path)
     recorded = ["optimize", "--trust", "--allow-global", "os.system", "--batch", "4", str(model)]
+    recorded += ["--dtype", "float64", "--attention", "eager"]
     folder = _report(tmp_path / "run", shlex.join([*recorded, "--inputs", str(inputs)]))
     asked = _asked(command, monkeypatch, folder)
     assert (asked["model"], asked["inputs"], asked["batch"]) == (str(model), inputs, 4)
     assert asked["trust"] is False and asked["allow_globals"] == ()
+    assert (asked["dtype"], asked["attention"]) == ("float64", "eager")
     asked = _asked(command, monkeypatch, folder, "other.pt", "--length", "7", "--trust")
     assert asked["model"] == "other.pt" and asked["trust"] is True
-    assert (asked["inputs"], asked["length"]) == (None, 7)
+    assert (asked["inputs"], asked["length"], asked["dtype"]) == (None, 7, "float64")
 
 
 @pytest.mark.parametrize(
