@@ -1,6 +1,8 @@
-"""The data of one run: what is fitted on, what decides inside the search, what the verdict is measured on, what is timed.
+"""The data of one run: what is fitted on, what decides inside the search, what the verdict is
+measured on, what is timed.
 
-The four never share a sequence, except that timing runs on batches of the evaluation data, whose outcome it cannot change.
+The four never share a sequence, except that timing runs on batches of the evaluation data, whose
+outcome it cannot change.
 """
 
 from __future__ import annotations
@@ -29,7 +31,10 @@ TIMED_BATCHES = 4
 
 @dataclass(frozen=True)
 class Data:
-    """Batches by role. `real` is False where only made-up inputs exist: then nothing approximate may be judged on them."""
+    """Batches by role.
+
+    `real` is False where only made-up inputs exist: then nothing approximate may be judged on them.
+    """
 
     timing: tuple[Batch, ...]
     calibration: tuple[Batch, ...] = ()
@@ -40,7 +45,8 @@ class Data:
 
     @property
     def workload(self) -> Workload:
-        """The size of the timed batches together: rows, longest length, and the share of real positions."""
+        """The size of the timed batches together: rows, longest length, and the share of real
+        positions."""
         tensors = [_first(batch) for batch in self.timing]
         length = max((t.shape[1] for t in tensors if t.dim() > 1), default=1)
         valid = [batch.valid for batch in self.timing if batch.valid is not None]
@@ -51,7 +57,10 @@ class Data:
 
 
 def gather(loaded: Loaded, wanted: Wanted, source: str) -> Data:
-    """The data for a loaded model. Raises `Problem` A405 where a text is given and cannot be used."""
+    """The data for a loaded model.
+
+    Raises `Problem` A405 where a text is given and cannot be used.
+    """
     example = as_batch(loaded.args, loaded.kwargs)
     calibration, evaluation = _texts(wanted, source)
     if loaded.tokenizer is not None and evaluation is not None:
@@ -64,7 +73,9 @@ def gather(loaded: Loaded, wanted: Wanted, source: str) -> Data:
             help="save the tokenizer into the model's directory, or give tensors with --inputs FILE",
         )
     if wanted.inputs is not None:
-        return _from_inputs([as_batch(*batch) for batch in load_batches(wanted.inputs)], wanted.inputs)
+        return _from_inputs(
+            [as_batch(*batch) for batch in load_batches(wanted.inputs)], wanted.inputs
+        )
     return Data((example,), words={"timing": "made-up inputs: " + "; ".join(loaded.notes)})
 
 
@@ -102,11 +113,15 @@ def _from_text(
     if loaded.task == "causal-lm" or wanted.length is not None:
         length = wanted.length or _length(loaded)
         masked = "attention_mask" in loaded.kwargs
-        fitted = _chunks(loaded, calibration, length, rows, CALIBRATION_SEQUENCES + HELDOUT_SEQUENCES, masked)
+        fitted = _chunks(
+            loaded, calibration, length, rows, CALIBRATION_SEQUENCES + HELDOUT_SEQUENCES, masked
+        )
         judged = _chunks(loaded, text, length, rows, EVALUATION_SEQUENCES, masked)
         timed = judged[:1]
     else:
-        fitted = _sentences(loaded, calibration, rows, 4 * CALIBRATION_SEQUENCES + 4 * HELDOUT_SEQUENCES)
+        fitted = _sentences(
+            loaded, calibration, rows, 4 * CALIBRATION_SEQUENCES + 4 * HELDOUT_SEQUENCES
+        )
         judged = _sentences(loaded, text, rows, 4 * EVALUATION_SEQUENCES)
         timed = judged[:TIMED_BATCHES]
     cut = max(1, len(fitted) * CALIBRATION_SEQUENCES // (CALIBRATION_SEQUENCES + HELDOUT_SEQUENCES))
@@ -119,7 +134,9 @@ def _from_text(
     return Data(tuple(timed), tuple(fitted[:cut]), tuple(fitted[cut:]), tuple(judged), True, words)
 
 
-def _chunks(loaded: Loaded, text: str, length: int, rows: int, most: int, masked: bool) -> list[Batch]:
+def _chunks(
+    loaded: Loaded, text: str, length: int, rows: int, most: int, masked: bool
+) -> list[Batch]:
     made = lm_batches(loaded.tokenizer, text, length, rows, max(1, -(-most // rows)))
     if masked:
         made = [(a, {**kw, "attention_mask": torch.ones_like(kw["input_ids"])}) for a, kw in made]
@@ -129,7 +146,9 @@ def _chunks(loaded: Loaded, text: str, length: int, rows: int, most: int, masked
 def _sentences(loaded: Loaded, text: str, rows: int, most: int) -> list[Batch]:
     limit = getattr(getattr(loaded.module, "hf", None), "config", None)
     longest = getattr(limit, "max_position_embeddings", None)
-    made = sentence_batches(loaded.tokenizer, text.splitlines(), rows, max(1, -(-most // rows)), longest)
+    made = sentence_batches(
+        loaded.tokenizer, text.splitlines(), rows, max(1, -(-most // rows)), longest
+    )
     full = [batch for batch in made if _first(as_batch(*batch)).shape[0] == rows]
     return [as_batch(*batch) for batch in full or made]
 
@@ -148,22 +167,35 @@ def _from_inputs(batches: list[Batch], path: Path) -> Data:
     words = {"timing": f"{path.name}: {len(timed)} batches"}
     if third == 0:
         return Data(timed, evaluation=tuple(batches), words=words)
-    words |= {"calibration": f"{path.name}: {third} batches", "evaluation": f"{path.name}: {third} batches"}
+    words |= {
+        "calibration": f"{path.name}: {third} batches",
+        "evaluation": f"{path.name}: {third} batches",
+    }
     return Data(
-        timed, tuple(batches[:third]), tuple(batches[third : 2 * third]), tuple(batches[2 * third :]), True, words
+        timed,
+        tuple(batches[:third]),
+        tuple(batches[third : 2 * third]),
+        tuple(batches[2 * third :]),
+        True,
+        words,
     )
 
 
 def _rows(batch: Batch) -> list[Batch]:
-    """One batch of many rows as several batches; itself when it has too few rows or uneven inputs."""
-    tensors = [x for x in (*batch.args, *batch.kwargs.values()) if isinstance(x, Tensor) and x.dim()]
+    """One batch of many rows as several batches; itself when it has too few rows or uneven
+    inputs."""
+    tensors = [
+        x for x in (*batch.args, *batch.kwargs.values()) if isinstance(x, Tensor) and x.dim()
+    ]
     rows = {t.shape[0] for t in tensors}
     if len(rows) != 1 or min(rows) < 12:
         return [batch]
     size = -(-rows.pop() // 12)
 
     def cut(value: Any, i: int) -> Any:
-        return value[i * size : (i + 1) * size] if isinstance(value, Tensor) and value.dim() else value
+        return (
+            value[i * size : (i + 1) * size] if isinstance(value, Tensor) and value.dim() else value
+        )
 
     count = -(-tensors[0].shape[0] // size)
     return [

@@ -1,4 +1,5 @@
-"""The parts of a `Result` made from what a run found: sites, ceilings, sensitivities, trials, the relaxation."""
+"""The parts of a `Result` made from what a run found: sites, ceilings, sensitivities, trials, the
+relaxation."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def facts(site: Site, cost: Cost | None = None, profile: Profile | None = None) 
 def sites(
     program: Program, outcomes: Sequence[Outcome], cost: Cost | None, profile: Profile | None
 ) -> tuple[SiteEntry, ...]:
-    """One entry per attention, raised or not; rewrites of the whole program count for every site."""
+    """One entry per attention, raised or not; rewrites of the whole program count for every
+    site."""
     made = [
         SiteEntry(site.id, site.module, site.source, True, facts=facts(site, cost, profile),
                   **_outcomes(outcomes, site.id, "program"))
@@ -62,7 +64,8 @@ def sites(
 def sublayers(program: Program, outcomes: Sequence[Outcome]) -> tuple[SublayerEntry, ...]:
     """One entry per residual branch."""
     return tuple(
-        SublayerEntry(s.id, s.kind, s.block, s.module, **_outcomes(outcomes, s.id)) for s in program.sublayers
+        SublayerEntry(s.id, s.kind, s.block, s.module, **_outcomes(outcomes, s.id))
+        for s in program.sublayers
     )
 
 
@@ -87,18 +90,28 @@ def attention_ceiling(profile: Profile) -> Ceiling:
 
 def _ceiling(what: str, share: float, limit: float) -> Ceiling:
     speedup = limit if math.isfinite(limit) else 1e6
-    return Ceiling(what, Number(share, "measured"), Number(speedup, "measured", note="1 / (1 - share)"))
+    return Ceiling(
+        what, Number(share, "measured"), Number(speedup, "measured", note="1 / (1 - share)")
+    )
 
 
 def sensitivities(found: Sequence[Single]) -> tuple[Sensitivity, ...]:
     """One entry per rewrite and target measured alone."""
     return tuple(
-        Sensitivity(s.rewrite, s.target, Number(s.drop, "measured") if math.isfinite(s.drop) else None, None, s.reason)
+        Sensitivity(
+            s.rewrite,
+            s.target,
+            Number(s.drop, "measured") if math.isfinite(s.drop) else None,
+            None,
+            s.reason,
+        )
         for s in found
     )
 
 
-def trials(tried: Sequence[Tried], base: float, chosen: Tried | None, kind: Any = "measured") -> tuple[Trial, ...]:
+def trials(
+    tried: Sequence[Tried], base: float, chosen: Tried | None, kind: Any = "measured"
+) -> tuple[Trial, ...]:
     """The plans tried; `base` is the exact plan's ratio over the fastest baseline."""
     best = front(tried)
     return tuple(

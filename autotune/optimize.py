@@ -1,8 +1,10 @@
-"""`optimize`: a trained model in, a faster one with a measured, bounded loss out, and the reasons for all of it.
+"""`optimize`: a trained model in, a faster one with a measured, bounded loss out, and the reasons
+for all of it.
 
-Read, trace and raise; apply every exact rewrite; race the result against the model as given and torch.compile of it; where the
-budget asks for more, look at the ceiling first and then search the approximate rewrites under the accuracy bound; measure the
-winner again on data that nothing before has seen; write the folder.
+Read, trace and raise; apply every exact rewrite; race the result against the model as given and
+torch.compile of it; where the budget asks for more, look at the ceiling first and then search the
+approximate rewrites under the accuracy bound; measure the winner again on data that nothing before
+has seen; write the folder.
 """
 
 from __future__ import annotations
@@ -59,12 +61,13 @@ def optimize(
 ) -> Result:
     """Optimize a model file, an HF directory, `module:callable`, or a module with example inputs.
 
-    `budget` is how many times as fast the result has to be as the faster of the model and torch.compile of it (None: as fast as
-    it gets); `max_drop` the largest relative loss of accuracy (0.01 is 1%; 0 allows exact rewrites only). `attention`
-    picks the spelling of a transformers model (eager, sdpa), `dtype` what a model computes in ("float32"; left out, as it
-    is stored). The result object is what
-    `report.json` holds; with `out` the folder is written. Raises `Problem` for what the user can mend, and `NothingFound` when
-    the model has no attention that could be raised.
+    `budget` is how many times as fast the result has to be as the faster of the model and
+    torch.compile of it (None: as fast as it gets); `max_drop` the largest relative loss of accuracy
+    (0.01 is 1%; 0 allows exact rewrites only). `attention` picks the spelling of a transformers
+    model (eager, sdpa), `dtype` what a model computes in ("float32"; left out, as it is stored).
+    The result object is what `report.json` holds; with `out` the folder is written. Raises
+    `Problem` for what the user can mend, and `NothingFound` when the model has no attention that
+    could be raised.
     """
     seconds = parse_seconds(timeout) if isinstance(timeout, str) else timeout
     wanted = Wanted(_path(text), _path(calibration), _path(inputs), batch, length)
@@ -74,11 +77,17 @@ def optimize(
     if request.out is not None:
         check_writable(request.out)
     loaded, sha = _loaded(model, example_inputs, request, allow_globals, trust, attention, dtype)
-    return run(loaded, request, str(model) if not isinstance(model, nn.Module) else "", sha, progress)
+    return run(
+        loaded, request, str(model) if not isinstance(model, nn.Module) else "", sha, progress
+    )
 
 
 def run(
-    loaded: Loaded, request: Request, source: str = "", sha: str = "", progress: Progress | None = None
+    loaded: Loaded,
+    request: Request,
+    source: str = "",
+    sha: str = "",
+    progress: Progress | None = None,
 ) -> Result:
     """Optimize a loaded model; see `optimize`."""
     begun = time.monotonic()
@@ -95,7 +104,9 @@ def run(
         for name in ("study.journal", "measurements.jsonl"):
             (work / name).unlink(missing_ok=True)
     task = run_task(loaded)
-    session = Run(original(loaded), program, data, request, task=task, work=work, sha=sha, progress=say)
+    session = Run(
+        original(loaded), program, data, request, task=task, work=work, sha=sha, progress=say
+    )
     built, result = session.go()
     result = replace(
         result, model=loaded.name, model_sha256=sha, seconds=time.monotonic() - begun, command=request.command,

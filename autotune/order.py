@@ -18,7 +18,8 @@ def ordered() -> list[type[Pass]]:
 
 
 def compose(steps: list[Step], exact: bool = True) -> Plan:
-    """A plan of these steps and, with `exact`, of every exact and guarded pass, all in the order of `ordered`."""
+    """A plan of these steps and, with `exact`, of every exact and guarded pass, all in the order of
+    `ordered`."""
     names = [kind.name for kind in ordered()]
     chosen = list(steps)
     if exact:

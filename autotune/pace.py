@@ -1,4 +1,5 @@
-"""How fast a built plan is: raced against both baselines on the machine at hand, or estimated for a device that is not."""
+"""How fast a built plan is: raced against both baselines on the machine at hand, or estimated for a
+device that is not."""
 
 from __future__ import annotations
 
@@ -19,7 +20,10 @@ MARGIN = 1.02  # how much faster a compiled form has to be to be worth its compi
 
 @dataclass(frozen=True)
 class Pace:
-    """The speed of a built plan. `plan` is the plan with the form it runs in; `beaten` that a baseline is as fast."""
+    """The speed of a built plan.
+
+    `plan` is the plan with the form it runs in; `beaten` that a baseline is as fast.
+    """
 
     built: Built
     plan: Plan
@@ -59,18 +63,33 @@ def measured(bench: Workbench, built: Built, seconds: float) -> Pace:
     timed = [Timed.of(timing, name) for name in names]
     timed += [Timed(name, "left out", reason=why) for name, why in bench.baselines.left_out.items()]
     plan = replace(built.plan, compiled=form == COMPILED_FORM)
-    return Pace(built, plan, speed, tuple(timed), Timed.of(timing, form, "optimized"), "measured", tuple(warnings))
+    return Pace(
+        built,
+        plan,
+        speed,
+        tuple(timed),
+        Timed.of(timing, form, "optimized"),
+        "measured",
+        tuple(warnings),
+    )
 
 
 def estimated(bench: Workbench, built: Built, target: Target) -> Pace:
-    """Estimate the plan and the model as given by the target's roofline. Nothing is measured, and all of it says so."""
+    """Estimate the plan and the model as given by the target's roofline.
+
+    Nothing is measured, and all of it says so.
+    """
     note = f"estimated by a roofline of {target.title}"
     before = estimate(bench.program, target).seconds
     after = estimate(built.program, target).seconds
     ratio = Number(before / after, "estimated", note=note)
     verdict = "faster" if ratio.value > 1.0 else "inconclusive"
     timed = Timed("eager", "estimated", Number(before, "estimated", unit="s", note=note))
-    left = Timed(COMPILED, "left out", reason="it is not estimated: torch.compile does not change what the roofline counts")
+    left = Timed(
+        COMPILED,
+        "left out",
+        reason="it is not estimated: torch.compile does not change what the roofline counts",
+    )
     optimized = Timed("optimized", "estimated", Number(after, "estimated", unit="s", note=note))
     speed = Speed({"eager": ratio}, "eager", verdict)  # type: ignore[arg-type]
     warning = f"speeds are {note}: no kernel for it exists yet and nothing was measured on it"

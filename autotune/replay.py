@@ -1,4 +1,5 @@
-"""Replaying a saved run: `apply` rebuilds the model of a plan without searching, `check` measures a folder again."""
+"""Replaying a saved run: `apply` rebuilds the model of a plan without searching, `check` measures a
+folder again."""
 
 from __future__ import annotations
 
@@ -68,7 +69,8 @@ def apply(
 ) -> Applied:
     """Apply a saved plan to a model; the batches it was fitted on are taken from beside the plan.
 
-    Raises `Problem` A511 when the plan was fitted on data that is not there, and A512 when a step that the plan needs does not apply.
+    Raises `Problem` A511 when the plan was fitted on data that is not there, and A512 when a step
+    that the plan needs does not apply.
     """
     say = progress or (lambda what, share: None)
     steps = read_plan(plan)
@@ -101,7 +103,8 @@ def apply(
 
 
 def _require_all(plan: Plan, outcomes: list[Outcome], home: Path) -> None:
-    """Every target that a step names has to have been rewritten, as it was when the plan was made."""
+    """Every target that a step names has to have been rewritten, as it was when the plan was
+    made."""
     for step in plan.steps:
         named = [t for t in step.targets if t != "*"]
         for outcome in outcomes:
@@ -127,7 +130,10 @@ def _result(home: Path) -> Result:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a check found. `ok` when speed and accuracy are within their bounds; `lines` say it figure by figure."""
+    """What a check found.
+
+    `ok` when speed and accuracy are within their bounds; `lines` say it figure by figure.
+    """
 
     ok: bool
     speed: float
@@ -164,8 +170,9 @@ def check(
 ) -> Verdict:
     """Measure a saved folder against its model again.
 
-    The speed bound is `min_speed`, or the budget of the report, or its ratio less a tenth; the accuracy bound `max_drop` or the
-    report's. Raises `Problem` A513 when the model is not the one the folder was made from.
+    The speed bound is `min_speed`, or the budget of the report, or its ratio less a tenth; the
+    accuracy bound `max_drop` or the report's. Raises `Problem` A513 when the model is not the one
+    the folder was made from.
     """
     say = progress or (lambda what, share: None)
     home = Path(folder)
@@ -180,11 +187,22 @@ def check(
     data = gather(loaded, wanted, str(model))
     given, optimized = original(loaded), load_folder(home)
     base = baselines(given, data.timing)
-    timing = compare([*base.contenders, Contender("optimized", optimized)], data.timing, seconds=seconds, progress=say)
+    timing = compare(
+        [*base.contenders, Contender("optimized", optimized)],
+        data.timing,
+        seconds=seconds,
+        progress=say,
+    )
     ratio = timing.ratio("optimized", timing.fastest([c.name for c in base.contenders]))
-    bound = min_speed or report.budget or (report.speed.ratio.value * (1 - SLACK) if report.speed else 1.0)
+    bound = (
+        min_speed
+        or report.budget
+        or (report.speed.ratio.value * (1 - SLACK) if report.speed else 1.0)
+    )
     fast = ratio.interval.high >= bound
-    lines = [f"speed {ratio.value:.2f}x (at least {bound:.2f}x wanted): {'ok' if fast else 'too slow'}"]
+    lines = [
+        f"speed {ratio.value:.2f}x (at least {bound:.2f}x wanted): {'ok' if fast else 'too slow'}"
+    ]
     allowed = report.max_drop if max_drop is None else max_drop
     drop = upper = None
     close = True
@@ -195,9 +213,19 @@ def check(
         close = verdict == "pass"
         lines.append(f"drop {drop:.2%}, at most {upper:.2%} ({allowed:.2%} allowed): {verdict}")
     else:
-        lines.append("drop not measured: there is no evaluation data; give --text FILE or --inputs FILE")
+        lines.append(
+            "drop not measured: there is no evaluation data; give --text FILE or --inputs FILE"
+        )
     return Verdict(
-        fast and close, ratio.value, ratio.interval.low, bound, drop, upper, allowed, tuple(lines), environment()
+        fast and close,
+        ratio.value,
+        ratio.interval.low,
+        bound,
+        drop,
+        upper,
+        allowed,
+        tuple(lines),
+        environment(),
     )
 
 

@@ -1,4 +1,5 @@
-"""What a run is asked for, checked before any work starts; needs no torch, so that mistakes are answered at once."""
+"""What a run is asked for, checked before any work starts; needs no torch, so that mistakes are
+answered at once."""
 
 from __future__ import annotations
 
@@ -20,7 +21,10 @@ EFFORTS: dict[str, tuple[int, float]] = {  # trials, default seconds
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the user said about data; None where nothing was said. `batch` and `length` are of one timed call."""
+    """What the user said about data; None where nothing was said.
+
+    `batch` and `length` are of one timed call.
+    """
 
     text: Path | None = None
     calibration: Path | None = None
@@ -31,7 +35,10 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Request:
-    """The demands on a run. `budget` is a factor over the fastest baseline, `max_drop` a fraction, `timeout` seconds."""
+    """The demands on a run.
+
+    `budget` is a factor over the fastest baseline, `max_drop` a fraction, `timeout` seconds.
+    """
 
     budget: float | None = None
     max_drop: float = 0.01
@@ -58,13 +65,17 @@ class Request:
                 help="give a percentage, e.g. --max-drop 1%, or 0 for exact rewrites only",
             )  # fmt: skip
         if self.effort not in EFFORTS:
-            raise Problem("A410", f"unknown effort `{self.effort}`", help=f"known: {', '.join(EFFORTS)}")
+            raise Problem(
+                "A410", f"unknown effort `{self.effort}`", help=f"known: {', '.join(EFFORTS)}"
+            )
         for name in ("trials", "timeout"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise Problem("A410", f"--{name} has to be more than 0, not {value:g}")
         if self.resume and self.out is None:
-            raise Problem("A410", "--resume needs the folder of the interrupted run", help="give --out DIR")
+            raise Problem(
+                "A410", "--resume needs the folder of the interrupted run", help="give --out DIR"
+            )
 
     @property
     def most_trials(self) -> int:
@@ -83,7 +94,10 @@ class Request:
 
 
 def parse_budget(text: str) -> float:
-    """`2x`, `1.5` or `150%` as a factor. Raises `Problem` A410."""
+    """`2x`, `1.5` or `150%` as a factor.
+
+    Raises `Problem` A410.
+    """
     match = re.fullmatch(r"\s*([-+]?\d*\.?\d+)\s*(x|%)?\s*", text, re.IGNORECASE)
     if match is None:
         raise Problem("A410", f"cannot read the budget `{text}`", help="for example --budget 2x")
@@ -91,7 +105,10 @@ def parse_budget(text: str) -> float:
 
 
 def parse_share(text: str) -> float:
-    """`1%` or `0.01` as a fraction. Raises `Problem` A410."""
+    """`1%` or `0.01` as a fraction.
+
+    Raises `Problem` A410.
+    """
     match = re.fullmatch(r"\s*([-+]?\d*\.?\d+)\s*(%)?\s*", text)
     if match is None:
         raise Problem("A410", f"cannot read the share `{text}`", help="for example --max-drop 1%")
@@ -99,7 +116,10 @@ def parse_share(text: str) -> float:
 
 
 def parse_seconds(text: str) -> float:
-    """`90`, `90s`, `10m` or `1.5h` in seconds. Raises `Problem` A410."""
+    """`90`, `90s`, `10m` or `1.5h` in seconds.
+
+    Raises `Problem` A410.
+    """
     match = re.fullmatch(r"\s*(\d*\.?\d+)\s*(s|m|h)?\s*", text)
     if match is None:
         raise Problem("A410", f"cannot read the time `{text}`", help="for example --timeout 10m")

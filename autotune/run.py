@@ -1,4 +1,5 @@
-"""One optimization from the raised program to the result: exact rewrites, the race, the ceiling, the search, the verdict."""
+"""One optimization from the raised program to the result: exact rewrites, the race, the ceiling,
+the search, the verdict."""
 
 from __future__ import annotations
 
@@ -80,7 +81,9 @@ class Run:
         if self.request.target != "cpu":
             return None
         steps = [step for step in exact.plan.steps if read_pass(step.rewrite).scope == "site"]
-        padded = self.bench.apply(Plan(tuple(steps)))  # a packed program no longer has the sites' nodes
+        padded = self.bench.apply(
+            Plan(tuple(steps))
+        )  # a packed program no longer has the sites' nodes
         return profile(padded.program, self.data.timing[0], repeats=3, progress=self.progress)
 
     def _enough(self, pace: Pace) -> bool:
@@ -114,16 +117,21 @@ class Run:
             if made.targets:
                 menus.append(made)
         if not menus:
-            self.warnings.append("no approximate rewrite applies to this model; see the sites for the reasons")
+            self.warnings.append(
+                "no approximate rewrite applies to this model; see the sites for the reasons"
+            )
             return [], single
         wanted = None if request.budget is None else request.budget / pace.ratio
-        limits = Limits(request.max_drop, wanted, request.most_trials, request.seconds * (1 - SENSITIVITY_SHARE))
+        limits = Limits(
+            request.max_drop, wanted, request.most_trials, request.seconds * (1 - SENSITIVITY_SHARE)
+        )
         journal = self.work / "study.journal" if self.work else None
         search = Search(self.bench, exact, menus, single, healing(), limits, journal)
         return search.run(), single
 
     def _final(self, exact: Pace, tried: Sequence[Tried]) -> _Best:
-        """Race the fastest feasible plans again, on evaluation data; the exact plan is always a contender."""
+        """Race the fastest feasible plans again, on evaluation data; the exact plan is always a
+        contender."""
         ranked = sorted((t for t in tried if t.feasible and t.gain > 1.0), key=lambda t: -t.gain)
         best = _Best(exact, None)
         for candidate in ranked[:FINALISTS]:
@@ -175,10 +183,14 @@ class Run:
             return None
         return self.bench.verdict(built)
 
-    def _relaxation(self, met: bool, tried: Sequence[Tried], base: float, pace: Pace) -> Relaxation | None:
+    def _relaxation(
+        self, met: bool, tried: Sequence[Tried], base: float, pace: Pace
+    ) -> Relaxation | None:
         if met:
             return None
-        return entries.relaxation(tried, base, self.request.budget, pace.ratio, self.request.max_drop)
+        return entries.relaxation(
+            tried, base, self.request.budget, pace.ratio, self.request.max_drop
+        )
 
     def _ceiling(self) -> Ceiling | None:
         return entries.attention_ceiling(self.profile) if self.profile else None
@@ -194,7 +206,8 @@ class _Best:
 
 
 def _form(program: Program) -> list[str]:
-    """What a model file leaves open: the dtypes it computes in, and how its attention is spelled."""
+    """What a model file leaves open: the dtypes it computes in, and how its attention is
+    spelled."""
     dtypes = {str(p.dtype) for p in program.module.parameters()}
     return [*sorted(dtypes), *sorted({site.spelling for site in program.sites})]
 
@@ -202,5 +215,3 @@ def _form(program: Program) -> list[str]:
 def _stable(facts: dict[str, Any]) -> dict[str, Any]:
     """What of the environment has to be the same for a measurement to be used again."""
     return {key: value for key, value in facts.items() if key not in ("date", "load")}
-
-

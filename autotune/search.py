@@ -1,7 +1,9 @@
-"""The search: Optuna over how many targets each pass takes and with which options, under the accuracy bound.
+"""The search: Optuna over how many targets each pass takes and with which options, under the
+accuracy bound.
 
-Each approximate pass is one integer (how many of its targets, the least harmful first) and its options; healing is one switch.
-The bound is a constraint given to the sampler; the study lives in a journal file, so an interrupted run goes on where it was.
+Each approximate pass is one integer (how many of its targets, the least harmful first) and its
+options; healing is one switch. The bound is a constraint given to the sampler; the study lives in a
+journal file, so an interrupted run goes on where it was.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ _HOPELESS = 4.0  # times the bound: a plan this far off is not timed
 
 @dataclass(frozen=True)
 class Tried:
-    """One plan that was tried: its drop on heldout data and its gain over the exact plan, both measured."""
+    """One plan that was tried: its drop on heldout data and its gain over the exact plan, both
+    measured."""
 
     number: int
     steps: tuple[Step, ...]
@@ -43,7 +46,8 @@ class Tried:
 
 @dataclass(frozen=True)
 class Limits:
-    """When to stop: after `trials`, after `seconds`, or when `gain` is reached within `max_drop`."""
+    """When to stop: after `trials`, after `seconds`, or when `gain` is reached within
+    `max_drop`."""
 
     max_drop: float
     gain: float | None = None
@@ -53,7 +57,10 @@ class Limits:
 
 @dataclass
 class Search:
-    """One study. `menus` are the passes to combine, `healers` the passes that repair them."""
+    """One study.
+
+    `menus` are the passes to combine, `healers` the passes that repair them.
+    """
 
     bench: Workbench
     exact: Built
@@ -66,21 +73,31 @@ class Search:
     tried: list[Tried] = field(default_factory=list)
 
     def run(self) -> list[Tried]:
-        """Try plans until a limit is reached; returns all of them, those of an interrupted run included."""
+        """Try plans until a limit is reached; returns all of them, those of an interrupted run
+        included."""
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         storage = JournalStorage(JournalFileBackend(str(self.journal))) if self.journal else None
         sampler = TPESampler(
-            seed=self.bench.seed, constraints_func=_constraints, n_startup_trials=8, multivariate=True
+            seed=self.bench.seed,
+            constraints_func=_constraints,
+            n_startup_trials=8,
+            multivariate=True,
         )
         study = optuna.create_study(
-            storage=storage, study_name=self.name, sampler=sampler, direction="maximize", load_if_exists=True
+            storage=storage,
+            study_name=self.name,
+            sampler=sampler,
+            direction="maximize",
+            load_if_exists=True,
         )
         self.tried = [_read(t) for t in study.trials if t.state is TrialState.COMPLETE]
         if not study.trials:
             for start in self._starts():
                 study.enqueue_trial(start, skip_if_exists=True)
         deadline = time.monotonic() + self.limits.seconds
-        while len(self.tried) < self.limits.trials and time.monotonic() < deadline and not self._met():
+        while (
+            len(self.tried) < self.limits.trials and time.monotonic() < deadline and not self._met()
+        ):
             trial = study.ask()
             done = self._try(trial)
             study.tell(trial, done.gain)
@@ -111,7 +128,9 @@ class Search:
         reason = accuracy.reason or ("" if gain else "not timed: too far outside the bound")
         done = Tried(trial.number, tuple(steps), drop, upper, gain, feasible, accuracy.tier, reason)
         trial.set_user_attr("tried", _plain(done))
-        trial.set_user_attr("constraint", upper - self.limits.max_drop if math.isfinite(upper) else 1e9)
+        trial.set_user_attr(
+            "constraint", upper - self.limits.max_drop if math.isfinite(upper) else 1e9
+        )
         return done
 
     def _steps(self, trial: optuna.Trial) -> list[Step]:
@@ -130,7 +149,8 @@ class Search:
         return steps
 
     def _starts(self) -> list[dict[str, Any]]:
-        """Plans predicted from the single sensitivities: damage is taken to add up, one pass at a time and all together."""
+        """Plans predicted from the single sensitivities: damage is taken to add up, one pass at a
+        time and all together."""
         none = {f"{menu.kind.name}.count": 0 for menu in self.menus}
         plain = {kind.name: True for kind in self.healers}
         for menu in self.menus:
@@ -142,11 +162,15 @@ class Search:
             for share in (0.5, 1.0, 2.0):
                 count = self._within(menu, share * self.limits.max_drop)
                 starts.append({**plain, **none, f"{menu.kind.name}.count": count})
-            together[f"{menu.kind.name}.count"] = self._within(menu, self.limits.max_drop / len(self.menus))
+            together[f"{menu.kind.name}.count"] = self._within(
+                menu, self.limits.max_drop / len(self.menus)
+            )
         return [{**plain, **together}, *starts]
 
     def _within(self, menu: Menu, allowed: float) -> int:
-        by_target = {s.target: s.drop for s in self.singles if s.rewrite.startswith(menu.kind.name + "{")}
+        by_target = {
+            s.target: s.drop for s in self.singles if s.rewrite.startswith(menu.kind.name + "{")
+        }
         total, count = 0.0, 0
         for target in menu.targets:
             total += max(0.0, by_target[target])
@@ -157,7 +181,8 @@ class Search:
 
 
 def _sites(bench: Workbench, steps: Sequence[Step]) -> tuple[str, ...]:
-    """Sites that healing should look at: all of them when a sublayer was changed, else those that were."""
+    """Sites that healing should look at: all of them when a sublayer was changed, else those that
+    were."""
     if any(read_pass(step.rewrite).scope != "site" for step in steps):
         return ("*",)
     touched = {target for step in steps for target in step.targets}
@@ -182,7 +207,14 @@ def _read(trial: FrozenTrial) -> Tried:
     steps = tuple(Step(rewrite, tuple(targets)) for rewrite, targets in trial.user_attrs["steps"])
     drop, upper = (math.inf if known[k] is None else known[k] for k in ("drop", "drop_upper"))
     return Tried(
-        trial.number, steps, drop, upper, known["gain"], known["feasible"], known["tier"], known["reason"]
+        trial.number,
+        steps,
+        drop,
+        upper,
+        known["gain"],
+        known["feasible"],
+        known["tier"],
+        known["reason"],
     )
 
 
@@ -192,12 +224,15 @@ def front(tried: Sequence[Tried]) -> set[int]:
     return {
         t.number
         for t in timed
-        if not any(o.gain >= t.gain and o.drop <= t.drop and (o.gain, -o.drop) != (t.gain, -t.drop) for o in timed)
+        if not any(
+            o.gain >= t.gain and o.drop <= t.drop and (o.gain, -o.drop) != (t.gain, -t.drop)
+            for o in timed
+        )
     }
 
 
 def shown(steps: Sequence[Step]) -> str:
     """A plan's approximate steps as one line."""
-    return "; ".join(f"{s.rewrite} @ {','.join(s.targets)}" for s in steps) or "exact rewrites alone"
-
-
+    return (
+        "; ".join(f"{s.rewrite} @ {','.join(s.targets)}" for s in steps) or "exact rewrites alone"
+    )

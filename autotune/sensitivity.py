@@ -1,4 +1,5 @@
-"""What each rewrite costs and gains at each target alone: measured once, it orders the targets and warm-starts the search."""
+"""What each rewrite costs and gains at each target alone: measured once, it orders the targets and
+warm-starts the search."""
 
 from __future__ import annotations
 
@@ -19,7 +20,10 @@ from attnopt.compiler.skip_order import greedy
 
 @dataclass(frozen=True)
 class Single:
-    """One rewrite at one target alone. `drop` is infinite where it could not be applied or measured; `reason` says why."""
+    """One rewrite at one target alone.
+
+    `drop` is infinite where it could not be applied or measured; `reason` says why.
+    """
 
     rewrite: str
     target: str
@@ -29,7 +33,8 @@ class Single:
 
 @dataclass(frozen=True)
 class Menu:
-    """One approximate pass as the search sees it: its targets, the least harmful first, and its ceiling (a factor)."""
+    """One approximate pass as the search sees it: its targets, the least harmful first, and its
+    ceiling (a factor)."""
 
     kind: type[Pass]
     targets: tuple[str, ...]
@@ -37,8 +42,11 @@ class Menu:
     share: float
 
 
-def ceilings(program: Program, profile: Profile, kinds: Sequence[type[Pass]]) -> dict[str, tuple[float, float]]:
-    """Pass name -> (share of measured time its targets have, Amdahl's ceiling of removing all of it)."""
+def ceilings(
+    program: Program, profile: Profile, kinds: Sequence[type[Pass]]
+) -> dict[str, tuple[float, float]]:
+    """Pass name -> (share of measured time its targets have, Amdahl's ceiling of removing all of
+    it)."""
     found: dict[str, tuple[float, float]] = {}
     for kind in kinds:
         share = min(1.0, sum(profile.share(target_id(t)) for t in kind().targets(program)))
@@ -52,7 +60,8 @@ def worthwhile(limit: float) -> bool:
 
 
 def singles(bench: Workbench, kind: type[Pass], seconds: float) -> list[Single]:
-    """Measure a pass with its default options at each of its targets alone, until `seconds` are spent.
+    """Measure a pass with its default options at each of its targets alone, until `seconds` are
+    spent.
 
     Targets that the time did not reach get an infinite drop and say so.
     """
@@ -81,16 +90,24 @@ def _alone(bench: Workbench, rewrite: Pass, id: str) -> Single:
         return {"drop": accuracy.drop if accuracy.feasible else None, "reason": accuracy.reason}
 
     known = bench.journal.get(f"alone {step}", measure)
-    return Single(rewrite.text, id, math.inf if known["drop"] is None else known["drop"], known["reason"])
+    return Single(
+        rewrite.text, id, math.inf if known["drop"] is None else known["drop"], known["reason"]
+    )
 
 
 def menu(
-    bench: Workbench, kind: type[Pass], found: Sequence[Single], share: float, limit: float, seconds: float
+    bench: Workbench,
+    kind: type[Pass],
+    found: Sequence[Single],
+    share: float,
+    limit: float,
+    seconds: float,
 ) -> Menu:
     """The targets of a pass that can be used, least harmful first.
 
-    For a greedy pass the order is found by taking one after the other, measuring again after each removal, until `seconds` are
-    spent; what that did not reach follows in the order of the single drops.
+    For a greedy pass the order is found by taking one after the other, measuring again after each
+    removal, until `seconds` are spent; what that did not reach follows in the order of the single
+    drops.
     """
     usable = sorted((s for s in found if math.isfinite(s.drop)), key=lambda s: s.drop)
     order = [s.target for s in usable]
@@ -106,7 +123,9 @@ def _greedily(bench: Workbench, candidates: list[str], seconds: float) -> list[s
     def measure() -> list[str]:
         begun, taken = time.monotonic(), list[str]()
         half = len(candidates) // 2
-        for choice in greedy(bench.program, bench.notes, candidates, count=half, batches=bench.data.heldout):
+        for choice in greedy(
+            bench.program, bench.notes, candidates, count=half, batches=bench.data.heldout
+        ):
             taken.append(choice.id)
             bench.progress("greedy order of removal", len(taken) / max(1, half))
             if time.monotonic() - begun > seconds:

@@ -1,4 +1,5 @@
-"""The bench of one run: builds plans, measures their accuracy and speed, and never measures one thing twice."""
+"""The bench of one run: builds plans, measures their accuracy and speed, and never measures one
+thing twice."""
 
 from __future__ import annotations
 
@@ -72,8 +73,8 @@ class Journal:
 class Workbench:
     """Everything that a search needs to try a plan on a model.
 
-    `original` is the model as given (what is timed as the baseline); `program` its raised form. Heldout data decides inside
-    the search, evaluation data gives the verdict.
+    `original` is the model as given (what is timed as the baseline); `program` its raised form.
+    Heldout data decides inside the search, evaluation data gives the verdict.
     """
 
     def __init__(
@@ -90,13 +91,24 @@ class Workbench:
         scope: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self.original, self.program, self.data, self.task, self.metric = original, program, data, task, metric
+        self.original, self.program, self.data, self.task, self.metric = (
+            original,
+            program,
+            data,
+            task,
+            metric,
+        )
         self.seed, self.progress = seed, progress or (lambda what, share: None)
         self.notes = Notes(program, data.calibration, data.heldout, device, seed)
         self.searching = Teacher(original, data.heldout, task)
         self.judging = Teacher(original, data.evaluation, task)
-        named = json.dumps({**(scope or {}), "words": data.words, "seed": seed}, sort_keys=True, default=str)
-        self.journal = Journal(work / "measurements.jsonl" if work else None, hashlib.sha256(named.encode()).hexdigest())
+        named = json.dumps(
+            {**(scope or {}), "words": data.words, "seed": seed}, sort_keys=True, default=str
+        )
+        self.journal = Journal(
+            work / "measurements.jsonl" if work else None,
+            hashlib.sha256(named.encode()).hexdigest(),
+        )
         self._built: dict[tuple[tuple[Step, ...], bool], tuple[Program, tuple[Outcome, ...]]] = {}
         self._baselines: Baselines | None = None
 
@@ -107,7 +119,8 @@ class Workbench:
     def apply(self, plan: Plan, verify: bool = True) -> Built:
         """Apply a plan as it stands; shared beginnings of plans are applied once.
 
-        Inside the search `verify` is off: the exact rewrites were compared on the exact plan, and are again on the winner.
+        Inside the search `verify` is off: the exact rewrites were compared on the exact plan, and
+        are again on the winner.
         """
         program, outcomes = self.program, tuple[Outcome, ...]()
         for i in range(len(plan.steps)):
@@ -125,7 +138,9 @@ class Workbench:
     def drop(self, steps: list[Step]) -> Accuracy:
         """Accuracy on the heldout data, from the journal where it was measured before."""
         key = "heldout " + _key(compose(steps))
-        found = self.journal.get(key, lambda: self._drop(self.build(steps, verify=False), self.searching).as_json())
+        found = self.journal.get(
+            key, lambda: self._drop(self.build(steps, verify=False), self.searching).as_json()
+        )
         return Accuracy.from_json(found)
 
     def verdict(self, built: Built) -> Accuracy:
@@ -134,7 +149,13 @@ class Workbench:
 
     def _drop(self, built: Built, teacher: Teacher) -> Accuracy:
         return evaluate(
-            teacher, built.module, teacher.batches, self.task, self.progress, metric=self.metric, seed=self.seed
+            teacher,
+            built.module,
+            teacher.batches,
+            self.task,
+            self.progress,
+            metric=self.metric,
+            seed=self.seed,
         )
 
     @property
@@ -151,15 +172,23 @@ class Workbench:
         made, reason, _ = compiled_form(built.module, self.data.timing)
         return made, reason
 
-    def race(self, forms: Mapping[str, Callable[..., Any]], seconds: float, rounds: int = 7) -> Timing:
+    def race(
+        self, forms: Mapping[str, Callable[..., Any]], seconds: float, rounds: int = 7
+    ) -> Timing:
         """Time forms of the model in pairs against both baselines."""
-        contenders = [*self.baselines.contenders, *(Contender(name, form) for name, form in forms.items())]
-        return compare(contenders, self.data.timing, seconds=seconds, rounds=rounds, progress=self.progress)
+        contenders = [
+            *self.baselines.contenders,
+            *(Contender(name, form) for name, form in forms.items()),
+        ]
+        return compare(
+            contenders, self.data.timing, seconds=seconds, rounds=rounds, progress=self.progress
+        )
 
     def gain(self, steps: list[Step], over: Built, seconds: float = 2.0) -> float:
         """How many times as fast the steps are as `over`, from the journal where known.
 
-        On the machine at hand both run eagerly, paired; for a device that is not there both are estimated.
+        On the machine at hand both run eagerly, paired; for a device that is not there both are
+        estimated.
         """
         key = f"gain {_key(compose(steps))} over {_key(over.plan)}"
 
@@ -167,8 +196,13 @@ class Workbench:
             if self.notes.device != "cpu":
                 device = target(self.notes.device)
                 built = self.build(steps, verify=False)
-                return estimate(over.program, device).seconds / estimate(built.program, device).seconds
-            pair = [Contender("over", over.module), Contender(CANDIDATE, self.build(steps, verify=False).module)]
+                return (
+                    estimate(over.program, device).seconds / estimate(built.program, device).seconds
+                )
+            pair = [
+                Contender("over", over.module),
+                Contender(CANDIDATE, self.build(steps, verify=False).module),
+            ]
             timing = compare(pair, self.data.timing, seconds=seconds, rounds=5, precision=0.02)
             return timing.ratio(CANDIDATE, "over").value
 
@@ -177,4 +211,3 @@ class Workbench:
 
 def _key(plan: Plan) -> str:
     return json.dumps(plan.as_json(), sort_keys=True)
-

@@ -1,4 +1,5 @@
-"""all-MiniLM-L6-v2 on full batches: exact rewrites are never slower, and the ceiling is seen before anything is searched."""
+"""All-MiniLM-L6-v2 on full batches: exact rewrites are never slower, and the ceiling is seen before
+anything is searched."""
 
 from __future__ import annotations
 
@@ -22,12 +23,24 @@ def _exact(batch: int, length: int) -> Row:
     ratio = result.speed.ratio
     figure = f"{ratio.value:.2f}x over {result.speed.best} ({ratio.low:.2f} to {ratio.high:.2f})"
     numbers = {"speed": ratio.value, "low": ratio.low, "high": ratio.high}
-    return Row(f"MiniLM {batch}x{length}, no padding, exact", figure, f"at least {FLOOR}x", ratio.value >= FLOOR, numbers)
+    return Row(
+        f"MiniLM {batch}x{length}, no padding, exact",
+        figure,
+        f"at least {FLOOR}x",
+        ratio.value >= FLOOR,
+        numbers,
+    )
 
 
 def _searched(batch: int, length: int) -> Row:
     result = optimize(
-        model_folder(), text=SENTENCES, batch=batch, length=length, budget=2.0, max_drop=0.01, timeout="5m"
+        model_folder(),
+        text=SENTENCES,
+        batch=batch,
+        length=length,
+        budget=2.0,
+        max_drop=0.01,
+        timeout="5m",
     )
     assert result.speed is not None and result.ceiling is not None
     words = result.relaxation.words if result.relaxation else "none needed"
@@ -36,6 +49,16 @@ def _searched(batch: int, length: int) -> Row:
         f"{result.speed.ratio.value:.2f}x ({tier}), exit {result.exit_code}; "
         f"attention's ceiling {result.ceiling.speedup.value:.2f}x; {words}"
     )
-    numbers = {"speed": result.speed.ratio.value, "exit": result.exit_code, "ceiling": result.ceiling.speedup.value}
+    numbers = {
+        "speed": result.speed.ratio.value,
+        "exit": result.exit_code,
+        "ceiling": result.ceiling.speedup.value,
+    }
     saved = result.met or (result.exit_code == 2 and result.relaxation is not None)
-    return Row(f"MiniLM {batch}x{length}, --budget 2x --max-drop 1%", figure, "exit 2 with ceiling and relaxation, or met", saved, numbers)
+    return Row(
+        f"MiniLM {batch}x{length}, --budget 2x --max-drop 1%",
+        figure,
+        "exit 2 with ceiling and relaxation, or met",
+        saved,
+        numbers,
+    )

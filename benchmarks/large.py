@@ -1,4 +1,5 @@
-"""Tracing, raising and inspecting a Llama-7B-shaped model whose weights are not there: time and peak memory."""
+"""Tracing, raising and inspecting a Llama-7B-shaped model whose weights are not there: time and
+peak memory."""
 
 from __future__ import annotations
 
@@ -30,8 +31,18 @@ def rows() -> list[Row]:
     """One row, measured in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
-        done = subprocess.run([sys.executable, "-c", _CHILD, folder], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", _CHILD, folder], capture_output=True, text=True, check=True
+        )
     numbers = json.loads(done.stdout.strip().splitlines()[-1])
     figure = f"{numbers['seconds']:.0f} s, {numbers['gib']:.1f} GiB, {numbers['raised']} of {numbers['found']} raised"
     met = numbers["seconds"] < SECONDS and numbers["gib"] < GIB and numbers["raised"] == 32
-    return [Row("Llama-7B-shaped, trace, raise and inspect", figure, f"under {SECONDS:.0f} s and {GIB:.0f} GiB", met, numbers)]
+    return [
+        Row(
+            "Llama-7B-shaped, trace, raise and inspect",
+            figure,
+            f"under {SECONDS:.0f} s and {GIB:.0f} GiB",
+            met,
+            numbers,
+        )
+    ]

@@ -1,4 +1,5 @@
-"""all-MiniLM-L6-v2 on batches of real sentences of mixed length: exact rewrites alone, `--budget 2x --max-drop 0`."""
+"""All-MiniLM-L6-v2 on batches of real sentences of mixed length: exact rewrites alone, `--budget 2x
+--max-drop 0`."""
 
 from __future__ import annotations
 
@@ -28,4 +29,10 @@ def _row(batch: int) -> Row:
         "fill": result.workload.fill, "drop": result.accuracy.drop.value, "exit": result.exit_code,
         "seconds": {timed.name: timed.seconds.value for timed in result.baselines if timed.seconds},
     }  # fmt: skip
-    return Row(f"MiniLM, {batch} sentences a batch", figure, f"at least {BAR}x, exit 0", ratio.value >= BAR and result.met, numbers)
+    return Row(
+        f"MiniLM, {batch} sentences a batch",
+        figure,
+        f"at least {BAR}x, exit 0",
+        ratio.value >= BAR and result.met,
+        numbers,
+    )

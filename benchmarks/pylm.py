@@ -1,4 +1,5 @@
-"""The language model of the project at 1,024 tokens, on held-out modules: which way of merging, skipping and windowing loses least.
+"""The language model of the project at 1,024 tokens, on held-out modules: which way of merging,
+skipping and windowing loses least.
 
 Losses are the rise of the held-out negative log-likelihood, in nats per token.
 """
@@ -63,10 +64,15 @@ def _skipping(bench: Workbench) -> list[Row]:
         found = {
             "one-shot": loss(bench, [Step("skip_sublayers{method=delete}", tuple(first[:count]))]),
             "greedy": loss(bench, [Step("skip_sublayers{method=delete}", tuple(taken[:count]))]),
-            "greedy, linear or deleted": loss(bench, [Step("skip_sublayers{}", tuple(taken[:count]))]),
+            "greedy, linear or deleted": loss(
+                bench, [Step("skip_sublayers{}", tuple(taken[:count]))]
+            ),
         }
         figure = ", ".join(f"{name} {value:+.4f}" for name, value in found.items())
-        better = found["greedy"] <= found["one-shot"] and found["greedy, linear or deleted"] <= found["greedy"]
+        better = (
+            found["greedy"] <= found["one-shot"]
+            and found["greedy, linear or deleted"] <= found["greedy"]
+        )
         made.append(
             Row(f"skip_sublayers, {count} of {len(candidates)}", f"{figure} nats",
                 "greedy beats one-shot; linear beats deletion or deletion is kept", better, found)
@@ -84,5 +90,13 @@ def _windows(bench: Workbench) -> list[Row]:
             found[f"{name} + refit"] = loss(bench, [step, Step("refit{}")])
         figure = ", ".join(f"{name} {value:+.4f}" for name, value in found.items())
         better = found["4 sinks"] < found["no sink"]
-        made.append(Row(f"sliding_window, left {left}", f"{figure} nats", "with sinks beats without", better, found))
+        made.append(
+            Row(
+                f"sliding_window, left {left}",
+                f"{figure} nats",
+                "with sinks beats without",
+                better,
+                found,
+            )
+        )
     return made

@@ -1,6 +1,7 @@
-"""`make bench`: measures what the README states, prints a table and writes it as JSON with device, versions and date.
+"""`make bench`: measures what the README states, prints a table and writes it as JSON with device,
+versions and date.
 
-    python benchmarks/run.py [--only padded,full,pylm,eager,large] [--out benchmarks/results]
+python benchmarks/run.py [--only padded,full,pylm,eager,large] [--out benchmarks/results]
 """
 
 from __future__ import annotations
@@ -65,7 +66,12 @@ def _print(name: str, rows: list[Row]) -> None:
 def _write(folder: Path, name: str, rows: list[Row]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     facts = environment()
-    document = {"section": name, "date": date.today().isoformat(), "environment": facts, "rows": [asdict(r) for r in rows]}
+    document = {
+        "section": name,
+        "date": date.today().isoformat(),
+        "environment": facts,
+        "rows": [asdict(r) for r in rows],
+    }
     path = folder / f"cpu-{name}.json"
     path.write_text(json.dumps(document, indent=1, default=str) + "\n", encoding="utf-8")
 

@@ -23,12 +23,16 @@ Backend = Callable[[Tensor, Tensor, Tensor, Sequence[Tensor], AttentionSpec], Te
 def reference(
     q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: AttentionSpec
 ) -> Tensor:
-    """The definition, with the whole score matrix in memory. Every other backend is tested against it."""
+    """The definition, with the whole score matrix in memory.
+
+    Every other backend is tested against it.
+    """
     return torch.matmul(weights(q, k, extras, spec).to(v.dtype), _repeat(v, spec.group))
 
 
 def weights(q: Tensor, k: Tensor, extras: Sequence[Tensor], spec: AttentionSpec) -> Tensor:
-    """The softmax weights `[batch, heads, S, T]` of the definition; zeros in a row that reads no key (fill "-inf")."""
+    """The softmax weights `[batch, heads, S, T]` of the definition; zeros in a row that reads no
+    key (fill "-inf")."""
     logits = torch.matmul(q, _repeat(k, spec.group).transpose(-1, -2)) * spec.scale
     if spec.softcap:
         logits = torch.tanh(logits / spec.softcap) * spec.softcap
@@ -51,9 +55,10 @@ def weights(q: Tensor, k: Tensor, extras: Sequence[Tensor], spec: AttentionSpec)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: AttentionSpec) -> Tensor:
-    """torch's fused scaled_dot_product_attention. It has no soft cap: `runs_on_sdpa` says so beforehand.
+    """Torch's fused scaled_dot_product_attention.
 
-    Run eagerly on a CPU, a padding that drops nothing is left out, so that a causal mask stays a flag.
+    It has no soft cap: `runs_on_sdpa` says so beforehand.
+        Run eagerly on a CPU, a padding that drops nothing is left out, so that a causal mask stays a flag.
     """
     grouped = spec.group > 1
     padding = extra(extras, spec, "padding")
@@ -78,7 +83,8 @@ def runs_on_sdpa(spec: AttentionSpec) -> str:
 
 
 def _drops_nothing(padding: Tensor) -> bool:
-    """Whether every key is real, where asking is cheap: not while tracing, and not on a device that would stall."""
+    """Whether every key is real, where asking is cheap: not while tracing, and not on a device that
+    would stall."""
     if torch.compiler.is_compiling() or type(padding) is not Tensor:
         return False
     return padding.device.type == "cpu" and bool(padding.all())
@@ -90,7 +96,8 @@ def _without_padding(spec: AttentionSpec) -> AttentionSpec:
 
 
 def kept(q: Tensor, k: Tensor, extras: Sequence[Tensor], spec: AttentionSpec) -> Tensor | None:
-    """All that drops keys, joined into one bool tensor broadcastable to [batch, heads, S, T]; None when nothing does."""
+    """All that drops keys, joined into one bool tensor broadcastable to [batch, heads, S, T]; None
+    when nothing does."""
     parts: list[Tensor] = []
     if spec.mask.kind != "full":
         parts.append(spec.mask.dense(q.shape[-2], k.shape[-2], q.device))
@@ -143,7 +150,9 @@ def _repeat(x: Tensor, times: int) -> Tensor:
     return x if times == 1 else x.repeat_interleave(times, dim=1)
 
 
-def _chunked(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: AttentionSpec) -> Tensor:
+def _chunked(
+    q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: AttentionSpec
+) -> Tensor:
     from attnopt.compiler.attend_window import chunked  # it builds on this module
 
     return chunked(q, k, v, extras, spec)

@@ -1,8 +1,9 @@
 """The contract of a pass: what it is given, what it may answer, how it is found.
 
-A pass is a frozen dataclass in one file of `passes/`. Its fields are its options and, through their metadata, its search
-space. Its one method maps a target (an attention site, a residual sublayer, or the whole program) to an `Edit`, or says
-why not with a `Miss`. The file is the registration; third parties use the entry-point group `attnopt.passes`.
+A pass is a frozen dataclass in one file of `passes/`. Its fields are its options and, through their
+metadata, its search space. Its one method maps a target (an attention site, a residual sublayer, or
+the whole program) to an `Edit`, or says why not with a `Miss`. The file is the registration; third
+parties use the entry-point group `attnopt.passes`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ from attnopt.compiler.spec import AttentionSpec
 
 
 class Exactness(Enum):
-    """EXACT: the same function. GUARDED: the same under an assumption checked at run time. APPROXIMATE: another one."""
+    """EXACT: the same function.
+
+    GUARDED: the same under an assumption checked at run time. APPROXIMATE: another one.
+    """
 
     EXACT = "exact"
     GUARDED = "guarded"
@@ -36,7 +40,10 @@ class Exactness(Enum):
 
 @dataclass(frozen=True)
 class Miss:
-    """Falsy: "not here, because ...". `at` names the guilty node of the graph."""
+    """Falsy: "not here, because ...".
+
+    `at` names the guilty node of the graph.
+    """
 
     reason: str
     at: str = ""
@@ -48,11 +55,13 @@ class Miss:
 
 @dataclass(frozen=True)
 class Edit:
-    """What a pass wants changed. Applied to a copy of the program by `pipeline`, in the order spec, weights, graph.
+    """What a pass wants changed.
 
-    `spec` replaces the site's spec text. `weights` maps parameter names to new tensors (same shape, or the graph edit adapts).
-    `graph` edits the copy's graph in place (use `Program.call` and `Program.parameter`; the pipeline calls `clean`).
-    `sites` replaces the recorded facts of sites by id. `note` is said in the report, `evidence` holds its numbers.
+    Applied to a copy of the program by `pipeline`, in the order spec, weights, graph.     `spec`
+    replaces the site's spec text. `weights` maps parameter names to new tensors (same shape, or the
+    graph edit adapts).     `graph` edits the copy's graph in place (use `Program.call` and
+    `Program.parameter`; the pipeline calls `clean`).     `sites` replaces the recorded facts of
+    sites by id. `note` is said in the report, `evidence` holds its numbers.
     """
 
     spec: AttentionSpec | None = None
@@ -74,9 +83,10 @@ Scope = Literal["site", "sublayer", "program"]
 class Notes:
     """What a pass may know beyond the graph.
 
-    `original` is the raised program before any rewrite (the teacher). `calibration` are batches to fit on; `heldout` are batches
-    for accept-or-revert decisions inside a pass, apart from both the calibration and the evaluation data. `device` is where
-    it will run ("cpu", or the name of a known GPU). Empty calibration means there is no real data: passes that need it miss.
+    `original` is the raised program before any rewrite (the teacher). `calibration` are batches to
+    fit on; `heldout` are batches for accept-or-revert decisions inside a pass, apart from both the
+    calibration and the evaluation data. `device` is where it will run ("cpu", or the name of a
+    known GPU). Empty calibration means there is no real data: passes that need it miss.
     """
 
     original: Program
@@ -88,13 +98,17 @@ class Notes:
     def record(
         self, program: Program, names: Sequence[str], batches: Sequence[Batch] | None = None
     ) -> Iterator[tuple[dict[str, Any], Batch]]:
-        """Stream the named nodes' values over the calibration batches (or others), one batch at a time."""
+        """Stream the named nodes' values over the calibration batches (or others), one batch at a
+        time."""
         for batch in self.calibration if batches is None else batches:
             yield peek(program, names, batch), batch
 
 
 class Pass(ABC):
-    """One rewrite. Subclasses are frozen dataclasses."""
+    """One rewrite.
+
+    Subclasses are frozen dataclasses.
+    """
 
     name: ClassVar[str]
     exactness: ClassVar[Exactness]
@@ -103,12 +117,17 @@ class Pass(ABC):
     after: ClassVar[tuple[str, ...]] = ()
     excludes: ClassVar[tuple[str, ...]] = ()
     valid_only: ClassVar[bool] = False  # padded positions may change; compare at real tokens only
-    greedy: ClassVar[bool] = False  # the search orders its targets by removing them one after the other
+    greedy: ClassVar[bool] = (
+        False  # the search orders its targets by removing them one after the other
+    )
     heals: ClassVar[bool] = False  # repairs what approximate passes before it did; run after them
 
     @abstractmethod
     def rewrite(self, target: Any, program: Program, notes: Notes) -> Edit | Miss:
-        """Map one target to an edit, or say why not. Must not change `program`."""
+        """Map one target to an edit, or say why not.
+
+        Must not change `program`.
+        """
 
     def targets(self, program: Program) -> list[Any]:
         """The targets of this pass in a program, by its scope."""
@@ -129,7 +148,8 @@ class Pass(ABC):
 
 
 class Refused(Exception):
-    """Raised by a graph edit that finds out too late that it cannot be done; the program stays as it was."""
+    """Raised by a graph edit that finds out too late that it cannot be done; the program stays as
+    it was."""
 
     def __init__(self, miss: Miss) -> None:
         super().__init__(miss.reason)
@@ -160,7 +180,10 @@ def passes() -> dict[str, type[Pass]]:
 
 
 def read_pass(line: str) -> Pass:
-    """A pass from its text, e.g. `sliding_window{left=1024 sink=4}`. Unknown names and options are `Problem`s."""
+    """A pass from its text, e.g. `sliding_window{left=1024 sink=4}`.
+
+    Unknown names and options are `Problem`s.
+    """
     call = text.parse(line)
     known = passes()
     if call.name not in known:
@@ -177,4 +200,9 @@ def read_pass(line: str) -> Pass:
 
 
 def _is_pass(item: Any) -> bool:
-    return isinstance(item, type) and issubclass(item, Pass) and item is not Pass and "name" in vars(item)
+    return (
+        isinstance(item, type)
+        and issubclass(item, Pass)
+        and item is not Pass
+        and "name" in vars(item)
+    )

@@ -21,7 +21,8 @@ _TORCH = {  # torch's own probes, by the flag they stand for; not every version 
 
 @lru_cache(maxsize=1)
 def cpu_flags() -> frozenset[str]:
-    """The instruction-set flags of this CPU: those of the kernel's list and those that torch finds."""
+    """The instruction-set flags of this CPU: those of the kernel's list and those that torch
+    finds."""
     found: set[str] = set()
     if CPUINFO.exists():
         for line in CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -35,7 +36,10 @@ def cpu_flags() -> frozenset[str]:
 
 
 def native_products(dtype: torch.dtype, flags: frozenset[str]) -> str:
-    """The flag by which a CPU multiplies this dtype natively; empty when it has none. float32 and wider need no flag."""
+    """The flag by which a CPU multiplies this dtype natively; empty when it has none.
+
+    float32 and wider need no flag.
+    """
     if dtype not in _NATIVE:
         return str(dtype).removeprefix("torch.")
     return next(iter(sorted(_NATIVE[dtype] & flags)), "")

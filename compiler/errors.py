@@ -1,7 +1,9 @@
-"""What the user is told: `Problem` for mistakes the user can mend, `Notice` for findings that do not stop the run.
+"""What the user is told: `Problem` for mistakes the user can mend, `Notice` for findings that do
+not stop the run.
 
-Bugs stay plain exceptions and are never caught broadly. "Not here, because" is neither: it is the value `contract.Miss`.
-Codes: A1xx intake, A2xx trace and raise, A3xx passes, A4xx search and measuring, A5xx artifacts, A6xx command line.
+Bugs stay plain exceptions and are never caught broadly. "Not here, because" is neither: it is the
+value `contract.Miss`. Codes: A1xx intake, A2xx trace and raise, A3xx passes, A4xx search and
+measuring, A5xx artifacts, A6xx command line.
 """
 
 from __future__ import annotations

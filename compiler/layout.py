@@ -1,9 +1,10 @@
 """Where the batch and sequence axes of a value lie, through views, transposes and merges: `Layout`.
 
-A padded value `[batch, seq, ...]`, in any order of axes, is written as one tuple of atoms per axis: "B", "S" or the size of a free
-axis. `[B, H, S, d]` is ((B), (H), (S), (d)); heads folded into the batch, `[B*H, S, d]`, is ((B, H), (S), (d)). Its packed
-form is `[N, free...]`: one axis of kept tokens, then the free atoms in the same order. So a transpose that only moves B or S is
-the identity there, and a view that keeps B and S whole is a view of the free axes.
+A padded value `[batch, seq, ...]`, in any order of axes, is written as one tuple of atoms per axis:
+"B", "S" or the size of a free axis. `[B, H, S, d]` is ((B), (H), (S), (d)); heads folded into the
+batch, `[B*H, S, d]`, is ((B, H), (S), (d)). Its packed form is `[N, free...]`: one axis of kept
+tokens, then the free atoms in the same order. So a transpose that only moves B or S is the identity
+there, and a view that keeps B and S whole is a view of the free axes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ TOKEN_AXES = ("B", "S")
 
 @dataclass(frozen=True)
 class Layout:
-    """The axes of a padded value, each a non-empty tuple of atoms; neighbouring free atoms of one axis are joined."""
+    """The axes of a padded value, each a non-empty tuple of atoms; neighbouring free atoms of one
+    axis are joined."""
 
     dims: tuple[Dim, ...]
 
@@ -76,7 +78,8 @@ def is_free(dim: Dim) -> bool:
 
 @dataclass(frozen=True)
 class Extent:
-    """The batch size and the padded length of a program, as sizes of its graph (symbolic or not)."""
+    """The batch size and the padded length of a program, as sizes of its graph (symbolic or
+    not)."""
 
     batch: Any
     seq: Any
@@ -94,7 +97,8 @@ class Extent:
         )
 
     def view(self, layout: Layout, shape: Sequence[Any]) -> Layout | None:
-        """The layout after a row-major view to `shape`; None when the view cuts B or S, or mixes them up."""
+        """The layout after a row-major view to `shape`; None when the view cuts B or S, or mixes
+        them up."""
         left: list[Atom] = [atom for dim in layout.dims for atom in dim]
         dims: list[Dim] = []
         for size in shape:

@@ -1,4 +1,5 @@
-"""Lowering: the canonical op becomes a plain call of its backend, so that what is timed, compiled and saved is aten alone."""
+"""Lowering: the canonical op becomes a plain call of its backend, so that what is timed, compiled
+and saved is aten alone."""
 
 from __future__ import annotations
 
@@ -43,7 +44,10 @@ def _bound(spec: AttentionSpec) -> Callable[..., Tensor]:
 
 
 def export(program: Program) -> torch.export.ExportedProgram:
-    """The lowered program through `torch.export`, with the dims that may vary. Raises `Problem` A503."""
+    """The lowered program through `torch.export`, with the dims that may vary.
+
+    Raises `Problem` A503.
+    """
     module = lower(program)
     example = _rows(program)
     shapes = _shapes(program, example)
@@ -76,7 +80,8 @@ def _rows(program: Program) -> Batch:
 
 
 def _shapes(program: Program, example: Batch) -> Any:
-    """`dynamic_shapes` for a re-export: equal symbols of the trace share one dim, everything else is left to it."""
+    """`dynamic_shapes` for a re-export: equal symbols of the trace share one dim, everything else
+    is left to it."""
     names = [n.name for n in program.graph.nodes if n.op == "placeholder"]
     leaves, tree = pytree.tree_flatten((example.args, dict(example.kwargs)))
     if set(names) == set(example.kwargs):
@@ -91,4 +96,4 @@ def _shapes(program: Program, example: Batch) -> Any:
 
 def _auto(program: Program, name: str) -> Any:
     dims = program.dynamic.get(name, {})
-    return {dim: torch.export.Dim.AUTO for dim in dims} or None
+    return dict.fromkeys(dims, torch.export.Dim.AUTO) or None

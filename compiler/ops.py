@@ -18,7 +18,7 @@ from attnopt.compiler.spec import parse_spec
 
 @torch.library.custom_op("attnopt::attention", mutates_args=())
 def attention(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: str) -> Tensor:
-    """softmax(scale q k^T + masks) v as `spec` says; shapes as in `attnopt.compiler.spec`."""
+    """Softmax(scale q k^T + masks) v as `spec` says; shapes as in `attnopt.compiler.spec`."""
     out = attend.run(q, k, v, extras, parse_spec(spec))
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 

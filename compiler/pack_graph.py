@@ -18,7 +18,10 @@ aten = torch.ops.aten
 
 
 def rewrite(program: Program, region: Region) -> None:
-    """Run the region of `program` (a copy of the one that was analysed) on packed tokens. In place; `clean` is left to do."""
+    """Run the region of `program` (a copy of the one that was analysed) on packed tokens.
+
+    In place; `clean` is left to do.
+    """
     _Writer(program, region).write()
 
 
@@ -33,7 +36,8 @@ def placeholder_dim(graph: fx.Graph, size: Any) -> tuple[fx.Node, int] | None:
 
 
 class _Writer:
-    """Rewrites the region's nodes in place; values that enter are gathered, values that leave are unpacked."""
+    """Rewrites the region's nodes in place; values that enter are gathered, values that leave are
+    unpacked."""
 
     def __init__(self, program: Program, region: Region) -> None:
         self.program, self.region, self.t = program, region, region.tokenwise
@@ -138,7 +142,8 @@ class _Writer:
         return x
 
     def _positions(self, tokens: str, before: fx.Node) -> fx.Node:
-        """The kept tokens' index into the flat batch ("BS"), their column ("S") or their row ("B")."""
+        """The kept tokens' index into the flat batch ("BS"), their column ("S") or their row
+        ("B")."""
         if tokens == "BS":
             return self.index
         if tokens not in self.made:

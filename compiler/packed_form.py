@@ -13,8 +13,11 @@ from attnopt.compiler.layout import Extent, Layout
 
 @dataclass(frozen=True)
 class Gather:
-    """An operand that is read at the kept tokens. `roles` says per axis, counted from the last and with axes of size one put
-    in front where it has fewer: "B", "S", "BS" (both in one axis), "" (free) or "1" (dropped: a token axis of size one)."""
+    """An operand that is read at the kept tokens.
+
+    `roles` says per axis, counted from the last and with axes of size one put
+    in front where it has fewer: "B", "S", "BS" (both in one axis), "" (free) or "1" (dropped: a token axis of size one).
+    """
 
     node: fx.Node
     roles: tuple[str, ...]
@@ -22,9 +25,11 @@ class Gather:
 
 @dataclass(frozen=True)
 class Form:
-    """A node on packed tokens: its layout (one per output), and the call; no target means the first argument as it is.
+    """A node on packed tokens: its layout (one per output), and the call; no target means the first
+    argument as it is.
 
-    `args` and `kwargs` are those of the call, with the original nodes standing for their packed values.
+    `args` and `kwargs` are those of the call, with the original nodes standing for their packed
+    values.
     """
 
     layout: Layout | tuple[Layout, ...]
@@ -35,7 +40,8 @@ class Form:
 
 @dataclass
 class Tokenwise:
-    """What `analyse` found: forms, layouts (also of `seeds`, padded values that are not computed packed), reasons why not."""
+    """What `analyse` found: forms, layouts (also of `seeds`, padded values that are not computed
+    packed), reasons why not."""
 
     extent: Extent
     padding: fx.Node

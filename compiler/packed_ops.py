@@ -1,10 +1,13 @@
-"""Operators on packed tokens `[N, ...]`: the real tokens of a padded batch `[B, S, ...]`, laid end to end.
+"""Operators on packed tokens `[N, ...]`: the real tokens of a padded batch `[B, S, ...]`, laid end
+to end.
 
-`pack_index` says which tokens are kept and where they came from, `packed_attention` attends within each sequence, and `unpack`
-puts the tokens back. Sequences are ordered by length, so that sequences of one length lie side by side and run as one
-batched attention on views. All branches on values are inside the operators: an export holds only their calls.
+`pack_index` says which tokens are kept and where they came from, `packed_attention` attends within
+each sequence, and `unpack` puts the tokens back. Sequences are ordered by length, so that sequences
+of one length lie side by side and run as one batched attention on views. All branches on values are
+inside the operators: an export holds only their calls.
 
-Importing this module registers the operators; a saved program that holds them needs it imported before it is loaded.
+Importing this module registers the operators; a saved program that holds them needs it imported
+before it is loaded.
 """
 
 from __future__ import annotations
@@ -23,12 +26,14 @@ from attnopt.compiler.spec import FULL, AttentionSpec, parse_spec
 def pack_index(
     padding: Tensor, columns: Sequence[int], whole_empty: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Which positions of a batch are computed: `(index int64 [N], offsets int64 [B+1], keys bool [N] or [0])`.
+    """Which positions of a batch are computed: `(index int64 [N], offsets int64 [B+1], keys bool
+    [N] or [0])`.
 
-    `padding` bool `[B, S]` is True at real tokens. Position b * S + s is kept when it is real, when s is one of `columns`
-    (negative ones count from the end), or, with `whole_empty`, when row b has no real token. `index` lists the kept positions,
-    sequence after sequence, ordered by length; `offsets` are the sequences' bounds in it. `keys` says which kept positions
-    are real, and is empty when all of them are.
+    `padding` bool `[B, S]` is True at real tokens. Position b * S + s is kept when it is real, when
+    s is one of `columns` (negative ones count from the end), or, with `whole_empty`, when row b has
+    no real token. `index` lists the kept positions, sequence after sequence, ordered by length;
+    `offsets` are the sequences' bounds in it. `keys` says which kept positions are real, and is
+    empty when all of them are.
     """
     kept = padding
     if columns:
@@ -69,11 +74,13 @@ def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: str,
     index: Tensor, offsets: Tensor, keys: Tensor, seq: int,
 ) -> Tensor:  # fmt: skip
-    """Attention within each sequence: q `[N, heads, head_dim]`, k `[N, kv_heads, head_dim]`, v `[N, kv_heads, v_dim]`.
+    """Attention within each sequence: q `[N, heads, head_dim]`, k `[N, kv_heads, head_dim]`, v `[N,
+    kv_heads, v_dim]`.
 
-    `spec` is the padded attention's spec without its `padding`; `extras` are its bias and keep, still of the padded shape
-    (broadcastable to `[B, heads, S, S]`). `index`, `offsets` and `keys` come from `pack_index`, `seq` is S. Masks speak of the
-    positions that tokens had before packing. Returns `[N, heads, v_dim]`, in memory of its own.
+    `spec` is the padded attention's spec without its `padding`; `extras` are its bias and keep,
+    still of the padded shape (broadcastable to `[B, heads, S, S]`). `index`, `offsets` and `keys`
+    come from `pack_index`, `seq` is S. Masks speak of the positions that tokens had before packing.
+    Returns `[N, heads, v_dim]`, in memory of its own.
     """
     read = parse_spec(spec)
     made = [
@@ -107,7 +114,8 @@ def _(x: Tensor, index: Tensor, batch: int, seq: int, fill: float) -> Tensor:
 
 
 def _runs(offsets: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Runs of neighbouring sequences of one length, as (first token, sequences, length); empty sequences have none."""
+    """Runs of neighbouring sequences of one length, as (first token, sequences, length); empty
+    sequences have none."""
     first = 0
     while first + 1 < len(offsets):
         length = offsets[first + 1] - offsets[first]
@@ -123,7 +131,8 @@ def _group(
     q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: AttentionSpec,
     index: Tensor, keys: Tensor, seq: int, start: int, count: int, length: int,
 ) -> Tensor:  # fmt: skip
-    """Attention of `count` sequences of one length that start at token `start`: `[count * length, heads, v_dim]`."""
+    """Attention of `count` sequences of one length that start at token `start`: `[count * length,
+    heads, v_dim]`."""
     part = slice(start, start + count * length)
     q, k, v = (x[part].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
     position = index[part].view(count, length)
@@ -159,7 +168,8 @@ def _simplest(spec: AttentionSpec, position: Tensor, seq: int) -> AttentionSpec:
 def _local(
     extras: Sequence[Tensor], spec: AttentionSpec, position: Tensor, keys: Tensor | None, seq: int
 ) -> tuple[list[Tensor], tuple[str, ...]]:
-    """Bias and keep of some sequences, `[count, heads or 1, length, length]`: cut from the padded ones, joined with the mask."""
+    """Bias and keep of some sequences, `[count, heads or 1, length, length]`: cut from the padded
+    ones, joined with the mask."""
     row, column = position[:, 0] // seq, position % seq
     i, j = column[:, None, :, None], column[:, None, None, :]
     keep = None if spec.mask.kind == "full" else spec.mask.keep(i, j)
@@ -177,7 +187,8 @@ def _local(
 
 
 def _cut(x: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """The part of `[B or 1, H or 1, S or 1, S or 1]` that some sequences see: `[count or 1, H or 1, n or 1, n or 1]`."""
+    """The part of `[B or 1, H or 1, S or 1, S or 1]` that some sequences see: `[count or 1, H or 1,
+    n or 1, n or 1]`."""
     x = x[(None,) * (4 - x.dim())]
     many = len(row) > 1 and (x.shape[0] > 1 or not bool((column == column[:1]).all()))
     if not many:

@@ -1,8 +1,9 @@
 """Choosing the part of a program that runs on packed tokens, and rewriting it so.
 
-The region is every token-wise node that an attention feeds or is fed by. Values leave it only where a padded position cannot
-change a result: as an output of the model (a padded position then holds 0), through a cut of fixed positions (these are
-computed although padded), or behind a product with the mask or a fill of padded positions with a constant.
+The region is every token-wise node that an attention feeds or is fed by. Values leave it only where
+a padded position cannot change a result: as an output of the model (a padded position then holds
+0), through a cut of fixed positions (these are computed although padded), or behind a product with
+the mask or a fill of padded positions with a constant.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ _CASTS = (
 
 @dataclass(frozen=True)
 class Exit:
-    """A packed value that others read: `users` read it unpacked, with `fill` at padded positions."""
+    """A packed value that others read: `users` read it unpacked, with `fill` at padded
+    positions."""
 
     node: fx.Node
     users: tuple[fx.Node, ...]
@@ -41,7 +43,8 @@ class Exit:
 
 @dataclass
 class Region:
-    """The nodes that run packed, in graph order; where values leave; the padded positions that are computed all the same."""
+    """The nodes that run packed, in graph order; where values leave; the padded positions that are
+    computed all the same."""
 
     tokenwise: Tokenwise
     nodes: list[fx.Node]
@@ -87,7 +90,8 @@ def choose(program: Program, t: Tokenwise) -> Region | Miss:
 
 
 def polarity(node: Any) -> tuple[Any, bool]:
-    """What a mask is made of: `(root, True)` where it is non-zero just where root is, `(root, False)` where root is zero."""
+    """What a mask is made of: `(root, True)` where it is non-zero just where root is, `(root,
+    False)` where root is zero."""
     straight = True
     while isinstance(node, fx.Node) and node.op == "call_function":
         source = node.args[0] if node.args else None
@@ -145,7 +149,8 @@ def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def _columns(node: fx.Node, user: fx.Node, t: Tokenwise) -> tuple[int, ...] | None:
-    """The positions whose values `user` needs although they may be padded; None when it may read any."""
+    """The positions whose values `user` needs although they may be padded; None when it may read
+    any."""
     if user.op == "output" or user.target is aten.sym_size.int:
         return ()
     layout = t.layouts.get(node)
@@ -167,7 +172,8 @@ def _columns(node: fx.Node, user: fx.Node, t: Tokenwise) -> tuple[int, ...] | No
 
 
 def _fill(node: fx.Node, t: Tokenwise) -> float | None:
-    """The value that the padded program itself has at every padded position of a node, where that is proved."""
+    """The value that the padded program itself has at every padded position of a node, where that
+    is proved."""
     args = t.forms[node].args
     root, straight = polarity(t.padding)
     if node.target is aten.mul.Tensor and any(_mask(x, t) == (root, straight) for x in args):

@@ -1,4 +1,5 @@
-"""Applying passes and plans: each exact rewrite is compared with the program before it, and rolled back on a mismatch."""
+"""Applying passes and plans: each exact rewrite is compared with the program before it, and rolled
+back on a mismatch."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ def read(loaded: Loaded) -> Program:
 def apply_plan(
     program: Program, plan: Plan, notes: Notes, progress: Progress | None = None
 ) -> tuple[Program, list[Outcome]]:
-    """Apply the steps of a plan in order; returns the new program and what happened at every target."""
+    """Apply the steps of a plan in order; returns the new program and what happened at every
+    target."""
     outcomes: list[Outcome] = []
     for step in plan.steps:
         if progress is not None:
@@ -41,7 +43,8 @@ def apply_pass(
 ) -> tuple[Program, list[Outcome]]:
     """Apply one pass to the named targets (("*",) is all of its scope), one after the other.
 
-    With `verify`, an exact or guarded pass is compared with the program before it, and what disagrees is rolled back.
+    With `verify`, an exact or guarded pass is compared with the program before it, and what
+    disagrees is rolled back.
     """
     chosen = [t for t in rewrite.targets(program) if "*" in targets or target_id(t) in targets]
     known = {target_id(t) for t in chosen}
@@ -70,7 +73,10 @@ def _apply_one(program: Program, rewrite: Pass, id: str, notes: Notes) -> tuple[
 
 
 def apply_edit(program: Program, target: Target, edit: Edit) -> Program:
-    """A copy of the program with the edit made. Sites and sublayers whose nodes vanish are dropped."""
+    """A copy of the program with the edit made.
+
+    Sites and sublayers whose nodes vanish are dropped.
+    """
     made = program.copy()
     if edit.spec is not None:
         assert isinstance(target, Site)
@@ -85,7 +91,9 @@ def apply_edit(program: Program, target: Target, edit: Edit) -> Program:
     sites = [edit.sites.get(site.id, site) for site in made.sites]
     made.sites = tuple(site for site in sites if site.node in names)
     if edit.spec is not None and isinstance(target, Site):
-        made.sites = tuple(replace(s, spec=edit.spec) if s.id == target.id else s for s in made.sites)
+        made.sites = tuple(
+            replace(s, spec=edit.spec) if s.id == target.id else s for s in made.sites
+        )
     made.sublayers = carried(made, made.sublayers)
     return made
 

@@ -1,4 +1,5 @@
-"""`Plan`: the rewrites of one optimization as text that replays without searching, and `Outcome`: what each of them did."""
+"""`Plan`: the rewrites of one optimization as text that replays without searching, and `Outcome`:
+what each of them did."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Step:
-    """One pass with its options as text, and the ids of its targets in order; ("*",) means all of its scope."""
+    """One pass with its options as text, and the ids of its targets in order; ("*",) means all of
+    its scope."""
 
     rewrite: str
     targets: tuple[str, ...] = ("*",)
@@ -22,7 +24,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """An ordered list of steps. `compiled` says that the result runs under torch.compile (it measured faster)."""
+    """An ordered list of steps.
+
+    `compiled` says that the result runs under torch.compile (it measured faster).
+    """
 
     steps: tuple[Step, ...] = ()
     compiled: bool = False
@@ -59,7 +64,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one pass did at one target. `error` is the measured max |difference| of an exact rewrite, in output units."""
+    """What one pass did at one target.
+
+    `error` is the measured max |difference| of an exact rewrite, in output units.
+    """
 
     rewrite: str
     target: str

@@ -1,4 +1,5 @@
-"""`Program`: a traced model as an FX graph with its example inputs, its attention sites and its residual sublayers.
+"""`Program`: a traced model as an FX graph with its example inputs, its attention sites and its
+residual sublayers.
 
 Copies share the weights: a rewrite sets attributes of the copy and never writes into a tensor.
 """
@@ -34,10 +35,11 @@ class Batch:
 
 @dataclass
 class Program:
-    """A model as a graph. `module` is called like the model, with `args` and `kwargs` shaped like the example.
+    """A model as a graph.
 
-    `dynamic` maps input name -> {dim: symbol name} for what may vary; `fixed` says in words which dims may not.
-    `prefix` is dropped from module names that are shown.
+    `module` is called like the model, with `args` and `kwargs` shaped like the example.
+    `dynamic` maps input name -> {dim: symbol name} for what may vary; `fixed` says in words which
+    dims may not.     `prefix` is dropped from module names that are shown.
     """
 
     module: fx.GraphModule
@@ -64,7 +66,10 @@ class Program:
         return self.module.graph
 
     def node(self, name: str) -> fx.Node:
-        """The node called `name`. Raises KeyError when a rewrite has removed it."""
+        """The node called `name`.
+
+        Raises KeyError when a rewrite has removed it.
+        """
         found = self.find(name)
         if found is None:
             raise KeyError(f"no node `{name}` in the graph of {self.name}")
@@ -83,7 +88,10 @@ class Program:
         return [node for node in self.graph.nodes if node.target is ATTENTION]
 
     def site(self, id: str) -> Site:
-        """The site with this id. Raises KeyError."""
+        """The site with this id.
+
+        Raises KeyError.
+        """
         return next(site for site in self.sites if site.id == id)
 
     def spec(self, site: Site) -> AttentionSpec:
@@ -138,7 +146,8 @@ class Program:
     def call(
         self, target: Callable[..., Any], args: tuple[Any, ...], before: fx.Node, **kwargs: Any
     ) -> fx.Node:
-        """Insert a call_function node before a node, with its fake value worked out in `meta["val"]`."""
+        """Insert a call_function node before a node, with its fake value worked out in
+        `meta["val"]`."""
         with self.graph.inserting_before(before):
             node = self.graph.call_function(target, args, kwargs)
         infer(node)
@@ -147,8 +156,13 @@ class Program:
         return node
 
     def clean(self) -> None:
-        """Drop dead nodes and unused weights, check the graph and recompile. Call once after a rewrite."""
-        self.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+        """Drop dead nodes and unused weights, check the graph and recompile.
+
+        Call once after a rewrite.
+        """
+        self.graph.eliminate_dead_code(
+            is_impure_node=lambda node: node.op in ("placeholder", "output")
+        )
         self.module.delete_all_unused_submodules()
         self.graph.lint()
         self.module.recompile()
@@ -202,7 +216,10 @@ class _Enough(Exception):
 
 
 def record(program: Program, names: Sequence[str], batch: Batch) -> tuple[dict[str, Any], Any]:
-    """The values of the named nodes for one batch, and the model's outputs. Raises KeyError on unknown names."""
+    """The values of the named nodes for one batch, and the model's outputs.
+
+    Raises KeyError on unknown names.
+    """
     for name in names:
         program.node(name)
     recorder = _Recorder(program.module, names)
@@ -213,7 +230,8 @@ def record(program: Program, names: Sequence[str], batch: Batch) -> tuple[dict[s
 
 
 def peek(program: Program, names: Sequence[str], batch: Batch) -> dict[str, Any]:
-    """The values of the named nodes for one batch; what comes after the last of them does not run."""
+    """The values of the named nodes for one batch; what comes after the last of them does not
+    run."""
     for name in names:
         program.node(name)
     recorder = _Recorder(program.module, names, stop=True)

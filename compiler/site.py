@@ -1,6 +1,8 @@
-"""What is known of one attention (`Site`) and of one residual sublayer (`Sublayer`), as values that name graph nodes.
+"""What is known of one attention (`Site`) and of one residual sublayer (`Sublayer`), as values that
+name graph nodes.
 
-Nodes are named, not held, so a site stays valid in every copy of its program whose rewrites keep the named nodes.
+Nodes are named, not held, so a site stays valid in every copy of its program whose rewrites keep
+the named nodes.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ from torch import Tensor
 
 from attnopt.compiler.spec import AttentionSpec
 
-WeightLayout = Literal["out_in", "in_out"]  # nn.Linear keeps [out, in]; GPT-2's Conv1D keeps [in, out]
+WeightLayout = Literal[
+    "out_in", "in_out"
+]  # nn.Linear keeps [out, in]; GPT-2's Conv1D keeps [in, out]
 Certainty = Literal["proved", "guarded", "observed"]
 
 
@@ -20,11 +24,12 @@ Certainty = Literal["proved", "guarded", "observed"]
 class Path:
     """How q, k or v comes out of a projection.
 
-    `projection` is the node of the matrix product, `source` its input node `[batch, seq, width]`, `weight` and `bias` the names
-    of its parameters in the program's module. `channels` int64 `[heads, head_dim]`: the projection's output channel that
-    feeds (head, dim), taken before any rotation or norm. `split` is the earliest node downstream of the projection that is
-    a pure index map of it with one axis per head, in `order` "bthd" or "bhtd"; everything between `split` and the
-    attention's operand acts on each head alike.
+    `projection` is the node of the matrix product, `source` its input node `[batch, seq, width]`,
+    `weight` and `bias` the names of its parameters in the program's module. `channels` int64
+    `[heads, head_dim]`: the projection's output channel that feeds (head, dim), taken before any
+    rotation or norm. `split` is the earliest node downstream of the projection that is a pure index
+    map of it with one axis per head, in `order` "bthd" or "bhtd"; everything between `split` and
+    the attention's operand acts on each head alike.
     """
 
     projection: str
@@ -39,7 +44,8 @@ class Path:
 
 @dataclass(frozen=True)
 class OutputPath:
-    """The output projection: `channels` int64 `[heads, v_dim]` is its input column that (head, dim) feeds."""
+    """The output projection: `channels` int64 `[heads, v_dim]` is its input column that (head, dim)
+    feeds."""
 
     projection: str
     weight: str
@@ -50,10 +56,12 @@ class OutputPath:
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rotary position encoding as probed: at position p the pair (a, b) of a head turns by p * frequency radians.
+    """Rotary position encoding as probed: at position p the pair (a, b) of a head turns by p *
+    frequency radians.
 
-    `pairs` int64 `[pairs, 2]` are dims of one head, `frequencies` float64 `[pairs]` in radians per position, `gain` the factor
-    on the rotated dims (1.0 unless a scaling such as YaRN's is folded in). Dims in no pair pass unrotated.
+    `pairs` int64 `[pairs, 2]` are dims of one head, `frequencies` float64 `[pairs]` in radians per
+    position, `gain` the factor on the rotated dims (1.0 unless a scaling such as YaRN's is folded
+    in). Dims in no pair pass unrotated.
     """
 
     pairs: Tensor

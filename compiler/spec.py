@@ -41,7 +41,8 @@ class Mask:
     causal: bool = True
 
     def keep(self, i: Any, j: Any) -> Any:
-        """The mask as an index expression over broadcastable index tensors; True means the key is read."""
+        """The mask as an index expression over broadcastable index tensors; True means the key is
+        read."""
         if self.kind == "full":
             return (i >= 0) | (j >= 0)
         if self.kind == "causal":
@@ -129,7 +130,10 @@ class AttentionSpec:
 
 @lru_cache(maxsize=4096)
 def parse_spec(line: str) -> AttentionSpec:
-    """Read a spec from its text. Raises `Problem` A601 on text that is not a spec."""
+    """Read a spec from its text.
+
+    Raises `Problem` A601 on text that is not a spec.
+    """
     call = text.parse(line)
     if call.name != "attn":
         raise Problem("A601", f"expected attn{{...}}, got `{line}`")

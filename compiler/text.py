@@ -1,8 +1,8 @@
 """The one grammar of specs, passes and plans: `name{key=value key=value}`.
 
-Values are integers, floats, booleans (`true`, `false`), `none`, words, lists `[a,b]` and calls `name(key=value,...)`.
-`dump` prints a frozen dataclass with the fields that differ from their defaults; `parse` reads the text back into
-plain Python values, and `build` into the dataclass.
+Values are integers, floats, booleans (`true`, `false`), `none`, words, lists `[a,b]` and calls
+`name(key=value,...)`. `dump` prints a frozen dataclass with the fields that differ from their
+defaults; `parse` reads the text back into plain Python values, and `build` into the dataclass.
 """
 
 from __future__ import annotations
@@ -63,7 +63,10 @@ def changed(value: Any) -> dict[str, Any]:
 
 
 def parse(text: str) -> Call:
-    """Read `name{key=value ...}`. Raises `Problem` A601 with the position of what could not be read."""
+    """Read `name{key=value ...}`.
+
+    Raises `Problem` A601 with the position of what could not be read.
+    """
     tokens = _tokens(text)
     value, rest = _call_or_word(tokens, 0, text)
     if rest != len(tokens):
@@ -72,7 +75,8 @@ def parse(text: str) -> Call:
 
 
 def build(cls: type[T], values: dict[str, Any], context: str = "") -> T:
-    """Make the dataclass `cls` from parsed values; an unknown key is a `Problem` listing the known ones."""
+    """Make the dataclass `cls` from parsed values; an unknown key is a `Problem` listing the known
+    ones."""
     known = [field.name for field in dataclasses.fields(cls) if field.init]  # type: ignore[arg-type]
     for key in values:
         if key not in known:

@@ -1,7 +1,8 @@
-"""One rule per kind of operator: when it works token by token, and the call that does the same on packed tokens.
+"""One rule per kind of operator: when it works token by token, and the call that does the same on
+packed tokens.
 
-A rule is given a node, its arguments by name and what is known so far; it answers with a `Form`, or says why the node is not
-token-wise.
+A rule is given a node, its arguments by name and what is known so far; it answers with a `Form`, or
+says why the node is not token-wise.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def rule_of(node: fx.Node) -> Rule | None:
 
 
 def pointwise(node: fx.Node, a: dict[str, Any], t: Tokenwise) -> Form | str:
-    """Element by element with broadcasting: operands without token axes of their own are cut or gathered to fit."""
+    """Element by element with broadcasting: operands without token axes of their own are cut or
+    gathered to fit."""
     shape = node.meta["val"].shape
     main = next(
         (x for n in node.all_input_nodes if (x := t.layout(n)) and len(x.dims) == len(shape)), None
@@ -60,7 +62,8 @@ def pointwise(node: fx.Node, a: dict[str, Any], t: Tokenwise) -> Form | str:
 
 
 def _operand(node: fx.Node, dims: Sequence[Dim], t: Tokenwise) -> Any:
-    """An operand of a pointwise call as its packed form reads it; a reason when it cannot be fitted."""
+    """An operand of a pointwise call as its packed form reads it; a reason when it cannot be
+    fitted."""
     layout = t.layout(node)
     if layout is not None:
         same = len(layout.dims) == len(dims) and all(
@@ -119,7 +122,7 @@ def _dropout(node: fx.Node, a: dict[str, Any], t: Tokenwise) -> Form | str:
 
 
 def _product(node: fx.Node, a: dict[str, Any], t: Tokenwise) -> Form | str:
-    """linear, matmul, mm, addmm with a weight: the last axis is contracted, the rest stays."""
+    """Linear, matmul, mm, addmm with a weight: the last axis is contracted, the rest stays."""
     first, second = ("mat1", "mat2") if "mat1" in a else ("input" if "input" in a else "self", "")
     second = second or next(name for name in ("weight", "mat2", "other") if name in a)
     layout = t.layout(a[first])
@@ -190,7 +193,10 @@ def _permute(node: fx.Node, a: dict[str, Any], t: Tokenwise) -> Form | str:
 
 
 def _along(node: fx.Node, a: dict[str, Any], t: Tokenwise) -> Form | str:
-    """One axis is indexed, cut, normalised or scanned: it must be free. A cut that keeps all changes nothing."""
+    """One axis is indexed, cut, normalised or scanned: it must be free.
+
+    A cut that keeps all changes nothing.
+    """
     layout = t.layout(a.get("self"))
     value = node.meta["val"]
     if layout is None or any(
@@ -224,7 +230,7 @@ def _reduce(node: fx.Node, a: dict[str, Any], t: Tokenwise) -> Form | str:
 
 
 def _pieces(node: fx.Node, a: dict[str, Any], t: Tokenwise) -> Form | str:
-    """unbind, chunk, split along a free axis."""
+    """Unbind, chunk, split along a free axis."""
     layout = t.layout(a["self"])
     axis = layout.axis(a["dim"]) if layout else None
     if layout is None or axis is None:
@@ -238,7 +244,7 @@ def _pieces(node: fx.Node, a: dict[str, Any], t: Tokenwise) -> Form | str:
 
 
 def _join(node: fx.Node, a: dict[str, Any], t: Tokenwise) -> Form | str:
-    """cat and stack of padded values along a free axis."""
+    """Cat and stack of padded values along a free axis."""
     layouts = [t.layout(x) for x in a["tensors"]]
     first = layouts[0]
     if first is None or any(x is None or len(x.dims) != len(first.dims) for x in layouts):

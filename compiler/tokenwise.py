@@ -1,9 +1,10 @@
 """Which nodes of a graph compute every token on its own, and what they compute on packed tokens.
 
-`analyse` walks the graph once. A node is token-wise when its value at (batch b, position s) depends on its inputs only there;
-that is proved from the operator's meaning and from the layout of its inputs, never from a name. Each such node gets a
-`Form`: the call that computes its packed value `[N, free...]` from the packed values of its inputs. Attention with padding
-is the one node that may mix positions: it stays within a sequence.
+`analyse` walks the graph once. A node is token-wise when its value at (batch b, position s) depends
+on its inputs only there; that is proved from the operator's meaning and from the layout of its
+inputs, never from a name. Each such node gets a `Form`: the call that computes its packed value
+`[N, free...]` from the packed values of its inputs. Attention with padding is the one node that may
+mix positions: it stays within a sequence.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from attnopt.compiler.token_rules import embedding, rule_of
 def analyse(
     graph: fx.Graph, extent: Extent, padding: fx.Node, equal: Callable[[Any, Any], bool]
 ) -> Tokenwise:
-    """Find the token-wise nodes. `padding` is the attentions' bool `[B, S]`; `equal` says whether two nodes compute the same."""
+    """Find the token-wise nodes.
+
+    `padding` is the attentions' bool `[B, S]`; `equal` says whether two nodes compute the same.
+    """
     found = Tokenwise(extent, padding, equal)
     for node in graph.nodes:
         form = _form(node, found)
@@ -40,7 +44,8 @@ def analyse(
 
 
 def _seed(node: fx.Node, extent: Extent) -> Layout | None:
-    """The layout of a float value `[B, S, ...]` or `[S, B, ...]`, taken from its shape: packed where a token-wise node reads it."""
+    """The layout of a float value `[B, S, ...]` or `[S, B, ...]`, taken from its shape: packed
+    where a token-wise node reads it."""
     value = node.meta.get("val")
     if node.op not in ("placeholder", "call_function") or not isinstance(value, Tensor):
         return None
@@ -56,7 +61,8 @@ def _seed(node: fx.Node, extent: Extent) -> Layout | None:
 
 
 def _form(node: fx.Node, t: Tokenwise) -> Form | str:
-    """The packed form of a node; a reason when it reads padded values in another way; "" when it reads none."""
+    """The packed form of a node; a reason when it reads padded values in another way; "" when it
+    reads none."""
     if node.op != "call_function":
         return ""
     if node.target is operator.getitem:

@@ -1,4 +1,5 @@
-"""Trace a loaded model with `torch.export` (non-strict) to the pre-decomposition ATen graph, and normalise it."""
+"""Trace a loaded model with `torch.export` (non-strict) to the pre-decomposition ATen graph, and
+normalise it."""
 
 from __future__ import annotations
 
@@ -29,7 +30,10 @@ _VIEWS = (
 
 
 def trace(loaded: Loaded) -> Program:
-    """The model as a Program of ATen operators, nothing raised yet. Raises `Problem` A201 when it cannot be traced."""
+    """The model as a Program of ATen operators, nothing raised yet.
+
+    Raises `Problem` A201 when it cannot be traced.
+    """
     example = Batch(tuple(loaded.args), dict(loaded.kwargs))
     exported = loaded.exported
     if exported is None:
@@ -85,7 +89,8 @@ def _by_signature(dynamic: tuple[Any, dict[str, Any]]) -> Any:
 
 
 def _two_rows(module: torch.nn.Module, example: Batch) -> Batch:
-    """The example with its rows doubled when it has one: a size of 1 would be traced as a constant."""
+    """The example with its rows doubled when it has one: a size of 1 would be traced as a
+    constant."""
     leaves = pytree.tree_leaves((example.args, dict(example.kwargs)))
     if not all(isinstance(x, Tensor) and x.dim() and x.shape[0] == 1 for x in leaves):
         return example
@@ -99,7 +104,8 @@ def _two_rows(module: torch.nn.Module, example: Batch) -> Batch:
 
 
 def _one_batch(example: Batch) -> bool:
-    """Whether several tensors come in and agree on the size of their first dim: then it is one batch dim."""
+    """Whether several tensors come in and agree on the size of their first dim: then it is one
+    batch dim."""
     leaves = pytree.tree_leaves((example.args, dict(example.kwargs)))
     sizes = [x.shape[0] for x in leaves if isinstance(x, Tensor) and x.dim()]
     return len(sizes) > 1 and len(set(sizes)) == 1 and sizes[0] > 1
@@ -108,7 +114,7 @@ def _one_batch(example: Batch) -> bool:
 def _every_dim(value: Any, first: Any = torch.export.Dim.AUTO) -> Any:
     if not isinstance(value, Tensor) or not value.dim():
         return None
-    return {0: first} | {dim: torch.export.Dim.AUTO for dim in range(1, value.dim())}
+    return {0: first} | dict.fromkeys(range(1, value.dim()), torch.export.Dim.AUTO)
 
 
 def _first_dim(value: Any) -> Any:
@@ -121,7 +127,8 @@ def _no_dim(value: Any) -> Any:
 
 @contextmanager
 def _slow_paths() -> Iterator[None]:
-    """Trace nn.MultiheadAttention through its plain operators, not through its fused inference kernel."""
+    """Trace nn.MultiheadAttention through its plain operators, not through its fused inference
+    kernel."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -131,14 +138,18 @@ def _slow_paths() -> Iterator[None]:
 
 
 def normalise(module: fx.GraphModule) -> None:
-    """Inline no-grad regions; drop shape assertions, inactive dropout and casts that change nothing. In place."""
+    """Inline no-grad regions; drop shape assertions, inactive dropout and casts that change
+    nothing.
+
+    In place.
+    """
     graph = module.graph
     while _inline_regions(module):
         pass
     for node in list(graph.nodes):
-        if node.op == "call_module" and str(node.target).startswith("_guards_fn"):
-            graph.erase_node(node)
-        elif node.target in _ASSERTS and not node.users:
+        if (node.op == "call_module" and str(node.target).startswith("_guards_fn")) or (
+            node.target in _ASSERTS and not node.users
+        ):
             graph.erase_node(node)
         elif _changes_nothing(node):
             node.replace_all_uses_with(node.args[0])
@@ -153,11 +164,14 @@ def normalise(module: fx.GraphModule) -> None:
 
 
 def _fold_parameter_views(module: fx.GraphModule) -> None:
-    """Views of a parameter alone (a slice of a packed weight, a transpose) become parameters, sharing its memory."""
+    """Views of a parameter alone (a slice of a packed weight, a transpose) become parameters,
+    sharing its memory."""
     for node in list(module.graph.nodes):
         if node.target not in _VIEWS or not _from_parameter(node.all_input_nodes):
             continue
-        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: attribute(module, n.target))
+        args, kwargs = fx.map_arg(
+            (node.args, dict(node.kwargs)), lambda n: attribute(module, n.target)
+        )
         value = node.target(*args, **kwargs)
         parts = value if isinstance(value, (list, tuple)) else [value]
         for i, part in enumerate(parts):
@@ -172,7 +186,11 @@ def _fold_parameter_views(module: fx.GraphModule) -> None:
 
 
 def _from_parameter(nodes: list[fx.Node]) -> bool:
-    return len(nodes) == 1 and nodes[0].op == "get_attr" and isinstance(nodes[0].meta.get("val"), Tensor)
+    return (
+        len(nodes) == 1
+        and nodes[0].op == "get_attr"
+        and isinstance(nodes[0].meta.get("val"), Tensor)
+    )
 
 
 def _changes_nothing(node: fx.Node) -> bool:
@@ -213,14 +231,18 @@ def _inline_regions(module: fx.GraphModule) -> bool:
                 where=node.name,
                 help="optimize the model without autocast, in the dtype it should run in",
             )
-        at = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")
+        at = next(
+            i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr"
+        )
         body = getattr(module, str(node.args[at].target))  # type: ignore[union-attr]
         _inline(module, node, body, node.args[at + 1 :])
         return True
     return False
 
 
-def _inline(module: fx.GraphModule, node: fx.Node, body: fx.GraphModule, inputs: tuple[Any, ...]) -> None:
+def _inline(
+    module: fx.GraphModule, node: fx.Node, body: fx.GraphModule, inputs: tuple[Any, ...]
+) -> None:
     values: dict[fx.Node, Any] = {}
     given = iter(inputs)
     result: Any = None
@@ -267,5 +289,3 @@ def _user_line(error: Exception) -> str:
         trace = trace.tb_next
     own = [f for f in frames if "/torch/" not in f[0] and "/compiler/trace.py" not in f[0]]
     return f"{own[-1][0]}:{own[-1][1]}" if own else ""
-
-

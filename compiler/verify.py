@@ -23,7 +23,8 @@ _KNOWN: WeakKeyDictionary[torch.nn.Module, dict[torch.dtype, list[Any]]] = WeakK
 
 @dataclass(frozen=True)
 class Comparison:
-    """`error` is max |difference| over the outputs' root mean square; `bound` what was allowed, in `dtype`."""
+    """`error` is max |difference| over the outputs' root mean square; `bound` what was allowed, in
+    `dtype`."""
 
     error: float
     bound: float
@@ -36,7 +37,8 @@ class Comparison:
 
 
 def compare(before: Program, after: Program, valid_only: bool = False) -> Comparison:
-    """Run both on every variation: in float64 where it fits and the graph allows it, else in the model's dtype."""
+    """Run both on every variation: in float64 where it fits and the graph allows it, else in the
+    model's dtype."""
     parameters = sum(p.numel() for p in before.module.parameters())
     if parameters <= DOUBLE_LIMIT:
         double = _compare(before, after, torch.float64, valid_only)
@@ -57,7 +59,8 @@ def _compare(before: Program, after: Program, dtype: torch.dtype, valid_only: bo
 
 
 def _outputs(program: Program, batches: list[Batch], dtype: torch.dtype) -> list[Any]:
-    """The program's outputs; kept while it lives, since the next pass is compared with the same one."""
+    """The program's outputs; kept while it lives, since the next pass is compared with the same
+    one."""
     known = _KNOWN.setdefault(program.module, {})
     if dtype not in known:
         run = _double(program) if dtype is torch.float64 else program
@@ -66,9 +69,11 @@ def _outputs(program: Program, batches: list[Batch], dtype: torch.dtype) -> list
 
 
 def difference(expected: Any, actual: Any, valid: Tensor | None = None) -> float:
-    """Largest |difference| of two output structures over the first one's root mean square; NaN when either has NaN.
+    """Largest |difference| of two output structures over the first one's root mean square; NaN when
+    either has NaN.
 
-    With `valid` `[batch, seq]`, outputs that begin with these two dims are compared at the valid positions only.
+    With `valid` `[batch, seq]`, outputs that begin with these two dims are compared at the valid
+    positions only.
     """
     worst = 0.0
     pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(actual), strict=True)
@@ -90,7 +95,8 @@ def difference(expected: Any, actual: Any, valid: Tensor | None = None) -> float
 
 
 def variations(program: Program, dtype: torch.dtype | None = None) -> Iterator[Batch]:
-    """The example with at most `CELLS` positions, the same at two other sizes, and both paddings of the first."""
+    """The example with at most `CELLS` positions, the same at two other sizes, and both paddings of
+    the first."""
     names = [n for n in program.graph.nodes if n.op == "placeholder"]
     tree = pytree.tree_structure((program.example.args, dict(program.example.kwargs)))
     for i, sizes in enumerate(_sizes(program)):
@@ -111,7 +117,8 @@ def variations(program: Program, dtype: torch.dtype | None = None) -> Iterator[B
 
 
 def _sizes(program: Program) -> list[dict[str, int]]:
-    """Symbol sizes to compare at: the example's with rows left out, about half of every length, and a few more."""
+    """Symbol sizes to compare at: the example's with rows left out, about half of every length, and
+    a few more."""
     sizes = example_sizes(program)
     rows = {dims[0] for dims in program.dynamic.values() if 0 in dims}
     longest = max((n for s, n in sizes.items() if s not in rows), default=1)
@@ -133,7 +140,10 @@ def _padded(batch: Batch) -> Iterator[Batch]:
     """The batch with its rows cut to different lengths, padded on the right and on the left."""
     mask = batch.kwargs["attention_mask"]
     length = mask.shape[1]
-    real = torch.arange(length)[None, :] < torch.tensor([max(1, length - i * 2) for i in range(len(mask))])[:, None]
+    real = (
+        torch.arange(length)[None, :]
+        < torch.tensor([max(1, length - i * 2) for i in range(len(mask))])[:, None]
+    )
     for keep in (real, real.flip(1)):
         kwargs = {**batch.kwargs, "attention_mask": keep.to(mask.dtype)}
         yield Batch(batch.args, kwargs, keep)
@@ -153,4 +163,6 @@ def _cast(value: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def _dtype(program: Program) -> torch.dtype:
-    return next((p.dtype for p in program.module.parameters() if p.is_floating_point()), torch.float32)
+    return next(
+        (p.dtype for p in program.module.parameters() if p.is_floating_point()), torch.float32
+    )

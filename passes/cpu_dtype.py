@@ -1,14 +1,19 @@
-"""Run the matrix products of a half-precision model in float32 on a CPU that has no half-precision products.
+"""Run the matrix products of a half-precision model in float32 on a CPU that has no half-precision
+products.
 
-Such a CPU emulates them, up to two orders of magnitude slower than float32. A product of half-precision values is
-exact in float32 (11 + 11 and 8 + 8 significant bits fit into 24), sums are taken in float32, and each result is rounded to the
-model's dtype where the model rounds it. So the function is the same and only the rounding of sums and of what happens inside an
-attention changes, to the finer side. That is a change of rounding, not bit-equality: `GUARDED`, the guard being this CPU's flags.
+Such a CPU emulates them, up to two orders of magnitude slower than float32. A product of half-
+precision values is exact in float32 (11 + 11 and 8 + 8 significant bits fit into 24), sums are
+taken in float32, and each result is rounded to the model's dtype where the model rounds it. So the
+function is the same and only the rounding of sums and of what happens inside an attention changes,
+to the finer side. That is a change of rounding, not bit-equality: `GUARDED`, the guard being this
+CPU's flags.
 
-Weights are converted once: those that only products read take twice the memory from then on, and one that others read too (a
-tied embedding) is kept in both; the evidence counts the bytes. Converting at every call would move each weight three times.
+Weights are converted once: those that only products read take twice the memory from then on, and
+one that others read too (a tied embedding) is kept in both; the evidence counts the bytes.
+Converting at every call would move each weight three times.
 
-Source: the oneDNN developer guide, "Data types", on which instruction sets have native bf16 and f16.
+Source: the oneDNN developer guide, "Data types", on which instruction sets have native bf16 and
+f16.
 """
 
 from __future__ import annotations
@@ -37,7 +42,8 @@ PRODUCTS = (
 
 @dataclass(frozen=True)
 class CpuDtype(Pass):
-    """Linear layers, products, convolutions and attention in float32; every result in the model's dtype as before."""
+    """Linear layers, products, convolutions and attention in float32; every result in the model's
+    dtype as before."""
 
     name: ClassVar[str] = "cpu_dtype"
     exactness: ClassVar[Exactness] = Exactness.GUARDED
@@ -88,7 +94,8 @@ def _edit(names: tuple[str, ...]) -> Callable[[Program], None]:
 
 
 def _widen_weights(program: Program, products: list[fx.Node]) -> None:
-    """Store the products' weights in float32; where others read one too, they keep the half-precision one."""
+    """Store the products' weights in float32; where others read one too, they keep the half-
+    precision one."""
     for name in _weight_names(products):
         value = program.weight(name).float()
         readers = program.parameter_nodes(name)
@@ -109,7 +116,8 @@ def _weight_names(products: list[fx.Node]) -> list[str]:
 
 
 def _shared(program: Program, name: str, products: list[fx.Node]) -> bool:
-    """Whether nodes that are none of the products read a parameter, as the embedding does that is tied to the last layer."""
+    """Whether nodes that are none of the products read a parameter, as the embedding does that is
+    tied to the last layer."""
     return any(u not in products for g in program.parameter_nodes(name) for u in g.users)
 
 
@@ -130,7 +138,8 @@ def _widen(program: Program, node: fx.Node, like: fx.Node | None) -> None:
 
 
 def _up(source: fx.Node, like: fx.Node | None) -> tuple[Any, tuple[Any, ...]]:
-    """The cast to float32, or to the dtype that the stored weights have, so that the program can be run in float64."""
+    """The cast to float32, or to the dtype that the stored weights have, so that the program can be
+    run in float64."""
     if like is None:
         return aten.to.dtype, (source, torch.float32)
     return aten.type_as.default, (source, like)

@@ -35,7 +35,10 @@ _PRODUCTS = ("linear", "addmm", "matmul", "mm")
 
 @dataclass(frozen=True)
 class Unpad(Pass):
-    """Run on real tokens only. Needs the padding mask as a fact of the attention, as `simplify_mask` finds it."""
+    """Run on real tokens only.
+
+    Needs the padding mask as a fact of the attention, as `simplify_mask` finds it.
+    """
 
     name: ClassVar[str] = "unpad"
     exactness: ClassVar[Exactness] = Exactness.EXACT

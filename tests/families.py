@@ -1,4 +1,5 @@
-"""Random tiny models of the families that have to raise fully, with the facts that raising has to find."""
+"""Random tiny models of the families that have to raise fully, with the facts that raising has to
+find."""
 
 from __future__ import annotations
 
@@ -69,7 +70,9 @@ class Vision(Wrapped):
         return self._tensor(pixel_values=pixel_values)
 
 
-def _hf(head: str, config: str, wrapper: type[Wrapped], **settings: Any) -> Callable[[str], nn.Module]:
+def _hf(
+    head: str, config: str, wrapper: type[Wrapped], **settings: Any
+) -> Callable[[str], nn.Module]:
     def build(spelling: str) -> nn.Module:
         transformers = pytest.importorskip("transformers")
         made = getattr(transformers, config)(**settings)
@@ -124,7 +127,9 @@ class Block(nn.Module):
         )
         scores = (q @ k.transpose(-2, -1)) * (1.0 / k.size(-1) ** 0.5)
         scores = scores.masked_fill(self.bias[:, :, :length, :length] == 0, float("-inf"))
-        mixed = (F.softmax(scores, dim=-1) @ v).transpose(1, 2).contiguous().view(batch, length, width)
+        mixed = (
+            (F.softmax(scores, dim=-1) @ v).transpose(1, 2).contiguous().view(batch, length, width)
+        )
         x = x + self.proj(mixed)
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 

@@ -1,8 +1,10 @@
-"""Find every softmax attention in a graph, in either spelling, and say which tensors and numbers it is made of.
+"""Find every softmax attention in a graph, in either spelling, and say which tensors and numbers it
+is made of.
 
-SDPA spelling: the operator itself. Eager spelling: anchored at a softmax; downwards over casts and dropout to the product
-with v; upwards over scale, mask, bias, soft cap and casts to the product of q and k. Where the walk meets something that
-it does not know, the answer is a `Stop` that names the node.
+SDPA spelling: the operator itself. Eager spelling: anchored at a softmax; downwards over casts and
+dropout to the product with v; upwards over scale, mask, bias, soft cap and casts to the product of
+q and k. Where the walk meets something that it does not know, the answer is a `Stop` that names the
+node.
 """
 
 from __future__ import annotations
@@ -32,7 +34,10 @@ _DIVS = (aten.div.Tensor, aten.div_.Tensor)
 
 @dataclass(frozen=True)
 class Stop:
-    """The walk ended at `node` for `reason`. `attention` is False when nothing here looks like attention."""
+    """The walk ended at `node` for `reason`.
+
+    `attention` is False when nothing here looks like attention.
+    """
 
     reason: str
     node: fx.Node
@@ -68,7 +73,8 @@ class Anchor:
 
 
 def anchors(graph: fx.Graph, module: torch.nn.Module) -> list[Anchor | Stop]:
-    """Every attention of the graph in order, and a Stop for each softmax that looks like one and was not understood."""
+    """Every attention of the graph in order, and a Stop for each softmax that looks like one and
+    was not understood."""
     found: list[Anchor | Stop] = []
     for node in graph.nodes:
         if node.op != "call_function":
@@ -86,7 +92,9 @@ def _fused(node: fx.Node) -> Anchor | Stop:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
     values: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     if values.get("dropout_p"):
-        return Stop("dropout is active: the model was traced in training mode", node, "call model.eval()")
+        return Stop(
+            "dropout is active: the model was traced in training mode", node, "call model.eval()"
+        )
     q, k, v = values["query"], values["key"], values["value"]
     scale = values.get("scale")
     if scale is None:
@@ -131,12 +139,15 @@ def _product_below(softmax: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | Stop:
                     return user, node, pair[1]
         onwards = [u for u in node.users if u.target in (*_CASTS, *_SAME, *_RESHAPES)]
         if not onwards:
-            return Stop("its result meets no product with values", softmax, attention=_scored(softmax))
+            return Stop(
+                "its result meets no product with values", softmax, attention=_scored(softmax)
+            )
         node = onwards[0]
 
 
 def _scored(softmax: fx.Node) -> bool:
-    """Whether the softmax's input comes, over elementwise steps, from a product of two activations."""
+    """Whether the softmax's input comes, over elementwise steps, from a product of two
+    activations."""
     node: Any = softmax.args[0]
     for _ in range(12):
         if not isinstance(node, fx.Node) or node.op != "call_function":
@@ -212,11 +223,19 @@ def _one_step(
 
 
 def _masked(
-    anchor: Anchor, node: fx.Node, score: Any, condition: Any, value: Any, into: list[fx.Node], module: Any
+    anchor: Anchor,
+    node: fx.Node,
+    score: Any,
+    condition: Any,
+    value: Any,
+    into: list[fx.Node],
+    module: Any,
 ) -> tuple[fx.Node, float] | Stop:
     number = _number(value, module)
     if number is None or number > -1e4 or (anchor.added and number != float("-inf")):
-        return Stop("the logits are replaced by something that is not a large negative number", node)
+        return Stop(
+            "the logits are replaced by something that is not a large negative number", node
+        )
     if number != float("-inf"):
         anchor.fill = "min"
     into.append(condition)
@@ -224,7 +243,11 @@ def _masked(
 
 
 def _soft_cap(node: fx.Node, tanh: Any, cap: float, module: Any) -> tuple[float, fx.Node] | None:
-    if node.target not in _MULS or not isinstance(tanh, fx.Node) or tanh.target is not aten.tanh.default:
+    if (
+        node.target not in _MULS
+        or not isinstance(tanh, fx.Node)
+        or tanh.target is not aten.tanh.default
+    ):
         return None
     inner: Any = tanh.args[0]
     if inner.target in _DIVS and _number(inner.args[1], module) == cap:
@@ -247,7 +270,9 @@ def _scores(anchor: Anchor, node: fx.Node, factor: float) -> Anchor | Stop:
         factor *= float(alpha)  # type: ignore[arg-type]
         args = args[1:]
     if any(a.op == "get_attr" for a in args[:2]):
-        return Stop("the scores are a product with a parameter, not of q and k", node, attention=False)
+        return Stop(
+            "the scores are a product with a parameter, not of q and k", node, attention=False
+        )
     anchor.q, anchor.keys, anchor.scale = args[0], args[1], factor
     return anchor
 

@@ -59,12 +59,13 @@ class _Maker:
         return self.program.call(target, args, before=self.anchor.out)
 
     def query(self) -> fx.Node:
-        """q as [batch, heads, S, head_dim]; a multiplication by a number right before it joins the scale."""
+        """Q as [batch, heads, S, head_dim]; a multiplication by a number right before it joins the
+        scale."""
         node = self._ordered(self.anchor.q, 0)
         return self.split(self._unscaled(node))
 
     def keys(self) -> fx.Node:
-        """k as [batch, kv_heads, T, head_dim]."""
+        """K as [batch, kv_heads, T, head_dim]."""
         node = self._ordered(self.anchor.keys, 1)
         if self.anchor.transposed:
             node = self._untransposed(self._unscaled(node))
@@ -117,7 +118,9 @@ class _Maker:
         source, number = node.args[0], node.args[1]
         if not isinstance(source, fx.Node) or isinstance(number, (fx.Node, bool)):
             return node
-        self.anchor.scale *= float(number) if node.target is aten.mul.Tensor else 1.0 / float(number)  # type: ignore[arg-type]
+        self.anchor.scale *= (
+            float(number) if node.target is aten.mul.Tensor else 1.0 / float(number)
+        )  # type: ignore[arg-type]
         return source
 
     def _untransposed(self, node: fx.Node) -> fx.Node:
@@ -138,7 +141,8 @@ def static(size: int | torch.SymInt) -> int | None:
 
 
 def heads_of_rank3(anchor: Anchor) -> int | None:
-    """How many heads share the first axis [batch * heads]: from its size in terms of the batch symbol."""
+    """How many heads share the first axis [batch * heads]: from its size in terms of the batch
+    symbol."""
     size = anchor.q.meta["val"].shape[0]
     if isinstance(size, torch.SymInt):
         expression = size.node.expr

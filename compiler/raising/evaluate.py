@@ -1,7 +1,7 @@
 """Run part of a graph on small concrete tensors: the instrument under every probe.
 
-Symbols get small sizes, inputs get tensors of that size cut from the example, chosen nodes get the probe's own tensors,
-and everything else is computed from the graph.
+Symbols get small sizes, inputs get tensors of that size cut from the example, chosen nodes get the
+probe's own tensors, and everything else is computed from the graph.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from torch import Tensor, fx
 
 from attnopt.compiler.program import Program, attribute
 
-LIMIT = 1 << 26  # elements of one probe tensor; larger means that a probe was aimed at the wrong node
+LIMIT = (
+    1 << 26
+)  # elements of one probe tensor; larger means that a probe was aimed at the wrong node
 
 
 class Unknown(Exception):
@@ -24,8 +26,9 @@ class Unknown(Exception):
 class Evaluator:
     """Evaluates nodes of one program at given symbol sizes.
 
-    `sizes` maps symbol name -> int; symbols not named keep the example's size. `given` maps node -> tensor. `override`, when
-    set, may replace the value of a node (probes freeze norms with it). Results are kept for the evaluator's lifetime.
+    `sizes` maps symbol name -> int; symbols not named keep the example's size. `given` maps node ->
+    tensor. `override`, when set, may replace the value of a node (probes freeze norms with it).
+    Results are kept for the evaluator's lifetime.
     """
 
     def __init__(
@@ -44,7 +47,10 @@ class Evaluator:
         self.values: dict[fx.Node, Any] = dict(self.given)
 
     def __call__(self, node: fx.Node) -> Any:
-        """The value of a node. Raises Unknown."""
+        """The value of a node.
+
+        Raises Unknown.
+        """
         stack = [node]
         while stack:
             top = stack[-1]
@@ -142,7 +148,10 @@ def example_sizes(program: Program) -> dict[str, int]:
 
 
 def concrete(size: Any, sizes: Mapping[str, int]) -> int:
-    """A size, symbolic or not, at the given symbol sizes. Raises Unknown for a symbol with no size."""
+    """A size, symbolic or not, at the given symbol sizes.
+
+    Raises Unknown for a symbol with no size.
+    """
     if not isinstance(size, torch.SymInt):
         return int(size)
     expression = size.node.expr

@@ -1,4 +1,5 @@
-"""The facts of one raised attention: its projections, channel maps, rotary embedding and position encoding."""
+"""The facts of one raised attention: its projections, channel maps, rotary embedding and position
+encoding."""
 
 from __future__ import annotations
 
@@ -64,7 +65,9 @@ def probe(program: Program, attention: fx.Node) -> Facts:
     assert isinstance(k, fx.Node)
     facts.kv_heads = len(facts.k.channels) if facts.k else int(k.meta["val"].shape[1])
     if facts.k and facts.v and len(facts.k.channels) != len(facts.v.channels):
-        facts.missing["v"] = f"{len(facts.k.channels)} key heads and {len(facts.v.channels)} value heads"
+        facts.missing["v"] = (
+            f"{len(facts.k.channels)} key heads and {len(facts.v.channels)} value heads"
+        )
     try:
         facts.out = _output(program, attention, sizes)
     except Unknown as reason:
@@ -72,7 +75,9 @@ def probe(program: Program, attention: fx.Node) -> Facts:
     return facts
 
 
-def _path(program: Program, operand: fx.Node, sizes: dict[str, int], repeats: bool) -> tuple[Path, Linearised, float]:
+def _path(
+    program: Program, operand: fx.Node, sizes: dict[str, int], repeats: bool
+) -> tuple[Path, Linearised, float]:
     found, between = above(operand)
     if not found:
         raise Unknown(f"`{operand.name}` comes from no projection")
@@ -88,7 +93,16 @@ def _path(program: Program, operand: fx.Node, sizes: dict[str, int], repeats: bo
         index = distinct(index)
     split = split_node(held, operand, index)
     name, order = split if split else ("", "bthd")
-    path = Path(source.node.name, source.source.name, source.weight, source.bias, source.layout, index, name, order)  # type: ignore[arg-type]
+    path = Path(
+        source.node.name,
+        source.source.name,
+        source.weight,
+        source.bias,
+        source.layout,
+        index,
+        name,
+        order,
+    )  # type: ignore[arg-type]
     return path, held, float(factor.flatten()[0]) if uniform and not held.normed else 1.0
 
 
@@ -101,7 +115,9 @@ def _join_rotary(facts: Facts, turned: dict[str, Rotary | None]) -> None:
     if (q is None) != (k is None):
         facts.missing["rotary"] = "only one of q and k is rotated"
     elif q is not None and k is not None:
-        same = torch.equal(q.pairs, k.pairs) and torch.allclose(q.frequencies, k.frequencies, atol=1e-3)
+        same = torch.equal(q.pairs, k.pairs) and torch.allclose(
+            q.frequencies, k.frequencies, atol=1e-3
+        )
         if not same:
             facts.missing["rotary"] = "q and k are rotated differently"
         else:
@@ -118,7 +134,8 @@ def _output(program: Program, attention: fx.Node, sizes: dict[str, int]) -> Outp
 
 
 def absolute_positions(program: Program) -> str:
-    """"learned" or "sinusoidal" when a position-dependent table is added to the tokens, else "none"."""
+    """ "learned" or "sinusoidal" when a position-dependent table is added to the tokens, else
+    "none"."""
     for node in program.graph.nodes:
         if node.target is not torch.ops.aten.add.Tensor or len(node.all_input_nodes) != 2:
             continue
@@ -135,7 +152,9 @@ def _table(program: Program, table: fx.Node, tokens: fx.Node) -> str:
         return ""
     if not value.is_floating_point() or value.dim() not in (2, 3):
         return ""
-    if not (same_size(value.shape[-1], other.shape[-1]) and same_size(value.shape[-2], other.shape[1])):
+    if not (
+        same_size(value.shape[-1], other.shape[-1]) and same_size(value.shape[-2], other.shape[1])
+    ):
         return ""
     if _reads_data(table) or not _reads_data(tokens):
         return ""
@@ -172,5 +191,3 @@ def _parameters(program: Program, node: fx.Node) -> bool:
             return True
         stack.extend(top.all_input_nodes)
     return False
-
-

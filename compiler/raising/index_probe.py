@@ -1,8 +1,9 @@
 """The index probe: which projection channel is which (head, dim), found by what the graph computes.
 
-Numbers that name channels are put at a projection's output and read at the attention's operand. Rotary embeddings are the
-identity at position 0, and norms are held at fixed statistics, so what is left there is an index map times one factor per
-dim; the factor is measured with ones and divided out. Fused, split and interleaved QKV all come out alike.
+Numbers that name channels are put at a projection's output and read at the attention's operand.
+Rotary embeddings are the identity at position 0, and norms are held at fixed statistics, so what is
+left there is an index map times one factor per dim; the factor is measured with ones and divided
+out. Fused, split and interleaved QKV all come out alike.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ _NORMS = (aten.rms_norm.default, aten.layer_norm.default)
 class Linearised:
     """The graph downstream of one projection, in float64, with every norm held at fixed statistics.
 
-    `at(y)` answers an evaluator in which the projection gives `y` (the projection node's own shape at `sizes`). `normed` turns True
-    once a norm was met between the projection and what was evaluated.
+    `at(y)` answers an evaluator in which the projection gives `y` (the projection node's own shape
+    at `sizes`). `normed` turns True once a norm was met between the projection and what was
+    evaluated.
     """
 
     def __init__(
@@ -75,21 +77,27 @@ class _Held(Evaluator):
 
 @dataclass(frozen=True)
 class Channels:
-    """`index` int64 `[heads, dim]`: the projection channel behind (head, dim) of an operand; `factor` `[heads, dim]` float64."""
+    """`index` int64 `[heads, dim]`: the projection channel behind (head, dim) of an operand;
+    `factor` `[heads, dim]` float64."""
 
     index: Tensor
     factor: Tensor
 
 
 def channels(held: Linearised, operand: fx.Node) -> Channels:
-    """The channel map of an operand `[batch, heads, seq, dim]`. Raises Unknown with the reason when it is not one."""
+    """The channel map of an operand `[batch, heads, seq, dim]`.
+
+    Raises Unknown with the reason when it is not one.
+    """
     code, ones, zero = (held.at(y)(operand).double() for y in _codes(held))
     code, ones = code - zero, ones - zero
     if code.dim() != 4:
         raise Unknown(f"`{operand.name}` has rank {code.dim()}")
     touched = (ones != 0).any(dim=3).any(dim=1).nonzero()
     if len(touched) != 1:
-        raise Unknown(f"one token of `{held.source.node.name}` reaches {len(touched)} tokens of `{operand.name}`")
+        raise Unknown(
+            f"one token of `{held.source.node.name}` reaches {len(touched)} tokens of `{operand.name}`"
+        )
     batch, token = (int(i) for i in touched[0])
     factor, value = ones[batch, :, token, :], code[batch, :, token, :]
     if (factor == 0).any():
@@ -112,7 +120,8 @@ def _codes(held: Linearised) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def distinct(index: Tensor) -> Tensor:
-    """The distinct heads of a channel map whose heads repeat in groups [a a b b ..]; the map itself when they do not."""
+    """The distinct heads of a channel map whose heads repeat in groups [a a b b ..]; the map itself
+    when they do not."""
     heads = index.shape[0]
     groups = len(torch.unique(index, dim=0))
     if heads % groups:
@@ -125,7 +134,8 @@ def distinct(index: Tensor) -> Tensor:
 def split_node(
     held: Linearised, operand: fx.Node, index: Tensor
 ) -> tuple[str, Literal["bthd", "bhtd"]] | None:
-    """The earliest node between projection and operand that is exactly `index`, one axis per head; None when there is none."""
+    """The earliest node between projection and operand that is exactly `index`, one axis per head;
+    None when there is none."""
     code, _, _ = _codes(held)
     evaluator = held.at(code)
     wanted = index + 1
@@ -149,8 +159,11 @@ def split_node(
     return None
 
 
-def output_channels(program: Program, attention: fx.Node, source: fx.Node, sizes: dict[str, int]) -> Tensor:
-    """Input column of the output projection that (head, dim) of the attention feeds, int64 `[heads, v_dim]`."""
+def output_channels(
+    program: Program, attention: fx.Node, source: fx.Node, sizes: dict[str, int]
+) -> Tensor:
+    """Input column of the output projection that (head, dim) of the attention feeds, int64 `[heads,
+    v_dim]`."""
     merged = {**example_sizes(program), **sizes}
     shape = [concrete(size, merged) for size in attention.meta["val"].shape]
     heads, dim = shape[1], shape[3]
@@ -161,16 +174,22 @@ def output_channels(program: Program, attention: fx.Node, source: fx.Node, sizes
     rows = value.reshape(-1, value.shape[-1])
     touched = (rows != 0).any(dim=1).nonzero()
     if len(touched) != 1:
-        raise Unknown(f"one token of `{attention.name}` reaches {len(touched)} tokens of `{source.name}`")
+        raise Unknown(
+            f"one token of `{attention.name}` reaches {len(touched)} tokens of `{source.name}`"
+        )
     row = rows[int(touched[0])]
     order = row.sort()
-    if not torch.equal(order.values[-heads * dim :], codes.flatten()) or int((row != 0).sum()) != heads * dim:
+    if (
+        not torch.equal(order.values[-heads * dim :], codes.flatten())
+        or int((row != 0).sum()) != heads * dim
+    ):
         raise Unknown(f"`{source.name}` is not an index map of `{attention.name}`")
     return order.indices[-heads * dim :].view(heads, dim)
 
 
 def small_sizes(program: Program) -> dict[str, int]:
-    """Small sizes for a probe: 2 for batch symbols (first dims of inputs), about 5 for the others."""
+    """Small sizes for a probe: 2 for batch symbols (first dims of inputs), about 5 for the
+    others."""
     sizes: dict[str, int] = {}
     for dims in program.dynamic.values():
         for dim, symbol in dims.items():

@@ -1,4 +1,5 @@
-"""Projections: products of an activation with a 2-D parameter, and the walks that reach them from an attention."""
+"""Projections: products of an activation with a 2-D parameter, and the walks that reach them from
+an attention."""
 
 from __future__ import annotations
 
@@ -46,23 +47,32 @@ def projection(node: fx.Node) -> Projection | None:
     return None
 
 
-def _made(node: fx.Node, source: Any, weight: Any, bias: Any, layout: WeightLayout) -> Projection | None:
+def _made(
+    node: fx.Node, source: Any, weight: Any, bias: Any, layout: WeightLayout
+) -> Projection | None:
     flipped = isinstance(weight, fx.Node) and weight.target in _TRANSPOSES
     if flipped:
         weight = weight.args[0]
         layout = "out_in" if layout == "in_out" else "in_out"
-    if not isinstance(weight, fx.Node) or weight.op != "get_attr" or not isinstance(source, fx.Node):
+    if (
+        not isinstance(weight, fx.Node)
+        or weight.op != "get_attr"
+        or not isinstance(source, fx.Node)
+    ):
         return None
     if weight.meta["val"].dim() != 2 or source.op == "get_attr":
         return None
     named = bias if isinstance(bias, fx.Node) and bias.op == "get_attr" else None
     if bias is not None and named is None:
         return None
-    return Projection(node, source, str(weight.target), str(named.target) if named else None, layout)
+    return Projection(
+        node, source, str(weight.target), str(named.target) if named else None, layout
+    )
 
 
 def above(operand: fx.Node) -> tuple[list[Projection], set[fx.Node]]:
-    """The nearest projections that an operand comes from, and the nodes between them and the operand (inclusive)."""
+    """The nearest projections that an operand comes from, and the nodes between them and the
+    operand (inclusive)."""
     found: list[Projection] = []
     seen: set[fx.Node] = set()
     stack = [operand]

@@ -18,7 +18,8 @@ from attnopt.compiler.spec import parse_spec
 
 
 def raise_program(program: Program) -> Program:
-    """A copy with every understood attention as the canonical op, its sites, misses and residual sublayers recorded."""
+    """A copy with every understood attention as the canonical op, its sites, misses and residual
+    sublayers recorded."""
     raised = program.copy()
     placed: list[tuple[Anchor, fx.Node]] = []
     unraised: list[Unraised] = []
@@ -31,7 +32,9 @@ def raise_program(program: Program) -> Program:
             placed.append((found, answer))
     raised.clean()
     absolute = absolute_positions(raised)
-    sites = [_site(raised, f"s{i}", anchor, node, absolute) for i, (anchor, node) in enumerate(placed)]
+    sites = [
+        _site(raised, f"s{i}", anchor, node, absolute) for i, (anchor, node) in enumerate(placed)
+    ]
     raised.sites, raised.unraised = tuple(sites), tuple(unraised)
     raised.sublayers = sublayers(raised)
     return raised

@@ -1,8 +1,10 @@
-"""The rotation probe: rotary pairs and frequencies, found from what the graph does to one vector at several positions.
+"""The rotation probe: rotary pairs and frequencies, found from what the graph does to one vector at
+several positions.
 
-The same random vector is put at every token of a projection's output. Without a rotary embedding the operand is then the same
-at every position; with one, each pair of dims at position p is the pair at position 0 turned by p * frequency. Any
-spelling (half-split, interleaved, complex) and partial rotary come out alike.
+The same random vector is put at every token of a projection's output. Without a rotary embedding
+the operand is then the same at every position; with one, each pair of dims at position p is the
+pair at position 0 turned by p * frequency. Any spelling (half-split, interleaved, complex) and
+partial rotary come out alike.
 """
 
 from __future__ import annotations
@@ -22,9 +24,11 @@ _CLOSE = 1e-4
 
 
 def rotary(held: Linearised, operand: fx.Node, seed: int = 0) -> Rotary | None:
-    """The rotary embedding of an operand `[batch, heads, seq, dim]`; None when its value does not depend on the position.
+    """The rotary embedding of an operand `[batch, heads, seq, dim]`; None when its value does not
+    depend on the position.
 
-    Raises Unknown when it does and is not a rotation linear in the position (2-D embeddings, for one).
+    Raises Unknown when it does and is not a rotation linear in the position (2-D embeddings, for
+    one).
     """
     generator = torch.Generator().manual_seed(seed)
     seen = [_one(held, operand, generator) for _ in range(-(-PROBES // max(1, held.shape()[0])))]
@@ -36,7 +40,9 @@ def rotary(held: Linearised, operand: fx.Node, seed: int = 0) -> Rotary | None:
         return None
     heads = range(value.shape[1])
     turns = [_turns(value[:, h, 0], value[:, h, 1], value[:, h, 2]) for h in (heads[0], heads[-1])]
-    if not torch.equal(turns[0][0], turns[1][0]) or not torch.allclose(turns[0][1], turns[1][1], atol=1e-3):
+    if not torch.equal(turns[0][0], turns[1][0]) or not torch.allclose(
+        turns[0][1], turns[1][1], atol=1e-3
+    ):
         raise Unknown(f"the heads of `{operand.name}` are rotated differently")
     pairs, frequencies = turns[0]
     return Rotary(pairs, frequencies, 1.0, _spelling(pairs))
@@ -45,7 +51,9 @@ def rotary(held: Linearised, operand: fx.Node, seed: int = 0) -> Rotary | None:
 def _one(held: Linearised, operand: fx.Node, generator: torch.Generator) -> Tensor:
     shape = held.shape()
     batch = operand.meta["val"].shape[0]
-    vectors = torch.randn((shape[0], *([1] * (len(shape) - 2)), shape[-1]), generator=generator, dtype=torch.float64)
+    vectors = torch.randn(
+        (shape[0], *([1] * (len(shape) - 2)), shape[-1]), generator=generator, dtype=torch.float64
+    )
     if len(shape) == 2 or shape[0] != _size(held, batch):
         vectors = torch.randn(shape[-1], generator=generator, dtype=torch.float64)
     value = held.at(vectors.expand(shape).contiguous())(operand).double()
@@ -59,7 +67,8 @@ def _size(held: Linearised, size: int | torch.SymInt) -> int:
 
 
 def _turns(start: Tensor, one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
-    """Pairs `[n, 2]` and frequencies `[n]` that turn `start` into `one` and, twice, into `two` (each [probes, dim])."""
+    """Pairs `[n, 2]` and frequencies `[n]` that turn `start` into `one` and, twice, into `two`
+    (each [probes, dim])."""
     cos1, sin1, partner = _fit(start, one)
     still = (one - start).abs().amax(0) < 1e-9 * float(start.abs().max())
     angle1 = torch.atan2(-sin1, cos1)
@@ -83,7 +92,8 @@ def _turns(start: Tensor, one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _fit(start: Tensor, turned: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Least squares of each dim a of `turned` on (a, b) of `start`, over all b: cos, sin factor and the best b, each [dim]."""
+    """Least squares of each dim a of `turned` on (a, b) of `start`, over all b: cos, sin factor and
+    the best b, each [dim]."""
     gram = start.T @ start
     own, cross = gram.diagonal(), gram
     at_own = (start * turned).sum(0)
@@ -105,6 +115,10 @@ def _spelling(pairs: Tensor) -> Literal["half", "interleaved", "other"]:
     gaps = (ordered[:, 1] - ordered[:, 0]).unique()
     if len(gaps) != 1:
         return "other"
-    if int(gaps) == 1 and len(pairs) > 1 and torch.equal(ordered[:, 0] % 2, ordered[:1, 0].expand(len(pairs)) % 2):
+    if (
+        int(gaps) == 1
+        and len(pairs) > 1
+        and torch.equal(ordered[:, 0] % 2, ordered[:1, 0].expand(len(pairs)) % 2)
+    ):
         return "interleaved"
     return "half" if int(gaps) == len(pairs) else "other"

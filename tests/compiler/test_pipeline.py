@@ -1,4 +1,5 @@
-"""Applying passes: exact ones are compared and rolled back when they lie; plans replay; lowering keeps the function."""
+"""Applying passes: exact ones are compared and rolled back when they lie; plans replay; lowering
+keeps the function."""
 
 from __future__ import annotations
 
@@ -11,15 +12,15 @@ import torch
 
 from attnopt.compiler.contract import Edit, Exactness, Miss, Notes, Pass, Refused
 from attnopt.compiler.errors import Problem
+from attnopt.compiler.intake.loaded import Loaded
 from attnopt.compiler.lower import export, lower
 from attnopt.compiler.ops import ATTENTION
 from attnopt.compiler.pipeline import apply_pass, apply_plan
 from attnopt.compiler.plan import Plan
 from attnopt.compiler.program import Program
-from attnopt.compiler.verify import compare, difference, variations
-from attnopt.compiler.intake.loaded import Loaded
 from attnopt.compiler.raising import raise_program
 from attnopt.compiler.trace import trace
+from attnopt.compiler.verify import compare, difference, variations
 from tests.attention_models import raised, tokens
 from tests.families import Nano, floats
 from tests.tolerance import assert_close
@@ -30,7 +31,9 @@ def two_sites() -> Program:
     """Two plain blocks in float64, raised."""
     torch.manual_seed(0)
     inputs = {name: value.double() for name, value in floats(2, 9).items()}
-    return raise_program(trace(Loaded(Nano().double().eval(), None, (), inputs, "nano", "callable")))
+    return raise_program(
+        trace(Loaded(Nano().double().eval(), None, (), inputs, "nano", "callable"))
+    )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""Half-precision products run in float32 where the CPU has none of its own; everything else stays as it was."""
+"""Half-precision products run in float32 where the CPU has none of its own; everything else stays
+as it was."""
 
 from __future__ import annotations
 
@@ -80,7 +81,8 @@ def test_every_product_runs_in_float32(dtype: torch.dtype, monkeypatch: pytest.M
 def test_results_are_nearer_to_the_float64_model(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Same dtype out; no further from the same model in float64 than two roundings of the result at any element."""
+    """Same dtype out; no further from the same model in float64 than two roundings of the result at
+    any element."""
     without_flags(monkeypatch)
     before = program(dtype)
     edit = answer(before)

@@ -1,4 +1,5 @@
-"""Unpadding keeps every value at a real token, whatever the padding, and says where it may not be done."""
+"""Unpadding keeps every value at a real token, whatever the padding, and says where it may not be
+done."""
 
 from __future__ import annotations
 
@@ -72,7 +73,8 @@ class Wrapped(nn.Module):
 
 
 def inputs(lengths: list[int], side: str = "right", seq: int = 0) -> dict[str, Tensor]:
-    """Ids `[B, S]` and a mask with the given numbers of real tokens, at the right, at the left or anywhere."""
+    """Ids `[B, S]` and a mask with the given numbers of real tokens, at the right, at the left or
+    anywhere."""
     seq = seq or max(lengths)
     mask = torch.zeros(len(lengths), seq, dtype=torch.long)
     for row, length in zip(mask, lengths, strict=True):
@@ -160,7 +162,8 @@ def test_padded_positions_hold_zero() -> None:
 
 @pytest.mark.parametrize("name", ["bert", "t5", "llama"])
 def test_tokens_mix_within_their_sequence_only(name: str) -> None:
-    """Changing one token changes its own sequence (later positions alone under a causal mask) and nothing else."""
+    """Changing one token changes its own sequence (later positions alone under a causal mask) and
+    nothing else."""
     _, after = pair(name)
     given = inputs([6, 4, 3])
     changed = {**given, "input_ids": given["input_ids"].clone()}
@@ -174,7 +177,8 @@ def test_tokens_mix_within_their_sequence_only(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["bert", "modernbert"])
 def test_padded_ids_are_never_read(name: str) -> None:
-    """Ids outside the vocabulary crash an embedding that reads them: at padded positions they do no harm."""
+    """Ids outside the vocabulary crash an embedding that reads them: at padded positions they do no
+    harm."""
     _, after = pair(name)
     given = inputs([6, 4, 1])
     clean = after(**given)
@@ -184,7 +188,8 @@ def test_padded_ids_are_never_read(name: str) -> None:
 
 
 class Encoder(nn.Module):
-    """torch's own encoder, padding marked by True; pooled over the real tokens, or mixed by a convolution at the end."""
+    """Torch's own encoder, padding marked by True; pooled over the real tokens, or mixed by a
+    convolution at the end."""
 
     def __init__(self, end: str = "", batch_first: bool = True) -> None:
         super().__init__()
@@ -240,7 +245,8 @@ def test_nan_in_padded_positions_does_not_leak() -> None:
 
 @pytest.mark.parametrize("end", ["mean", "max", "before"])
 def test_mixing_that_cannot_see_padding_stays(end: str) -> None:
-    """Pooling behind the mask reads constants at padded positions; a convolution before the encoder reads its input."""
+    """Pooling behind the mask reads constants at padded positions; a convolution before the encoder
+    reads its input."""
     before = prepared(Encoder(end).double(), *batch([5, 3, 1, 2], 7))
     after = unpadded(before)
     x, pad = batch([6, 2, 4, 1], 7)

@@ -1,4 +1,5 @@
-"""Raising on the families that have to raise fully: same numbers at three shapes, and the right facts."""
+"""Raising on the families that have to raise fully: same numbers at three shapes, and the right
+facts."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def test_raises_fully(family: Family, spelling: str) -> None:
 
 
 def test_a_shifted_mask_is_caught() -> None:
-    """A mask that is not causal is not called causal: the model lets each token see one token ahead."""
+    """A mask that is not causal is not called causal: the model lets each token see one token
+    ahead."""
     from tests.families import Nano
 
     model = Nano().eval()
