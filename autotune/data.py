@@ -70,7 +70,8 @@ def gather(loaded: Loaded, wanted: Wanted, source: str) -> Data:
             "A405",
             "--text needs a tokenizer beside the model",
             where=source,
-            help="save the tokenizer into the model's directory, or give tensors with --inputs FILE",
+            help="save the tokenizer into the model's directory, "
+            "or give tensors with --inputs FILE",
         )
     if wanted.inputs is not None:
         return _from_inputs(

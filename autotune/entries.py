@@ -25,14 +25,17 @@ from attnopt.compiler.profile import Profile, ceiling
 from attnopt.compiler.program import Program
 from attnopt.compiler.site import Site
 
+_RATIO_NOTE = "gain over the exact plan times its ratio over the baseline"
+
 
 def facts(site: Site, cost: Cost | None = None, profile: Profile | None = None) -> dict[str, Any]:
     """What `inspect` and the report say of a site; shares are fractions of the whole model."""
     spec = site.spec
     found: dict[str, Any] = {
-        "heads": spec.heads, "kv_heads": site.kv_heads, "head_dim": spec.head_dim, "v_dim": spec.v_dim,
-        "scale": spec.scale * site.gain, "mask": site.mask, "mask_certainty": site.mask_certainty,
-        "position": site.position, "qk_norm": site.qk_norm, "spelling": site.spelling,
+        "heads": spec.heads, "kv_heads": site.kv_heads, "head_dim": spec.head_dim,
+        "v_dim": spec.v_dim, "scale": spec.scale * site.gain, "mask": site.mask,
+        "mask_certainty": site.mask_certainty, "position": site.position, "qk_norm": site.qk_norm,
+        "spelling": site.spelling,
         "exactness": "exact" if site.mask_certainty == "proved" else "guarded", "spec": spec.text,
     }  # fmt: skip
     if site.missing:
@@ -117,7 +120,7 @@ def trials(
     return tuple(
         Trial(
             t.number, shown(t.steps), t.feasible,
-            Number(t.gain * base, kind, note="gain over the exact plan times its ratio over the baseline") if t.gain else None,
+            Number(t.gain * base, kind, note=_RATIO_NOTE) if t.gain else None,
             Number(t.drop, "measured", high=t.drop_upper) if math.isfinite(t.drop) else None,
             t.tier, t.number in best, chosen is not None and t.number == chosen.number, t.reason,
         )

@@ -72,7 +72,8 @@ def optimize(
     seconds = parse_seconds(timeout) if isinstance(timeout, str) else timeout
     wanted = Wanted(_path(text), _path(calibration), _path(inputs), batch, length)
     request = Request(
-        budget, max_drop, target, effort, trials, seconds, _path(out), seed, resume, metric, wanted, command  # type: ignore[arg-type]
+        budget, max_drop, target, effort, trials, seconds,  # type: ignore[arg-type]
+        _path(out), seed, resume, metric, wanted, command,
     )  # fmt: skip
     if request.out is not None:
         check_writable(request.out)
@@ -109,8 +110,13 @@ def run(
     )
     built, result = session.go()
     result = replace(
-        result, model=loaded.name, model_sha256=sha, seconds=time.monotonic() - begun, command=request.command,
-        warnings=(*loaded.notes, *(f"{f}: it could not be made dynamic" for f in program.fixed), *result.warnings),
+        result, model=loaded.name, model_sha256=sha, seconds=time.monotonic() - begun,
+        command=request.command,
+        warnings=(
+            *loaded.notes,
+            *(f"{f}: it could not be made dynamic" for f in program.fixed),
+            *result.warnings,
+        ),
     )  # fmt: skip
     if request.out is None:
         return result
@@ -153,8 +159,8 @@ def original(loaded: Loaded) -> Callable[..., Any]:
 
 
 def _loaded(
-    model: str | Path | nn.Module, example_inputs: Any, request: Request, allow: tuple[str, ...], trust: bool,
-    attention: str | None, dtype: str | None,
+    model: str | Path | nn.Module, example_inputs: Any, request: Request, allow: tuple[str, ...],
+    trust: bool, attention: str | None, dtype: str | None,
 ) -> tuple[Loaded, str]:  # fmt: skip
     if isinstance(model, nn.Module):
         return from_module(model, example_inputs), ""
@@ -173,9 +179,9 @@ def from_module(module: nn.Module, example_inputs: Any) -> Loaded:
     made = Loaded(module.eval(), None, tuple(args), dict(kwargs), type(module).__name__, "callable")
     with torch.no_grad():
         outputs = module(*args, **kwargs)
-    if isinstance(outputs, Mapping) and "logits" in outputs and "input_ids" in kwargs:
-        if outputs["logits"].dim() == 3:
-            made.task = "causal-lm"
+    logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
+    if logits is not None and "input_ids" in kwargs and logits.dim() == 3:
+        made.task = "causal-lm"
     return made
 
 

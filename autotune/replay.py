@@ -34,7 +34,8 @@ from attnopt.compiler.plan import Outcome, Plan
 from attnopt.compiler.program import Program
 
 Progress = Callable[[str, float], None]
-SLACK = 0.10  # of the speed ratio a check may lose before it says slower: machines differ from day to day
+# Of the speed ratio a check may lose before it says slower: machines differ from day to day.
+SLACK = 0.10
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ def apply(
     if out is not None:
         check_writable(out)
     loaded = load(
-        str(model), inputs=Path(inputs) if inputs else None, allow_globals=allow_globals, trust=trust,
-        attention=attention, dtype=dtype,
+        str(model), inputs=Path(inputs) if inputs else None, allow_globals=allow_globals,
+        trust=trust, attention=attention, dtype=dtype,
     )  # fmt: skip
     require_weights(loaded)
     program = read(loaded)
@@ -114,7 +115,8 @@ def _require_all(plan: Plan, outcomes: list[Outcome], home: Path) -> None:
                     f"`{step.rewrite}` does not apply to `{outcome.target}` of this model",
                     where=outcome.at,
                     why=outcome.reason,
-                    help=f"give the model that the plan in {home} was made for, or search again with optimize",
+                    help=f"give the model that the plan in {home} was made for, "
+                    "or search again with optimize",
                 )
 
 
@@ -180,8 +182,8 @@ def check(
     _same_model(report, Path(model))
     wanted = Wanted(_path(text), _path(calibration), _path(inputs), batch, length)
     loaded = load(
-        str(model), inputs=wanted.inputs, text=wanted.text, allow_globals=allow_globals, trust=trust,
-        attention=attention, dtype=dtype,
+        str(model), inputs=wanted.inputs, text=wanted.text, allow_globals=allow_globals,
+        trust=trust, attention=attention, dtype=dtype,
     )  # fmt: skip
     require_weights(loaded)
     data = gather(loaded, wanted, str(model))

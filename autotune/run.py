@@ -65,11 +65,13 @@ class Run:
     def _bench(self) -> Workbench:
         scope = {
             "model": self.sha or self.program.name, "environment": _stable(environment()),
-            "target": self.request.target, "metric": self.request.metric, "form": _form(self.program),
+            "target": self.request.target, "metric": self.request.metric,
+            "form": _form(self.program),
         }  # fmt: skip
         return Workbench(
             self.original, self.program, self.data, task=self.task, metric=self.request.metric,
-            device=self.request.target, seed=self.request.seed, work=self.work, scope=scope, progress=self.progress,
+            device=self.request.target, seed=self.request.seed, work=self.work, scope=scope,
+            progress=self.progress,
         )  # fmt: skip
 
     def _pace(self, built: Built, seconds: float = 8.0) -> Pace:
@@ -93,7 +95,8 @@ class Run:
         if self.data.real and self.data.heldout and self.data.evaluation:
             return True
         self.warnings.append(
-            "no real data was given, so nothing approximate was tried: give --text FILE or --inputs FILE"
+            "no real data was given, so nothing approximate was tried: "
+            "give --text FILE or --inputs FILE"
         )
         return False
 
@@ -105,7 +108,8 @@ class Run:
         for kind in approximate():
             if kind not in kinds:
                 self.warnings.append(
-                    f"{kind.name} was not tried: its ceiling is {found[kind.name][1]:.2f}x, under 1.05x"
+                    f"{kind.name} was not tried: its ceiling is {found[kind.name][1]:.2f}x, "
+                    "under 1.05x"
                 )
         single: list[Single] = []
         menus: list[Menu] = []
@@ -139,7 +143,8 @@ class Run:
             accuracy = self.bench.verdict(built)
             if accuracy.verdict(self.request.max_drop) != "pass":
                 self.warnings.append(
-                    f"plan {candidate.number} was within the bound on the heldout data and not on the evaluation data "
+                    f"plan {candidate.number} was within the bound on the heldout data "
+                    "and not on the evaluation data "
                     f"({accuracy.drop:.2%}, at most {accuracy.drop_upper:.2%})"
                 )
                 continue
@@ -164,16 +169,18 @@ class Run:
         counted = self._cost()
         base = pace.ratio / chosen.gain if chosen else pace.ratio
         result = Result(
-            model=self.program.name, workload=self.data.workload, target=request.target, budget=request.budget,
-            max_drop=request.max_drop, met=met, plan=pace.plan, environment=environment(),
-            baselines=pace.baselines, optimized=pace.optimized, speed=pace.speed, accuracy=entry,
-            ceiling=self._ceiling(), ceilings=entries.ceilings(found),
+            model=self.program.name, workload=self.data.workload, target=request.target,
+            budget=request.budget, max_drop=request.max_drop, met=met, plan=pace.plan,
+            environment=environment(), baselines=pace.baselines, optimized=pace.optimized,
+            speed=pace.speed, accuracy=entry, ceiling=self._ceiling(),
+            ceilings=entries.ceilings(found),
             sites=entries.sites(self.program, built.outcomes, counted, self.profile),
             sublayers=entries.sublayers(self.program, built.outcomes), outcomes=built.outcomes,
             sensitivities=entries.sensitivities(single),
             trials=entries.trials(tried, base, chosen, pace.kind),
-            relaxation=self._relaxation(met, tried, base, pace), refits=entries.refits(built.outcomes),
-            warnings=(*self.warnings, *pace.warnings), data=dict(self.data.words), seed=request.seed,
+            relaxation=self._relaxation(met, tried, base, pace),
+            refits=entries.refits(built.outcomes), warnings=(*self.warnings, *pace.warnings),
+            data=dict(self.data.words), seed=request.seed,
         )  # fmt: skip
         return built, result
 

@@ -1,8 +1,9 @@
-"""Attention in plain torch, by backend name: what `attnopt::attention` runs and what lowering inlines.
+"""Attention in plain torch, by backend name: what the op runs and what lowering inlines.
 
-Every function takes q `[batch, heads, S, head_dim]`, k `[batch, kv_heads, T, head_dim]`, v `[batch, kv_heads, T, v_dim]`, the
-extras in the order of `spec.extras`, and the spec; it returns `[batch, heads, S, v_dim]` in q's dtype. All are traceable by
-`torch.export` with dynamic batch and lengths, so a lowered program holds aten operators only.
+The op is `attnopt::attention`. Every function takes q `[batch, heads, S, head_dim]`,
+k `[batch, kv_heads, T, head_dim]`, v `[batch, kv_heads, T, v_dim]`, the extras in the order of
+`spec.extras`, and the spec; it returns `[batch, heads, S, v_dim]` in q's dtype. All are traceable
+by `torch.export` with dynamic batch and lengths, so a lowered program holds aten operators only.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ def weights(q: Tensor, k: Tensor, extras: Sequence[Tensor], spec: AttentionSpec)
 def sdpa(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: AttentionSpec) -> Tensor:
     """Torch's fused scaled_dot_product_attention.
 
-    It has no soft cap: `runs_on_sdpa` says so beforehand.
-        Run eagerly on a CPU, a padding that drops nothing is left out, so that a causal mask stays a flag.
+    It has no soft cap: `runs_on_sdpa` says so beforehand. Run eagerly on a CPU, a padding that
+    drops nothing is left out, so that a causal mask stays a flag.
     """
     grouped = spec.group > 1
     padding = extra(extras, spec, "padding")

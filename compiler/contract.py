@@ -194,8 +194,11 @@ def read_pass(line: str) -> Pass:
     made = text.build(cls, call.values, call.name)
     for key, values in cls.space().items():
         if type(getattr(made, key)) not in {type(value) for value in values}:
-            raise Problem("A303", f"option `{key}` of `{call.name}` cannot be {getattr(made, key)!r}",
-                          help=f"for example {', '.join(map(str, values))}")  # fmt: skip
+            raise Problem(
+                "A303",
+                f"option `{key}` of `{call.name}` cannot be {getattr(made, key)!r}",
+                help=f"for example {', '.join(map(str, values))}",
+            )
     return made
 
 

@@ -18,7 +18,10 @@ from attnopt.compiler.spec import AttentionSpec, parse_spec
 
 
 def lower(program: Program) -> fx.GraphModule:
-    """The program's module with every `attnopt::attention` replaced by its backend. Shares the weights."""
+    """The program's module with every `attnopt::attention` replaced by its backend.
+
+    Shares the weights.
+    """
     module = copy_module(program.module)
     for node in list(module.graph.nodes):
         if node.target is not ATTENTION:

@@ -1,7 +1,8 @@
-"""The canonical op `attnopt::attention(q, k, v, extras, spec)`: implementation, shape kernel and gradient.
+"""The canonical op `attnopt::attention(q, k, v, extras, spec)`: kernels and gradient.
 
-The implementation runs the backend that the spec names (`attend.run`); the gradient recomputes the reference and
-differentiates it, so every raised or rewritten graph runs, exports, compiles and trains.
+The implementation runs the backend that the spec names (`attend.run`), beside it stands the shape
+kernel; the gradient recomputes the reference and differentiates it, so every raised or rewritten
+graph runs, exports, compiles and trains.
 """
 
 from __future__ import annotations

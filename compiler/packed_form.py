@@ -15,8 +15,9 @@ from attnopt.compiler.layout import Extent, Layout
 class Gather:
     """An operand that is read at the kept tokens.
 
-    `roles` says per axis, counted from the last and with axes of size one put
-    in front where it has fewer: "B", "S", "BS" (both in one axis), "" (free) or "1" (dropped: a token axis of size one).
+    `roles` says per axis, counted from the last and with axes of size one put in front where it
+    has fewer: "B", "S", "BS" (both in one axis), "" (free) or "1" (dropped: a token axis of size
+    one).
     """
 
     node: fx.Node

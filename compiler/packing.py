@@ -26,8 +26,9 @@ from attnopt.compiler.spec import parse_spec
 aten = torch.ops.aten
 COLUMNS = 64  # a cut of more fixed positions than this counts as reading the whole sequence
 _CASTS = (
-    aten.to.dtype, aten.to.device, aten.to.other, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default,
-    aten.unsqueeze.default, aten.expand.default, aten.expand_as.default, aten.clone.default,
+    aten.to.dtype, aten.to.device, aten.to.other, aten.to.dtype_layout, aten._to_copy.default,
+    aten.type_as.default, aten.unsqueeze.default, aten.expand.default, aten.expand_as.default,
+    aten.clone.default,
 )  # fmt: skip
 
 
@@ -218,8 +219,8 @@ def _check(region: Region) -> Miss | None:
     for node, spec in lowest:
         if spec.mask.kind != "full" or "keep" in spec.extras:
             return Miss(
-                f"positions {list(region.columns)} are read by the model, and where they are padded attention "
-                f"`{node.name}` may average over keys that packing leaves out",
+                f"positions {list(region.columns)} are read by the model, and where they are "
+                f"padded attention `{node.name}` may average over keys that packing leaves out",
                 at=node.name,
             )
     region.whole_empty = True

@@ -79,9 +79,11 @@ class Rotary:
 class Site:
     """One softmax attention of the model, raised to `attnopt::attention`.
 
-    `gain` is the one factor that q and k carry on their way from the projections (a scale applied to q beforehand), so the
-    logits are `gain * spec.scale` times the product of the projections. `kv_heads` counts distinct key/value heads as the projections make them (the spec may still see them repeated).
-    `missing` says, per fact that could not be found ("q", "k", "v", "out", "rotary", "mask"), why, naming the node.
+    `gain` is the one factor that q and k carry on their way from the projections (a scale applied
+    to q beforehand), so the logits are `gain * spec.scale` times the product of the projections.
+    `kv_heads` counts distinct key/value heads as the projections make them (the spec may still see
+    them repeated). `missing` says, per fact that could not be found ("q", "k", "v", "out",
+    "rotary", "mask"), why, naming the node.
     """
 
     id: str
@@ -119,11 +121,12 @@ class Unraised:
 class Sublayer:
     """One residual branch: `exit` = `entry` + f(`entry`), where f's last node is `branch`.
 
-    `id` is like "b3.attention". `entry`, `branch` and `exit` are node names of `[batch, seq, width]` tensors; `exit` is
-    the add that reads `branch`. Removing the sublayer replaces `exit` by the add's other operand: the entry, or, where several
-    branches are added in one sum (parallel attention and MLP), what is left of it; see `compiler.removal`. A norm after the add
-    stays, as post-norm models need. `inner` are the node names
-    that only this branch uses; `sites` the ids of the attention sites among them.
+    `id` is like "b3.attention". `entry`, `branch` and `exit` are node names of
+    `[batch, seq, width]` tensors; `exit` is the add that reads `branch`. Removing the sublayer
+    replaces `exit` by the add's other operand: the entry, or, where several branches are added in
+    one sum (parallel attention and MLP), what is left of it; see `compiler.removal`. A norm after
+    the add stays, as post-norm models need. `inner` are the node names that only this branch uses;
+    `sites` the ids of the attention sites among them.
     """
 
     id: str

@@ -1,12 +1,15 @@
 """`AttentionSpec`: what one attention computes, as a frozen value that prints as one line of text.
 
-    attn{heads=8 kv_heads=2 head_dim=64 v_dim=64 scale=0.125 mask=window(left=1024,sink=4) extras=[padding]}
+    attn{heads=8 kv_heads=2 head_dim=64 v_dim=64 scale=0.125 mask=window(left=1024,sink=4)
+         extras=[padding]}
 
-The text is the last argument of the op `attnopt::attention`, so it survives `torch.export.save` and `load`.
+(on one line). The text is the last argument of the op `attnopt::attention`, so it survives
+`torch.export.save` and `load`.
 
-Meaning, with q `[batch, heads, S, head_dim]`, k `[batch, kv_heads, T, head_dim]`, v `[batch, kv_heads, T, v_dim]`:
-query head h reads key/value head h // (heads // kv_heads); logits = softcap(scale * q k^T) + bias; keys dropped by the mask,
-by `keep` or by `padding` get the logit `fill`; the result is softmax(logits) v, `[batch, heads, S, v_dim]`.
+Meaning, with q `[batch, heads, S, head_dim]`, k `[batch, kv_heads, T, head_dim]`,
+v `[batch, kv_heads, T, v_dim]`: query head h reads key/value head h // (heads // kv_heads);
+logits = softcap(scale * q k^T) + bias; keys dropped by the mask, by `keep` or by `padding` get the
+logit `fill`; the result is softmax(logits) v, `[batch, heads, S, v_dim]`.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ EXTRAS = ("bias", "keep", "padding")
 class Mask:
     """Which keys j a query i may read, as a class (no tensor).
 
-    full: all. causal: j <= i. window: i - left < j <= i (so `left` keys, itself included), or j < sink, never j > i.
+    full: all. causal: j <= i. window: i - left < j <= i (so `left` keys, itself included), or
+    j < sink, never j > i.
     A two-sided window (`causal=False` and kind "window") keeps |i - j| < left.
     """
 
@@ -80,10 +84,11 @@ CAUSAL = Mask("causal")
 class AttentionSpec:
     """One attention as a value; see the module docstring for the meaning of each field.
 
-    `extras` names the tensors of the op's list argument in order: `bias` (float, broadcastable to [batch, heads, S, T]),
-    `keep` (bool, same), `padding` (bool [batch, T], True for a real key). `softcap` 0 means none. `fill` says what a
-    dropped logit becomes: "-inf" (a query with no key gives zeros, as torch's SDPA does) or "min" (the dtype's lowest
-    finite number: a query with no key gives the mean over all keys, as additive masks in eager spellings do).
+    `extras` names the tensors of the op's list argument in order: `bias` (float, broadcastable to
+    [batch, heads, S, T]), `keep` (bool, same), `padding` (bool [batch, T], True for a real key).
+    `softcap` 0 means none. `fill` says what a dropped logit becomes: "-inf" (a query with no key
+    gives zeros, as torch's SDPA does) or "min" (the dtype's lowest finite number: a query with no
+    key gives the mean over all keys, as additive masks in eager spellings do).
     `softmax32` computes the softmax in float32. `backend` names how it runs (see codegen.backends).
     """
 

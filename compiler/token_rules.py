@@ -330,10 +330,12 @@ def _rules() -> dict[Any, Rule]:
         "unsqueeze.default squeeze.dim squeeze.dims squeeze.default",
         _expand: "expand.default expand_as.default",
         _permute: "permute.default transpose.int t.default swapaxes.default swapdims.default",
-        _along: "select.int slice.Tensor narrow.default index_select.default repeat_interleave.self_int "
-        "softmax.int log_softmax.int _softmax.default _log_softmax.default cumsum.default glu.default",
-        _reduce: "mean.dim sum.dim_IntList amax.default amin.default var.correction std.correction "
-        "linalg_vector_norm.default norm.ScalarOpt_dim logsumexp.default any.dim all.dim argmax.default",
+        _along: "select.int slice.Tensor narrow.default index_select.default "
+        "repeat_interleave.self_int softmax.int log_softmax.int _softmax.default "
+        "_log_softmax.default cumsum.default glu.default",
+        _reduce: "mean.dim sum.dim_IntList amax.default amin.default var.correction "
+        "std.correction linalg_vector_norm.default norm.ScalarOpt_dim logsumexp.default any.dim "
+        "all.dim argmax.default",
         _pieces: "unbind.int chunk.default split.Tensor split.sizes split_with_sizes.default",
         _join: "cat.default stack.default",
         embedding: "embedding.default",

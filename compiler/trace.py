@@ -24,8 +24,12 @@ _ASSERTS = (
     aten.sym_constrain_range_for_size.default,
 )
 _VIEWS = (
-    aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.slice.Tensor, aten.select.int,
-    aten.t.default, aten.transpose.int, aten.permute.default, aten.unbind.int,
+    aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.slice.Tensor,
+    aten.select.int, aten.t.default, aten.transpose.int, aten.permute.default, aten.unbind.int,
+)  # fmt: skip
+_CASTS = (
+    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.type_as.default,
+    aten._to_copy.default, aten.float.default if hasattr(aten, "float") else None,
 )  # fmt: skip
 
 
@@ -68,7 +72,8 @@ def _export(module: torch.nn.Module, example: Batch) -> torch.export.ExportedPro
                     dynamic_shapes=_by_signature(dynamic),
                     strict=False,
                 )
-        except Exception as error:  # any failure of the model's own code under tracing lands here
+        # Any failure of the model's own code under tracing lands here.
+        except Exception as error:  # noqa: BLE001
             failure = error
     assert failure is not None
     raise Problem(
@@ -200,8 +205,7 @@ def _changes_nothing(node: fx.Node) -> bool:
         return node.args[2] is False or node.args[1] == 0.0
     if node.target in (aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default):
         return True
-    if node.target in (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other,
-                       aten.type_as.default, aten._to_copy.default, aten.float.default if hasattr(aten, "float") else None):  # fmt: skip
+    if node.target in _CASTS:
         before, after = node.args[0].meta.get("val"), node.meta.get("val")
         return (
             isinstance(before, Tensor)

@@ -34,9 +34,10 @@ from attnopt.compiler.program import Program, infer
 aten = torch.ops.aten
 HALVES = (torch.bfloat16, torch.float16)
 PRODUCTS = (
-    aten.linear.default, aten.addmm.default, aten.mm.default, aten.bmm.default, aten.baddbmm.default, aten.matmul.default,
-    aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding, aten.conv3d.default,
-    aten.convolution.default, aten.scaled_dot_product_attention.default, ATTENTION, PACKED_ATTENTION,
+    aten.linear.default, aten.addmm.default, aten.mm.default, aten.bmm.default,
+    aten.baddbmm.default, aten.matmul.default, aten.conv1d.default, aten.conv1d.padding,
+    aten.conv2d.default, aten.conv2d.padding, aten.conv3d.default, aten.convolution.default,
+    aten.scaled_dot_product_attention.default, ATTENTION, PACKED_ATTENTION,
 )  # fmt: skip
 
 
@@ -50,8 +51,8 @@ class CpuDtype(Pass):
     scope: ClassVar[Scope] = "program"
     source: ClassVar[str] = "oneDNN developer guide, Data types"
     after: ClassVar[tuple[str, ...]] = (
-        "simplify_mask", "fold_repeated_kv", "fuse_attention", "merge_kv_heads", "sliding_window", "skip_sublayers",
-        "fuse_blocks", "refit", "unpad",
+        "simplify_mask", "fold_repeated_kv", "fuse_attention", "merge_kv_heads", "sliding_window",
+        "skip_sublayers", "fuse_blocks", "refit", "unpad",
     )  # fmt: skip
 
     def rewrite(self, target: Any, program: Program, notes: Notes) -> Edit | Miss:
@@ -76,8 +77,8 @@ class CpuDtype(Pass):
         dtype_ = _name(slow[0].meta["val"].dtype)
         return Edit(
             graph=_edit(names),
-            note=f"{len(slow)} products run in float32 because this CPU has no native {dtype_}: a change of rounding, "
-            f"{extra / 2**20:.1f} MiB more for the weights",
+            note=f"{len(slow)} products run in float32 because this CPU has no native {dtype_}: "
+            f"a change of rounding, {extra / 2**20:.1f} MiB more for the weights",
             evidence={"products": float(len(slow)), "extra_bytes": float(extra)},
         )
 

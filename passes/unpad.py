@@ -1,15 +1,19 @@
-"""Unpad: an encoder's token-wise part runs on the real tokens alone, attention runs within each sequence.
+"""Unpad: an encoder's token-wise part runs on the real tokens, attention within each sequence.
 
-A padded batch `[B, S, width]` with lengths n_1 .. n_B holds N = sum n_b real tokens, and the products, norms and
-activations of a transformer treat every token on its own, so they cost N / (B S) as much on the packed tokens `[N, width]`.
-Attention drops padded keys anyway: within a sequence its cost falls from S^2 to n_b^2. Sequences of one length run as one batched
-call. Tokens are packed as early as the graph allows (mostly their ids) and unpacked where the model needs the padded shape.
+A padded batch `[B, S, width]` with lengths n_1 .. n_B holds N = sum n_b real tokens, and the
+products, norms and activations of a transformer treat every token on its own, so they cost
+N / (B S) as much on the packed tokens `[N, width]`. Attention drops padded keys anyway: within a
+sequence its cost falls from S^2 to n_b^2. Sequences of one length run as one batched call. Tokens
+are packed as early as the graph allows (mostly their ids) and unpacked where the model needs the
+padded shape.
 
-Exact: every value at a real token, and every result that the model computes from real tokens, is the padded program's up to the
-order of sums. At padded positions, outputs of the shape of the input hold 0 instead of values that mean nothing. A node that
-may read padded positions otherwise is a reason not to unpad.
+Exact: every value at a real token, and every result that the model computes from real tokens, is
+the padded program's up to the order of sums. At padded positions, outputs of the shape of the input
+hold 0 instead of values that mean nothing. A node that may read padded positions otherwise is a
+reason not to unpad.
 
-Source: effective transformers (ByteDance 2020); Zhai et al., ByteTransformer, IPDPS 2023, section III.D.
+Source: effective transformers (ByteDance 2020); Zhai et al., ByteTransformer, IPDPS 2023,
+section III.D.
 """
 
 from __future__ import annotations
@@ -46,7 +50,8 @@ class Unpad(Pass):
     valid_only: ClassVar[bool] = True
     source: ClassVar[str] = "Zhai et al., ByteTransformer, IPDPS 2023"
     after: ClassVar[tuple[str, ...]] = (
-        "simplify_mask", "fold_repeated_kv", "fuse_attention", "merge_kv_heads", "sliding_window", "skip_sublayers", "refit",
+        "simplify_mask", "fold_repeated_kv", "fuse_attention", "merge_kv_heads", "sliding_window",
+        "skip_sublayers", "refit",
     )  # fmt: skip
 
     def rewrite(self, target: Any, program: Program, notes: Notes) -> Edit | Miss:
@@ -110,7 +115,8 @@ def _edit(region: Region) -> Callable[[Program], None]:
 def _note(region: Region) -> str:
     kept = f"; positions {list(region.columns)} are always computed" if region.columns else ""
     return (
-        f"{len(region.nodes)} operators run on real tokens only, attention within each sequence{kept}; "
+        f"{len(region.nodes)} operators run on real tokens only, "
+        f"attention within each sequence{kept}; "
         "padded positions of token-shaped outputs hold 0"
     )
 

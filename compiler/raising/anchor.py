@@ -23,8 +23,10 @@ aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
 SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 _PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
-_CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.type_as.default,
-          aten._to_copy.default, aten.to.device_layout if hasattr(aten.to, "device_layout") else None)  # fmt: skip
+_CASTS = (
+    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.type_as.default,
+    aten._to_copy.default, aten.to.device_layout if hasattr(aten.to, "device_layout") else None,
+)  # fmt: skip
 _SAME = (aten.contiguous.default, aten.clone.default, aten.dropout.default, aten.alias.default)
 _RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 _ADDS = (aten.add.Tensor, aten.add_.Tensor)
@@ -49,9 +51,10 @@ class Stop:
 class Anchor:
     """One attention as found: `out` is the node whose value is softmax(...) v.
 
-    `q` `[.., S, d]`, `keys` (`k` when `transposed` is False, else k already transposed), `v`; `added` are float tensors added to
-    the scaled logits (with a factor), `dropped` bool tensors with True = not read, `keep` with True = read. `score_rank` is
-    the rank of the product q k^T (3 when batch and heads are one axis).
+    `q` `[.., S, d]`, `keys` (`k` when `transposed` is False, else k already transposed), `v`;
+    `added` are float tensors added to the scaled logits (with a factor), `dropped` bool tensors
+    with True = not read, `keep` with True = read. `score_rank` is the rank of the product q k^T
+    (3 when batch and heads are one axis).
     """
 
     spelling: Literal["sdpa", "eager"]
@@ -118,7 +121,7 @@ def _eager(softmax: fx.Node, module: torch.nn.Module) -> Anchor | Stop:
     dim = softmax.args[1]
     if dim not in (-1, softmax.meta["val"].dim() - 1):
         return Stop(f"the softmax runs over dim {dim}, not over the keys", softmax)
-    node, weights, values = product
+    node, _, values = product
     anchor = Anchor("eager", node, softmax, softmax, values, True)
     if node.target is aten.einsum.default:
         return Stop("attention written with einsum on the value side", node, "use matmul")
@@ -305,9 +308,12 @@ def is_score(value: Any) -> bool:
             args: Any = value.args
             value = args[1] if is_score(args[1]) else args[2]
             continue
-        known = (*_CASTS, *_SAME, *_RESHAPES, *_MULS, *_DIVS, *_ADDS, aten.sub.Tensor, aten.tanh.default,
-                 aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.masked_fill_.Scalar,
-                 aten.maximum.default, aten.clamp_min.default, aten.clamp.default)  # fmt: skip
+        known = (
+            *_CASTS, *_SAME, *_RESHAPES, *_MULS, *_DIVS, *_ADDS, aten.sub.Tensor,
+            aten.tanh.default, aten.masked_fill.Scalar, aten.masked_fill.Tensor,
+            aten.masked_fill_.Scalar, aten.maximum.default, aten.clamp_min.default,
+            aten.clamp.default,
+        )  # fmt: skip
         if value.target not in known:
             return False
         pair: Any = value.args

@@ -19,7 +19,8 @@ _COPIED = ("nn_module_stack", "stack_trace", "source_fn_stack")
 def place(program: Program, anchor: Anchor, heads3: int | None) -> fx.Node | Stop:
     """Insert `attnopt::attention` for an anchor and give it the users of the old result.
 
-    `heads3` is the head count where batch and heads are one axis (rank 3), None where it is not known.
+    `heads3` is the head count where batch and heads are one axis (rank 3), None where it is not
+    known.
     """
     rank = anchor.q.meta["val"].dim()
     if rank not in (3, 4):

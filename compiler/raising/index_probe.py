@@ -21,7 +21,8 @@ from attnopt.compiler.raising.projections import Projection
 
 aten = torch.ops.aten
 _CASTS = (
-    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default, aten.type_as.default,
+    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default,
+    aten.type_as.default,
 )  # fmt: skip
 _STATISTICS = (
     aten.mean.dim, aten.mean.default, aten.sum.dim_IntList, aten.var.correction, aten.var.dim,
@@ -96,7 +97,8 @@ def channels(held: Linearised, operand: fx.Node) -> Channels:
     touched = (ones != 0).any(dim=3).any(dim=1).nonzero()
     if len(touched) != 1:
         raise Unknown(
-            f"one token of `{held.source.node.name}` reaches {len(touched)} tokens of `{operand.name}`"
+            f"one token of `{held.source.node.name}` reaches {len(touched)} tokens "
+            f"of `{operand.name}`"
         )
     batch, token = (int(i) for i in touched[0])
     factor, value = ones[batch, :, token, :], code[batch, :, token, :]

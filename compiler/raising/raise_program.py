@@ -60,8 +60,9 @@ def _site(program: Program, id: str, anchor: Anchor, node: fx.Node, absolute: st
     module, source = place_of(program, node)
     return Site(
         id=id, node=node.name, module=module, source=source, spec=parse_spec(str(node.args[4])),
-        kv_heads=facts.kv_heads, q=facts.q, k=facts.k, v=facts.v, out=facts.out, rotary=facts.rotary,
-        qk_norm=facts.qk_norm, gain=facts.gain, position=_position(facts, mask.text, absolute), mask=mask.text,
+        kv_heads=facts.kv_heads, q=facts.q, k=facts.k, v=facts.v, out=facts.out,
+        rotary=facts.rotary, qk_norm=facts.qk_norm, gain=facts.gain,
+        position=_position(facts, mask.text, absolute), mask=mask.text,
         mask_certainty=mask.certainty, spelling=anchor.spelling, missing=facts.missing,
     )  # fmt: skip
 

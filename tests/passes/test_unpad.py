@@ -28,8 +28,8 @@ from tests.tolerance import assert_close
 transformers = pytest.importorskip("transformers")
 
 SIZES: dict[str, Any] = {
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 99,
-    "max_position_embeddings": 64,
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+    "vocab_size": 99, "max_position_embeddings": 64,
 }  # fmt: skip
 ENCODERS: dict[str, Callable[[], Any]] = {
     "bert": lambda: transformers.BertModel(transformers.BertConfig(**SIZES)),
