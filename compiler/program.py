@@ -100,7 +100,8 @@ class Program:
 
     def weight(self, name: str) -> Tensor:
         """A parameter or buffer by dotted name."""
-        return attribute(self.module, name)
+        found: Tensor = attribute(self.module, name)
+        return found
 
     def parameter_nodes(self, name: str) -> list[fx.Node]:
         """The get_attr nodes that read the parameter `name`."""

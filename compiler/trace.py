@@ -175,7 +175,7 @@ def _fold_parameter_views(module: fx.GraphModule) -> None:
         if node.target not in _VIEWS or not _from_parameter(node.all_input_nodes):
             continue
         args, kwargs = fx.map_arg(
-            (node.args, dict(node.kwargs)), lambda n: attribute(module, n.target)
+            (node.args, dict(node.kwargs)), lambda n: attribute(module, str(n.target))
         )
         value = node.target(*args, **kwargs)
         parts = value if isinstance(value, (list, tuple)) else [value]
@@ -202,7 +202,7 @@ def _changes_nothing(node: fx.Node) -> bool:
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
         return False
     if node.target in (aten.dropout.default, aten.feature_dropout.default):
-        return node.args[2] is False or node.args[1] == 0.0
+        return bool(node.args[2] is False or node.args[1] == 0.0)
     if node.target in (aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default):
         return True
     if node.target in _CASTS:
@@ -238,7 +238,7 @@ def _inline_regions(module: fx.GraphModule) -> bool:
         at = next(
             i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr"
         )
-        body = getattr(module, str(node.args[at].target))  # type: ignore[union-attr]
+        body = getattr(module, str(node.args[at].target))
         _inline(module, node, body, node.args[at + 1 :])
         return True
     return False
@@ -277,7 +277,8 @@ def _dims(module: fx.GraphModule) -> tuple[dict[str, dict[int, str]], tuple[str,
         if node.op != "placeholder" or not isinstance(value, Tensor):
             continue
         dynamic[node.name] = {}
-        for dim, size in enumerate(value.shape):
+        shape: tuple[Any, ...] = tuple(value.shape)
+        for dim, size in enumerate(shape):
             if isinstance(size, torch.SymInt) and not size.node.expr.is_number:
                 dynamic[node.name][dim] = str(size.node.expr)
             else:

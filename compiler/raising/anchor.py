@@ -137,7 +137,8 @@ def _product_below(softmax: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | Stop:
     while True:
         for user in node.users:
             if user.target in _PRODUCTS and user.target is not aten.baddbmm.default:
-                pair = user.args[:2] if user.target is not aten.einsum.default else user.args[1]
+                args: Any = user.args
+                pair = args[:2] if user.target is not aten.einsum.default else args[1]
                 if pair[0] is node and isinstance(pair[1], fx.Node) and pair[1].op != "get_attr":
                     return user, node, pair[1]
         onwards = [u for u in node.users if u.target in (*_CASTS, *_SAME, *_RESHAPES)]
@@ -198,12 +199,12 @@ def _one_step(
     if anchor.softcap:
         return Stop("a bias or mask inside the soft cap is not understood", node)
     if node.target in _ADDS:
-        other = _added_side(args)
-        if other is None:
+        side = _added_side(args)
+        if side is None:
             return Stop("two score matrices are added", node)
-        if isinstance(args[other], fx.Node):
-            anchor.added.append((args[other], factor))
-        return args[1 - other], factor
+        if isinstance(args[side], fx.Node):
+            anchor.added.append((args[side], factor))
+        return args[1 - side], factor
     if node.target is aten.sub.Tensor and is_score(args[0]):
         if isinstance(args[1], fx.Node):
             anchor.added.append((args[1], -factor))

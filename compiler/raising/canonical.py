@@ -116,12 +116,12 @@ class _Maker:
     def _unscaled(self, node: fx.Node) -> fx.Node:
         if self.anchor.spelling == "sdpa" or node.target not in (aten.mul.Tensor, aten.div.Tensor):
             return node
-        source, number = node.args[0], node.args[1]
+        args: Any = node.args
+        source, number = args[0], args[1]
         if not isinstance(source, fx.Node) or isinstance(number, (fx.Node, bool)):
             return node
-        self.anchor.scale *= (
-            float(number) if node.target is aten.mul.Tensor else 1.0 / float(number)
-        )  # type: ignore[arg-type]
+        factor = float(number)
+        self.anchor.scale *= factor if node.target is aten.mul.Tensor else 1.0 / factor
         return source
 
     def _untransposed(self, node: fx.Node) -> fx.Node:

@@ -141,7 +141,8 @@ def example_sizes(program: Program) -> dict[str, int]:
         if node.op != "placeholder" or not isinstance(value, Tensor):
             continue
         example = example_input(program, node)
-        for dim, size in enumerate(value.shape):
+        shape: tuple[Any, ...] = tuple(value.shape)
+        for dim, size in enumerate(shape):
             if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
                 found.setdefault(str(size.node.expr), int(example.shape[dim]))
     return found

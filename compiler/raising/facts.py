@@ -102,7 +102,7 @@ def _path(
         index,
         name,
         order,
-    )  # type: ignore[arg-type]
+    )
     return path, held, float(factor.flatten()[0]) if uniform and not held.normed else 1.0
 
 

@@ -172,7 +172,7 @@ def output_channels(
     codes = torch.arange(1, heads * dim + 1, dtype=torch.float64).view(heads, dim)
     given = torch.zeros(shape, dtype=torch.float64)
     given[0, :, 0, :] = codes
-    value = Evaluator(program, sizes, {attention: given})(source).double()
+    value: Tensor = Evaluator(program, sizes, {attention: given})(source).double()
     rows = value.reshape(-1, value.shape[-1])
     touched = (rows != 0).any(dim=1).nonzero()
     if len(touched) != 1:

@@ -56,7 +56,7 @@ def _one(held: Linearised, operand: fx.Node, generator: torch.Generator) -> Tens
     )
     if len(shape) == 2 or shape[0] != _size(held, batch):
         vectors = torch.randn(shape[-1], generator=generator, dtype=torch.float64)
-    value = held.at(vectors.expand(shape).contiguous())(operand).double()
+    value: Tensor = held.at(vectors.expand(shape).contiguous())(operand).double()
     return value if len(shape) > 2 and shape[0] == value.shape[0] else value[:1]
 
 
