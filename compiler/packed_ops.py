@@ -21,6 +21,8 @@ from torch import Tensor
 from attnopt.compiler import attend
 from attnopt.compiler.spec import FULL, AttentionSpec, parse_spec
 
+SHORT = 160  # tokens up to which plain products beat the fused kernel on a CPU
+
 
 @torch.library.custom_op("attnopt::pack_index", mutates_args=())
 def pack_index(
@@ -88,7 +90,7 @@ def packed_attention(
         for start, count, length in _runs(offsets.tolist())
     ]
     if len(made) == 1:
-        return made[0]
+        return made[0].contiguous()
     return torch.cat(made) if made else q.new_empty(0, q.shape[1], v.shape[2])
 
 
@@ -138,6 +140,8 @@ def _group(
     position = index[part].view(count, length)
     spec = _simplest(spec, position, seq)
     if not extras and spec.mask.kind != "window" and not len(keys) and not spec.softcap:
+        if count == 1 and length <= SHORT and spec.mask.kind == "full" and spec.group == 1:
+            return _short(q[0], k[0], v[0], spec.scale)
         out = F.scaled_dot_product_attention(
             q,
             k,
@@ -153,6 +157,15 @@ def _group(
     run = attend.reference if attend.runs_on_sdpa(local) else attend.sdpa
     out = run(q, k, v, inner, local)
     return out.transpose(1, 2).reshape(count * length, *out.shape[1:4:2])
+
+
+def _short(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """One short sequence `[heads, length, dim]` by plain products: `[length, heads, v_dim]`.
+
+    At these sizes the fused kernel's set-up costs more than the score matrix that it saves.
+    """
+    scores = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=scale)
+    return torch.bmm(scores.softmax(-1), v).transpose(0, 1)
 
 
 def _simplest(spec: AttentionSpec, position: Tensor, seq: int) -> AttentionSpec:
