@@ -16,7 +16,7 @@ from attnopt.compiler.program import Batch, Program
 from attnopt.compiler.raising.evaluate import example_input, example_sizes, resized
 
 DOUBLE_LIMIT = 60_000_000  # parameters up to which programs are also compared in float64
-CELLS = 512  # positions per compared batch; rows are left out beyond that, never below two
+CELLS = 512  # positions per compared batch: rows beyond that are left out, longer rows are cut
 BOUND = {torch.float64: 1e-8, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 _KNOWN: WeakKeyDictionary[torch.nn.Module, dict[torch.dtype, list[Any]]] = WeakKeyDictionary()
 
@@ -121,6 +121,7 @@ def _sizes(program: Program) -> list[dict[str, int]]:
     a few more."""
     sizes = example_sizes(program)
     rows = {dims[0] for dims in program.dynamic.values() if 0 in dims}
+    sizes = {s: n if s in rows else min(n, CELLS) for s, n in sizes.items()}
     longest = max((n for s, n in sizes.items() if s not in rows), default=1)
     few = max(2, CELLS // longest)
     first = {s: min(n, few) if s in rows else n for s, n in sizes.items()}
