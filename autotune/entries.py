@@ -134,11 +134,14 @@ def relaxation(
     """The smallest change of the demands that would be met, from what was measured."""
     rounded = math.floor(reached * 100) / 100
     lower = f"--budget {rounded:.2f}x is met at --max-drop {max_drop:.1%}"
-    if budget is None:
+    if rounded < 1:
+        lower = f"nothing within --max-drop {max_drop:.1%} is faster than the best baseline"
+    if budget is None or not tried:
         return Relaxation(lower, budget=rounded)
     fast = [t for t in tried if t.gain * base >= budget and math.isfinite(t.drop_upper)]
     if not fast:
-        return Relaxation(f"{lower}; no plan tried reaches {budget:g}x at any drop", budget=rounded)
+        words = f"{lower}; no plan tried reaches {budget:g}x at any drop"
+        return Relaxation(words, budget=rounded)
     best = min(fast, key=lambda t: t.drop_upper)
     drop = math.ceil(max(best.drop_upper, 0.0) * 1000) / 1000
     return Relaxation(f"{lower}; {budget:g}x would take --max-drop {drop:.1%}", rounded, drop)
