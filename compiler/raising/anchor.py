@@ -71,7 +71,6 @@ class Anchor:
     added: list[tuple[fx.Node, float]] = field(default_factory=list)
     dropped: list[fx.Node] = field(default_factory=list)
     keep: list[fx.Node] = field(default_factory=list)
-    enable_gqa: bool = False
     einsum: tuple[str, str] | None = None
 
 
@@ -103,7 +102,6 @@ def _fused(node: fx.Node) -> Anchor | Stop:
     if scale is None:
         scale = 1.0 / math.sqrt(int(q.meta["val"].shape[-1]))
     anchor = Anchor("sdpa", node, q, k, v, False, float(scale))
-    anchor.enable_gqa = bool(values.get("enable_gqa"))
     if values.get("is_causal"):
         anchor.mask = CAUSAL
     mask = values.get("attn_mask")
