@@ -158,6 +158,7 @@ def check(
     *,
     min_speed: float | None = None,
     max_drop: float | None = None,
+    metric: str | None = None,
     text: str | Path | None = None,
     calibration: str | Path | None = None,
     inputs: str | Path | None = None,
@@ -172,14 +173,16 @@ def check(
 ) -> Verdict:
     """Measure a saved folder against its model again.
 
-    The speed bound is `min_speed`, or the budget of the report, or its ratio less a tenth; the
-    accuracy bound `max_drop` or the report's. Raises `Problem` A513 when the model is not the one
-    the folder was made from.
+    The speed bound is `min_speed`, or the budget of the report where it was met, or its ratio less
+    a tenth; the accuracy bound `max_drop` or the report's. Raises `Problem` A513 when the model is
+    not the one the folder was made from, and A514 when the run was judged by a metric of the
+    user's and none is given.
     """
     say = progress or (lambda what, share: None)
     home = Path(folder)
     report = _result(home)
     _same_model(report, Path(model))
+    _same_metric(report, metric)
     wanted = Wanted(_path(text), _path(calibration), _path(inputs), batch, length)
     loaded = load(
         str(model), inputs=wanted.inputs, text=wanted.text, allow_globals=allow_globals,
@@ -196,11 +199,7 @@ def check(
         progress=say,
     )
     ratio = timing.ratio("optimized", timing.fastest([c.name for c in base.contenders]))
-    bound = (
-        min_speed
-        or report.budget
-        or (report.speed.ratio.value * (1 - SLACK) if report.speed else 1.0)
-    )
+    bound = min_speed or _speed_bound(report)
     fast = ratio.interval.high >= bound
     lines = [
         f"speed {ratio.value:.2f}x (at least {bound:.2f}x wanted): {'ok' if fast else 'too slow'}"
@@ -209,12 +208,15 @@ def check(
     drop = upper = None
     close = True
     if data.evaluation:
-        accuracy = evaluate(given, optimized, data.evaluation, loaded.task, say)
+        accuracy = evaluate(
+            given, optimized, data.evaluation, loaded.task, say, metric=metric, seed=report.seed
+        )
         drop, upper = accuracy.drop, accuracy.drop_upper
         verdict = accuracy.verdict(allowed)
         close = verdict == "pass"
         lines.append(f"drop {drop:.2%}, at most {upper:.2%} ({allowed:.2%} allowed): {verdict}")
     else:
+        close = report.accuracy is None and max_drop is None
         lines.append(
             "drop not measured: there is no evaluation data; give --text FILE or --inputs FILE"
         )
@@ -229,6 +231,24 @@ def check(
         tuple(lines),
         environment(),
     )
+
+
+def _speed_bound(report: Result) -> float:
+    """The least ratio that a run has to keep: its budget if it met that, else its ratio less a
+    tenth."""
+    if report.budget and report.met:
+        return report.budget
+    return report.speed.ratio.value * (1 - SLACK) if report.speed else 1.0
+
+
+def _same_metric(report: Result, metric: str | None) -> None:
+    used = report.accuracy.metric if report.accuracy else ""
+    if metric is None and ":" in used:
+        raise Problem(
+            "A514", f"the accuracy of this run was measured by `{used}`",
+            why="no code that a report names is run unasked",
+            help=f"give --metric {used}",
+        )  # fmt: skip
 
 
 def _path(value: str | Path | None) -> Path | None:

@@ -333,7 +333,7 @@ def _metric(accuracy: Accuracy) -> tuple[str, Number | None, Number | None]:
     if accuracy.perplexity is not None:
         return "perplexity", _number(accuracy.perplexity_original), _number(accuracy.perplexity)
     if accuracy.metric is not None:
-        return "metric", _number(accuracy.metric_original), _number(accuracy.metric)
+        return accuracy.task, _number(accuracy.metric_original), _number(accuracy.metric)
     low = accuracy.cosine_lower
     cosine = None if accuracy.cosine is None else Number(accuracy.cosine, "measured", low)
     return "cosine similarity", Number(1.0, "measured"), cosine

@@ -77,7 +77,7 @@ class Run:
     def _pace(self, built: Built, seconds: float = 8.0) -> Pace:
         if self.request.target != "cpu":
             return estimated(self.bench, built, known_target(self.request.target))
-        return measured(self.bench, built, seconds)
+        return measured(self.bench, built, seconds, self.request.budget)
 
     def _profile(self, exact: Built) -> Profile | None:
         if self.request.target != "cpu":

@@ -45,11 +45,12 @@ class Menu:
 def ceilings(
     program: Program, profile: Profile, kinds: Sequence[type[Pass]]
 ) -> dict[str, tuple[float, float]]:
-    """Pass name -> (share of measured time its targets have, Amdahl's ceiling of removing all of
-    it)."""
+    """Pass name -> (share of the measured time that the parts it can make cheaper take, Amdahl's
+    ceiling of removing all of them)."""
     found: dict[str, tuple[float, float]] = {}
     for kind in kinds:
-        share = min(1.0, sum(profile.share(target_id(t)) for t in kind().targets(program)))
+        targets = kind().targets(program)
+        share = min(1.0, sum(profile.share(target_id(t), kind.removes) for t in targets))
         found[kind.name] = (share, ceiling(share))
     return found
 

@@ -30,6 +30,7 @@ def check(
     max_drop: Annotated[
         str | None, typer.Option(help="Largest loss of accuracy (default: the report's).")
     ] = None,
+    metric: options.Metric = None,
     text: options.Text = None,
     calibration: options.Calibration = None,
     inputs: options.Inputs = None,
@@ -65,8 +66,9 @@ def check(
         options.set_threads(threads)
         from attnopt.autotune.replay import check as measure
 
+        options.find_metric(metric)
         found = measure(
-            folder, original, **bounds, **asked, trust=trust,
+            folder, original, **bounds, **asked, metric=metric, trust=trust,
             allow_globals=tuple(allow_global or ()), progress=bar,
         )  # fmt: skip
     if json:

@@ -40,9 +40,7 @@ def optimize(
         bool, typer.Option("--resume", help="Go on with an interrupted run in the same folder.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
-    metric: Annotated[
-        str | None, typer.Option(help="Your own measure of accuracy.", metavar="MODULE:FUNCTION")
-    ] = None,
+    metric: options.Metric = None,
     text: options.Text = None,
     calibration: options.Calibration = None,
     inputs: options.Inputs = None,
@@ -102,7 +100,7 @@ def _optimize(model: str, as_json: bool, threads: int | None, **asked: Any) -> i
         options.set_threads(threads)
         from attnopt.autotune.optimize import optimize as run
 
-        _find_metric(asked["metric"])
+        options.find_metric(asked["metric"])
         result = run(model, progress=bar, **asked)
     if as_json:
         document({**result.as_json(), "folder": result.folder})
@@ -110,17 +108,6 @@ def _optimize(model: str, as_json: bool, threads: int | None, **asked: Any) -> i
         draw.outcomes(result.outcomes)
         draw.verdict(result)
     return result.exit_code
-
-
-def _find_metric(metric: str | None) -> None:
-    """Import the user's metric from the current directory, before any work is done."""
-    if metric is None:
-        return
-    from attnopt.autotune.accuracy import load_metric
-    from attnopt.compiler.intake.allow import importable_here
-
-    importable_here()
-    load_metric(metric)
 
 
 def name_of(model: str) -> str:

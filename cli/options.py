@@ -48,6 +48,13 @@ Batch = Annotated[
 Length = Annotated[
     int | None, typer.Option(min=1, rich_help_panel=_SIZES, help="Tokens in one sequence.")
 ]
+Metric = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODULE:FUNCTION",
+        help="Your own measure of accuracy: called with the model, larger is better.",
+    ),
+]
 AllowGlobal = Annotated[
     list[str] | None,
     typer.Option(
@@ -86,3 +93,14 @@ def set_threads(threads: int | None) -> None:
     import torch  # here, so that help and mistakes are answered without it
 
     torch.set_num_threads(threads)
+
+
+def find_metric(metric: str | None) -> None:
+    """Import the user's metric from the current directory, before any work is done."""
+    if metric is None:
+        return
+    from attnopt.autotune.accuracy import load_metric
+    from attnopt.compiler.intake.allow import importable_here
+
+    importable_here()
+    load_metric(metric)

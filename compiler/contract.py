@@ -23,6 +23,7 @@ from torch import Tensor
 from attnopt.compiler import text
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.program import Batch, Program, peek
+from attnopt.compiler.regions import PARTS, Part
 from attnopt.compiler.site import Site, Sublayer
 from attnopt.compiler.spec import AttentionSpec
 
@@ -121,6 +122,7 @@ class Pass(ABC):
         False  # the search orders its targets by removing them one after the other
     )
     heals: ClassVar[bool] = False  # repairs what approximate passes before it did; run after them
+    removes: ClassVar[tuple[Part, ...]] = PARTS  # parts of a site it can make cheaper, its ceiling
 
     @abstractmethod
     def rewrite(self, target: Any, program: Program, notes: Notes) -> Edit | Miss:

@@ -22,6 +22,7 @@ from attnopt.compiler import attend
 from attnopt.compiler.spec import FULL, AttentionSpec, parse_spec
 
 SHORT = 160  # tokens up to which plain products beat the fused kernel on a CPU
+PRECISE = (torch.float32, torch.float64)  # dtypes that scores may be kept in
 
 
 @torch.library.custom_op("attnopt::pack_index", mutates_args=())
@@ -140,7 +141,8 @@ def _group(
     position = index[part].view(count, length)
     spec = _simplest(spec, position, seq)
     if not extras and spec.mask.kind != "window" and not len(keys) and not spec.softcap:
-        if count == 1 and length <= SHORT and spec.mask.kind == "full" and spec.group == 1:
+        plain = spec.mask.kind == "full" and spec.group == 1 and q.dtype in PRECISE
+        if count == 1 and length <= SHORT and plain:
             return _short(q[0], k[0], v[0], spec.scale)
         out = F.scaled_dot_product_attention(
             q,

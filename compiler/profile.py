@@ -52,11 +52,6 @@ class Profile:
         """The share of all sites together, projections included."""
         return self._of_total(sum(self.site_s.values()))
 
-    @property
-    def core_share(self) -> float:
-        """The share of all sites without their projections' matrix products."""
-        return sum(self.share(id, ("core", "between")) for id in self.site_s)
-
     def as_json(self) -> dict[str, Any]:
         """The profile as a JSON object, without the single nodes."""
         return {
@@ -118,17 +113,6 @@ def ceiling(share: float) -> float:
     if not 0.0 <= share <= 1.0:
         raise ValueError(f"a share of time lies between 0 and 1, not {share}")
     return math.inf if share == 1.0 else 1.0 / (1.0 - share)
-
-
-def ceiling_of(
-    profile: Profile, targets: Sequence[str], parts: Sequence[Part] = PARTS, removed: float = 1.0
-) -> float:
-    """The most that a rewrite can gain that removes `removed` (0 to 1) of its targets' parts.
-
-    `targets` are ids of sites or of sublayers; ("*",) means all sites.
-    """
-    ids = tuple(profile.site_s) if tuple(targets) == ("*",) else targets
-    return ceiling(min(1.0, removed * sum(profile.share(id, parts) for id in ids)))
 
 
 class _Timed(fx.Interpreter):

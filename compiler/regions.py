@@ -18,7 +18,7 @@ def site_parts(program: Program, site: Site) -> dict[str, Part]:
     """The nodes of a site by name, each with its part.
 
     `q`, `k`, `v`, `out` are the projections' matrix products (one node that serves several counts
-    for the first), `core` is the attention itself, and `between` all on a way from an input
+    for the last), `core` is the attention itself, and `between` all on a way from an input
     projection to the output projection, with what serves nothing else (weights, masks of its own).
     The norm before the projections belongs to the sublayer, not to the site. A site whose nodes a
     rewrite has removed has no parts.
@@ -38,7 +38,7 @@ def site_parts(program: Program, site: Site) -> dict[str, Part]:
     parts: dict[str, Part] = {node.name: "between" for node in inside}
     if end is not core:
         parts[end.name] = "out"
-    for part in ("v", "k", "q"):
+    for part in ("q", "k", "v"):
         if part in known:
             parts[known[part].projection] = part
     parts[core.name] = "core"

@@ -21,6 +21,7 @@ from attnopt.compiler.contract import Edit, Exactness, Miss, Notes, Pass, choice
 from attnopt.compiler.gauge import Freedom, freedom
 from attnopt.compiler.grams import Gram, input_moments, moments
 from attnopt.compiler.program import Program
+from attnopt.compiler.regions import Part
 from attnopt.compiler.reproject import reproject
 from attnopt.compiler.shared_heads import Shared
 from attnopt.compiler.site import OutputPath, Path, Site
@@ -38,6 +39,8 @@ class MergeKvHeads(Pass):
     source: ClassVar[str] = (
         "Ainslie et al. 2023 (mean); complex rank-1 keys, group-PCA values (closed)"
     )
+
+    removes: ClassVar[tuple[Part, ...]] = ("k", "v", "core", "between")
 
     factor: int = choice(2, 4, 8, default=2)
     method: str = choice("closed", "mean", default="closed")

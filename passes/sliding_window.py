@@ -26,6 +26,7 @@ from attnopt.compiler.attend_window import logits_per_query
 from attnopt.compiler.contract import Edit, Exactness, Miss, Notes, Pass, choice
 from attnopt.compiler.program import Batch, Program
 from attnopt.compiler.raising.evaluate import concrete, example_sizes
+from attnopt.compiler.regions import Part
 from attnopt.compiler.reproject import same
 from attnopt.compiler.site import Site
 from attnopt.compiler.spec import AttentionSpec, Mask, parse_spec
@@ -44,6 +45,7 @@ class SlidingWindow(Pass):
         "StreamingLLM (Xiao et al. 2023); heads by kept mass after DuoAttention (2024)"
     )
     after: ClassVar[tuple[str, ...]] = ("simplify_mask",)
+    removes: ClassVar[tuple[Part, ...]] = ("core", "between")
 
     left: int = choice(64, 128, 256, 512, 1024, 2048, 4096, default=256)
     sink: int = choice(0, 4, 16, default=4)

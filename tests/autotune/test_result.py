@@ -119,9 +119,9 @@ def test_evaluations_become_entries() -> None:
     infeasible = Accuracy("causal-lm", math.inf, -math.inf, math.inf, False, "NaN in the outputs")
     told = AccuracyEntry.of(infeasible, 0.01)
     assert told.verdict == "fail" and told.reason == "NaN in the outputs"
-    metric = AccuracyEntry.of(Accuracy("other", 0.1, 0.1, 0.1, bounded=False, metric=0.8,
+    metric = AccuracyEntry.of(Accuracy("mine", 0.1, 0.1, 0.1, bounded=False, metric=0.8,
                                        metric_original=0.9), 0.2)  # fmt: skip
-    assert metric.metric == "metric" and metric.drop.low is None
+    assert metric.metric == "mine" and metric.drop.low is None
 
 
 def test_the_evidence_of_a_plan_is_plain_json() -> None:
