@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from graphlib import TopologicalSorter
 
 from attnopt.compiler.contract import Exactness, Pass, passes
@@ -17,18 +18,17 @@ def ordered() -> list[type[Pass]]:
     return [known[name] for name in sorter.static_order()]
 
 
-def compose(steps: list[Step], exact: bool = True) -> Plan:
-    """A plan of these steps and, with `exact`, of every exact and guarded pass, all in the order of
-    `ordered`."""
+def compose(steps: list[Step], without: Collection[str] = ()) -> Plan:
+    """A plan of these steps and of every exact and guarded pass that is not in `without`, all in
+    the order of `ordered`."""
     names = [kind.name for kind in ordered()]
+    left = {step.rewrite.partition("{")[0] for step in steps} | set(without)
     chosen = list(steps)
-    if exact:
-        given = {step.rewrite.partition("{")[0] for step in steps}
-        chosen += [
-            Step(kind().text)
-            for kind in ordered()
-            if kind.exactness is not Exactness.APPROXIMATE and kind.name not in given
-        ]
+    chosen += [
+        Step(kind().text)
+        for kind in ordered()
+        if kind.exactness is not Exactness.APPROXIMATE and kind.name not in left
+    ]
     return Plan(tuple(sorted(chosen, key=lambda step: names.index(step.rewrite.partition("{")[0]))))
 
 

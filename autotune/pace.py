@@ -24,7 +24,7 @@ PATIENCE = 4  # times as long is timed again where the interval lies on both sid
 class Pace:
     """The speed of a built plan.
 
-    `plan` is the plan with the form it runs in; `beaten` that a baseline is as fast.
+    `plan` is the plan with the form it runs in.
     """
 
     built: Built
@@ -39,11 +39,6 @@ class Pace:
     def ratio(self) -> float:
         """How many times as fast it is as the fastest baseline."""
         return self.speed.ratio.value
-
-    @property
-    def beaten(self) -> bool:
-        """Whether nothing rewritten is worth it: the interval of the ratio lies below 1."""
-        return self.speed.verdict == "slower" and bool(self.built.plan.steps)
 
 
 def measured(bench: Workbench, built: Built, seconds: float, budget: float | None = None) -> Pace:

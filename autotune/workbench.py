@@ -98,6 +98,7 @@ class Workbench:
             task,
             metric,
         )
+        self.without = frozenset[str]()  # exact passes that do not pay here
         self.seed, self.progress = seed, progress or (lambda what, share: None)
         self.notes = Notes(program, data.calibration, data.heldout, device, seed)
         self.searching = Teacher(original, data.heldout, task)
@@ -112,9 +113,13 @@ class Workbench:
         self._built: dict[tuple[tuple[Step, ...], bool], tuple[Program, tuple[Outcome, ...]]] = {}
         self._baselines: Baselines | None = None
 
-    def build(self, steps: list[Step], exact: bool = True, verify: bool = True) -> Built:
-        """Apply approximate steps together with all exact ones, each at its place in the order."""
-        return self.apply(compose(steps, exact), verify)
+    def compose(self, steps: list[Step]) -> Plan:
+        """Approximate steps together with all exact ones but those of `without`."""
+        return compose(steps, self.without)
+
+    def build(self, steps: list[Step], verify: bool = True) -> Built:
+        """Apply approximate steps together with the exact ones, each at its place in the order."""
+        return self.apply(self.compose(steps), verify)
 
     def apply(self, plan: Plan, verify: bool = True) -> Built:
         """Apply a plan as it stands; shared beginnings of plans are applied once.
@@ -137,7 +142,7 @@ class Workbench:
 
     def drop(self, steps: list[Step]) -> Accuracy:
         """Accuracy on the heldout data, from the journal where it was measured before."""
-        key = "heldout " + _key(compose(steps))
+        key = "heldout " + _key(self.compose(steps))
         found = self.journal.get(
             key, lambda: self._drop(self.build(steps, verify=False), self.searching).as_json()
         )
@@ -190,7 +195,7 @@ class Workbench:
         On the machine at hand both run eagerly, paired; for a device that is not there both are
         estimated.
         """
-        key = f"gain {_key(compose(steps))} over {_key(over.plan)}"
+        key = f"gain {_key(self.compose(steps))} over {_key(over.plan)}"
 
         def measure() -> float:
             if self.notes.device != "cpu":

@@ -86,13 +86,19 @@ def packed_attention(
     Returns `[N, heads, v_dim]`, in memory of its own.
     """
     read = parse_spec(spec)
-    made = [
-        _group(q, k, v, extras, read, index, keys, seq, start, count, length)
-        for start, count, length in _runs(offsets.tolist())
-    ]
-    if len(made) == 1:
-        return made[0].contiguous()
-    return torch.cat(made) if made else q.new_empty(0, q.shape[1], v.shape[2])
+    plain = _plain(read, extras, keys)
+    out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+    heads_first = [x.transpose(0, 1) for x in (q, k, v, out)]
+    for start, count, length in _runs(offsets.tolist()):
+        if count == 1 and length <= SHORT and plain and q.dtype in PRECISE:
+            one = [x[:, start : start + length] for x in heads_first]
+            _short(one[0], one[1], one[2], one[3], read.scale)
+        else:
+            part = slice(start, start + count * length)
+            out[part] = _group(
+                q[part], k[part], v[part], extras, read, index[part], keys[part], seq, count
+            )
+    return out
 
 
 @packed_attention.register_fake
@@ -132,18 +138,15 @@ def _runs(offsets: Sequence[int]) -> Iterator[tuple[int, int, int]]:
 
 def _group(
     q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: AttentionSpec,
-    index: Tensor, keys: Tensor, seq: int, start: int, count: int, length: int,
+    index: Tensor, keys: Tensor, seq: int, count: int,
 ) -> Tensor:  # fmt: skip
-    """Attention of `count` sequences of one length that start at token `start`: `[count * length,
+    """Attention of `count` sequences of one length, their tokens end to end: `[count * length,
     heads, v_dim]`."""
-    part = slice(start, start + count * length)
-    q, k, v = (x[part].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
-    position = index[part].view(count, length)
+    length = len(index) // count
+    q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
+    position = index.view(count, length)
     spec = _simplest(spec, position, seq)
     if not extras and spec.mask.kind != "window" and not len(keys) and not spec.softcap:
-        plain = spec.mask.kind == "full" and spec.group == 1 and q.dtype in PRECISE
-        if count == 1 and length <= SHORT and plain:
-            return _short(q[0], k[0], v[0], spec.scale)
         out = F.scaled_dot_product_attention(
             q,
             k,
@@ -153,7 +156,7 @@ def _group(
             enable_gqa=spec.group > 1,
         )
         return out.transpose(1, 2).reshape(count * length, *out.shape[1:4:2])
-    flags = keys[part].view(count, length) if len(keys) else None
+    flags = keys.view(count, length) if len(keys) else None
     inner, names = _local(extras, spec, position, flags, seq)
     local = spec.with_(mask=FULL, extras=names)
     run = attend.reference if attend.runs_on_sdpa(local) else attend.sdpa
@@ -161,13 +164,20 @@ def _group(
     return out.transpose(1, 2).reshape(count * length, *out.shape[1:4:2])
 
 
-def _short(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """One short sequence `[heads, length, dim]` by plain products: `[length, heads, v_dim]`.
+def _plain(spec: AttentionSpec, extras: Sequence[Tensor], keys: Tensor) -> bool:
+    """Whether every token of a sequence attends to every other, each head with a key/value head of
+    its own."""
+    masked = spec.mask.kind != "full" or len(extras) or len(keys)
+    return not masked and spec.group == 1 and not spec.softcap
+
+
+def _short(q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float) -> None:
+    """One short sequence `[heads, length, dim]` by plain products, written to `out`.
 
     At these sizes the fused kernel's set-up costs more than the score matrix that it saves.
     """
     scores = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=scale)
-    return torch.bmm(scores.softmax(-1), v).transpose(0, 1)
+    out.copy_(torch.bmm(scores.softmax(-1), v))
 
 
 def _simplest(spec: AttentionSpec, position: Tensor, seq: int) -> AttentionSpec:

@@ -25,6 +25,6 @@ def test_a_run_judged_by_a_metric_asks_for_it() -> None:
     _same_metric(result, None)
     judged = replace(result, accuracy=replace(result.accuracy, metric="mine.scores:recall"))
     _same_metric(judged, "mine.scores:recall")
-    with pytest.raises(Problem, match="mine.scores:recall") as caught:
+    with pytest.raises(Problem, match="mine") as caught:
         _same_metric(judged, None)
     assert caught.value.code == "A514"
