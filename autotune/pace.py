@@ -81,12 +81,13 @@ def measured(bench: Workbench, built: Built, seconds: float, budget: float | Non
 
 
 def _speed(timing: Timing, baselines: Sequence[str], seed: int) -> tuple[str, Speed]:
-    """The form to run in, the compiled one where it is faster, and its ratios."""
+    """The form to run in, the compiled one where it is faster, and its ratios; the best baseline is
+    the one it gains least over."""
     compiled = COMPILED_FORM in timing.samples
     worth = compiled and timing.ratio(COMPILED_FORM, EAGER_FORM).value > MARGIN
     form = COMPILED_FORM if worth else EAGER_FORM
     ratios = {name: timing.ratio(form, name, seed) for name in baselines}
-    return form, Speed.of(ratios, timing.fastest(baselines))
+    return form, Speed.of(ratios, min(baselines, key=lambda name: ratios[name].value))
 
 
 def _straddles(speed: Speed, budget: float) -> bool:

@@ -25,7 +25,7 @@ from attnopt.compiler.artifact import (
     source_sha256,
 )
 from attnopt.compiler.artifact import load as load_folder
-from attnopt.compiler.contract import Notes
+from attnopt.compiler.contract import Notes, read_pass
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.intake.loaded import require_weights
 from attnopt.compiler.intake.source import load
@@ -108,8 +108,9 @@ def _require_all(plan: Plan, outcomes: list[Outcome], home: Path) -> None:
     made."""
     for step in plan.steps:
         named = [t for t in step.targets if t != "*"]
+        rewrite = read_pass(step.rewrite).text
         for outcome in outcomes:
-            if outcome.rewrite == step.rewrite and outcome.target in named and not outcome.applied:
+            if outcome.rewrite == rewrite and outcome.target in named and not outcome.applied:
                 raise Problem(
                     "A512",
                     f"`{step.rewrite}` does not apply to `{outcome.target}` of this model",

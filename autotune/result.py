@@ -78,8 +78,8 @@ class Timed:
 
 @dataclass(frozen=True)
 class Speed:
-    """How many times as fast the result is: `over` each baseline, and over `best`, the fastest
-    one.
+    """How many times as fast the result is: `over` each baseline, and over `best`, the one it gains
+    least over.
     """
 
     derived: ClassVar[tuple[str, ...]] = ("ratio",)

@@ -3,6 +3,7 @@ the search, the verdict."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,10 +24,11 @@ from attnopt.codegen.target import target as known_target
 from attnopt.compiler.contract import read_pass
 from attnopt.compiler.cost import Cost, cost
 from attnopt.compiler.plan import Plan
-from attnopt.compiler.profile import Profile, profile
+from attnopt.compiler.profile import Profile, ceiling, profile
 from attnopt.compiler.program import Program
 
 Progress = Callable[[str, float], None]
+log = logging.getLogger("attnopt")
 FINALISTS = 3
 SENSITIVITY_SHARE = 0.35  # of the search's time
 
@@ -53,6 +55,7 @@ class Run:
         exact = pace.built
         self.profile = self._profile(exact)
         found = ceilings(self.program, self.profile, approximate()) if self.profile else {}
+        self._say_ceilings(pace, found)
         if self._enough(pace) or not self.request.searches or not self._can_search():
             return self._finish(pace, found)
         tried, single = self._search(exact, pace, found)
@@ -103,6 +106,19 @@ class Run:
             Plan(tuple(steps))
         )  # a packed program no longer has the sites' nodes
         return profile(padded.program, self.data.timing[0], repeats=3, progress=self.progress)
+
+    def _say_ceilings(self, pace: Pace, found: dict[str, tuple[float, float]]) -> None:
+        """Tell before anything is searched what there is to gain."""
+        log.info("exact rewrites: %.2fx over %s", pace.ratio, pace.speed.best)
+        if self.profile is None:
+            return
+        share = self.profile.attention_share
+        log.info(
+            "ceiling: attention, projections included, takes %.0f%% of the time; without all of it "
+            "at most %.2fx more", 100 * share, ceiling(share),
+        )  # fmt: skip
+        for name, (part, limit) in found.items():
+            log.info("ceiling: %s works on %.0f%%, at most %.2fx more", name, 100 * part, limit)
 
     def _enough(self, pace: Pace) -> bool:
         return self.request.budget is not None and pace.ratio >= self.request.budget

@@ -116,7 +116,7 @@ class Search:
         return self.limits.gain is not None and best is not None and best.gain >= self.limits.gain
 
     def _try(self, trial: optuna.Trial) -> Tried:
-        steps = self._steps(trial)
+        steps = self.bench.effective(self._steps(trial))
         trial.set_user_attr("steps", [[s.rewrite, list(s.targets)] for s in steps])
         accuracy = self.bench.drop(steps)
         drop = accuracy.drop if accuracy.feasible else math.inf

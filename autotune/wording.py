@@ -41,7 +41,7 @@ def share(value: float) -> str:
     if not math.isfinite(value):
         return str(value)
     size = abs(value) * 100
-    if size == 0:
+    if size < 1e-6:  # rounding
         return "0%"
     if size < 1e-3:
         return f"{value * 100:.0e}%"
@@ -186,5 +186,6 @@ def _said(number: Number | None, shape: object, interval: bool) -> str:
     assert callable(shape)
     said = str(shape(number.value))
     if interval and number.low is not None and number.high is not None:
-        said += f" ({shape(number.low)} to {shape(number.high)})"
+        bounds = (str(shape(number.low)), str(shape(number.high)))
+        said += f" ({bounds[0]} to {bounds[1]})" if {*bounds} != {said} else ""
     return said if number.kind == "measured" else f"{said} (estimated)"

@@ -121,6 +121,12 @@ class Workbench:
         """Apply approximate steps together with the exact ones, each at its place in the order."""
         return self.apply(self.compose(steps), verify)
 
+    def effective(self, steps: list[Step]) -> list[Step]:
+        """Those of the approximate steps that change something when they are applied together."""
+        outcomes = self.build(steps, verify=False).outcomes
+        applied = {outcome.rewrite for outcome in outcomes if outcome.applied}
+        return [step for step in steps if read_pass(step.rewrite).text in applied]
+
     def apply(self, plan: Plan, verify: bool = True) -> Built:
         """Apply a plan as it stands; shared beginnings of plans are applied once.
 

@@ -1,10 +1,12 @@
 """`Progress`: a bar with the time left for whatever takes longer than two seconds.
 
-It draws on stderr, only on a terminal, and not at all when it is told to be quiet (`--json`).
+It draws on stderr, only on a terminal, and not at all when it is told to be quiet (`--json`). What
+attnopt logs while the work goes on is printed on stderr above the bar, on a terminal or not.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from types import TracebackType
 
@@ -23,6 +25,17 @@ from rich.progress import (
 from attnopt.cli.draw import console
 
 PATIENCE = 2.0
+
+
+class _Log(logging.Handler):
+    """Prints what is logged, above the bar where one is drawn."""
+
+    def __init__(self, bar: Bar) -> None:
+        super().__init__(logging.INFO)
+        self._bar = bar
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._bar.console.print(record.getMessage(), style="dim", markup=False, highlight=False)
 
 
 class Progress:
@@ -58,6 +71,7 @@ class Progress:
         self._task = self._bar.add_task(what, total=total)
         self._timer = threading.Timer(patience, self._bar.start)
         self._timer.daemon = True
+        self._log = None if quiet else _Log(self._bar)
 
     @property
     def shown(self) -> bool:
@@ -67,6 +81,10 @@ class Progress:
     def __enter__(self) -> Progress:
         if self.active:
             self._timer.start()
+        if self._log is not None:
+            logger = logging.getLogger("attnopt")
+            logger.setLevel(logging.INFO)
+            logger.addHandler(self._log)
         return self
 
     def __exit__(
@@ -75,6 +93,8 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self._log is not None:
+            logging.getLogger("attnopt").removeHandler(self._log)
         if not self.active:
             return
         self._timer.cancel()

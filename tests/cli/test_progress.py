@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import time
 
 import pytest
@@ -75,3 +76,14 @@ def test_an_error_passes_and_the_bar_is_gone(screen: io.StringIO) -> None:
         assert _until(step)
         raise KeyboardInterrupt
     assert not step.shown
+
+
+def test_what_is_logged_is_told_without_a_terminal_too(capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("attnopt")
+    with Progress("optimize"):
+        logger.info("ceiling: at most %.2fx", 1.7)
+    logger.info("afterwards")
+    with Progress("optimize", quiet=True):
+        logger.info("with --json")
+    told = capsys.readouterr()
+    assert told.err.strip() == "ceiling: at most 1.70x" and told.out == ""
