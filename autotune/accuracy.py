@@ -42,8 +42,8 @@ class Accuracy:
     and `drop_upper` are its one-sided 95% bounds, equal to it where the metric is a figure without
     samples (`bounded` is then False). `rounding` is the drop that arithmetic in the outputs' dtype
     may make without any change of the function. `kl` is in nats per token. Where `feasible` is
-    False the `reason` says why, and no figure of this value may be compared. `worst` is the drop of
-    the worst sequence.
+    False the `reason` says why, and no figure of this value may be compared. `worst` is the largest
+    change of a sequence, for better or worse.
     """
 
     task: str
@@ -79,7 +79,7 @@ class Accuracy:
         """
         if not self.feasible:
             return "fail"
-        if self.worst <= self.rounding:
+        if self.bounded and self.worst <= self.rounding:
             return "pass"
         allowed = max(max_drop, self.rounding)
         enough = not self.bounded or self.sequences >= LEAST_SEQUENCES
@@ -163,7 +163,7 @@ def load_metric(text: str) -> Metric:
         found: Any = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, SyntaxError) as error:
         what = f"the metric `{text}` was not found"
         raise Problem("A407", what, why=str(error), help=help) from error
     if not callable(found):
@@ -192,7 +192,7 @@ def _language(task: str, scores: Scores, seed: int) -> Accuracy:
         return _infeasible(task, "its loss is not finite", len(table))
     return Accuracy(
         task, drop.value, drop.below, drop.above,
-        rounding=scores.rounding, worst=float(change(table[:, None]).max()),
+        rounding=scores.rounding, worst=float(np.abs(change(table[:, None])).max()),
         perplexity=float(np.exp(total[2] / total[0])),
         perplexity_original=float(np.exp(total[1] / total[0])),
         kl=kl.value, kl_upper=kl.above, top1=top1.value, top1_lower=top1.below,
@@ -215,19 +215,32 @@ def _similarity(task: str, scores: Scores, seed: int) -> Accuracy:
 def _by_metric(teacher: Teacher, candidate: Model, metric: str | Metric) -> Accuracy:
     function = load_metric(metric) if isinstance(metric, str) else metric
     name = metric if isinstance(metric, str) else getattr(metric, "__name__", "metric")
-    before, after = teacher.metric(name, function), float(function(candidate))
+    before = teacher.metric(name, lambda model: _number_of(function, name, model))
+    after = _number_of(function, name, candidate)
     if not math.isfinite(before) or before == 0.0:
         raise Problem(
             "A402",
             f"the metric `{name}` is {before} for the model as given",
             why="a relative fall needs a finite number that is not zero",
+            help="give a metric that is larger the better the model is, such as a share of hits",
         )
     if not math.isfinite(after):
         return _infeasible(name, f"the metric is {after}")
     drop = (before - after) / abs(before)
     return Accuracy(
-        name, drop, drop, drop, bounded=False, worst=drop, metric=after, metric_original=before
+        name, drop, drop, drop, bounded=False, worst=abs(drop), metric=after, metric_original=before
     )
+
+
+def _number_of(function: Metric, name: str, model: Model) -> float:
+    """What the user's metric says of a model. Raises `Problem` A407 where it fails."""
+    try:
+        return float(function(model))
+    except Exception as error:  # it is the user's code: whatever it raises is told as its own
+        raise Problem(
+            "A407", f"the metric `{name}` failed", why=f"{type(error).__name__}: {error}",
+            help="it is called with the model and has to return a number, larger is better",
+        ) from error  # fmt: skip
 
 
 def _infeasible(task: str, reason: str, sequences: int = 0) -> Accuracy:

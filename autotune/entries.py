@@ -7,6 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from attnopt.autotune import wording
+from attnopt.autotune.accuracy import LEAST_SEQUENCES, Accuracy
+from attnopt.autotune.pace import Pace
 from attnopt.autotune.result import (
     Ceiling,
     Number,
@@ -105,7 +108,6 @@ def sensitivities(found: Sequence[Single]) -> tuple[Sensitivity, ...]:
             s.rewrite,
             s.target,
             Number(s.drop, "measured") if math.isfinite(s.drop) else None,
-            None,
             s.reason,
         )
         for s in found
@@ -129,22 +131,45 @@ def trials(
 
 
 def relaxation(
-    tried: Sequence[Tried], base: float, budget: float | None, reached: float, max_drop: float
-) -> Relaxation:
-    """The smallest change of the demands that would be met, from what was measured."""
-    rounded = math.floor(reached * 100) / 100
-    lower = f"--budget {rounded:.2f}x is met at --max-drop {max_drop:.1%}"
-    if rounded < 1:
-        lower = f"nothing within --max-drop {max_drop:.1%} is faster than the best baseline"
+    tried: Sequence[Tried], base: float, budget: float | None, pace: Pace, max_drop: float,
+    accuracy: Accuracy | None,
+) -> Relaxation:  # fmt: skip
+    """The smallest change of the demands that would be met, from what was measured (or, for a
+    device that is not there, estimated)."""
+    kept = accuracy is None or accuracy.verdict(max_drop) == "pass"
+    allowed = wording.share(max_drop)
+    rounded = math.floor(pace.ratio * 100) / 100
+    by = "" if pace.kind == "measured" else f" ({pace.kind})"
+    words = f"--budget {rounded:.2f}x is met at --max-drop {allowed}{by}"
+    if not kept:
+        assert accuracy is not None
+        words, rounded = _loss_words(accuracy), 0.0
+    elif pace.speed.verdict != "faster" or rounded <= 1:
+        words, rounded = (
+            f"nothing within --max-drop {allowed} is surely faster than {pace.speed.best}",
+            1.0,
+        )
     if budget is None or not tried:
-        return Relaxation(lower, budget=rounded)
+        return Relaxation(words, budget=rounded or None)
     fast = [t for t in tried if t.gain * base >= budget and math.isfinite(t.drop_upper)]
+    over = [t for t in fast if t.drop_upper > max_drop]
     if not fast:
-        words = f"{lower}; no plan tried reaches {budget:g}x at any drop"
-        return Relaxation(words, budget=rounded)
-    best = min(fast, key=lambda t: t.drop_upper)
-    drop = math.ceil(max(best.drop_upper, 0.0) * 1000) / 1000
-    return Relaxation(f"{lower}; {budget:g}x would take --max-drop {drop:.1%}", rounded, drop)
+        return Relaxation(f"{words}; no plan tried reaches {budget:g}x", budget=rounded or None)
+    if not over:
+        more = "a plan that seemed to was slower when it was timed again, or the data too little"
+        return Relaxation(f"{words}; {more}", budget=rounded or None)
+    drop = math.ceil(min(t.drop_upper for t in over) * 1000) / 1000
+    words = f"{words}; {budget:g}x would take --max-drop {wording.share(drop)}"
+    return Relaxation(words, rounded or None, drop)
+
+
+def _loss_words(accuracy: Accuracy) -> str:
+    if accuracy.feasible and accuracy.bounded and accuracy.sequences < LEAST_SEQUENCES:
+        return (
+            f"{accuracy.sequences} sequences are too few to bound a loss: "
+            f"give data for at least {LEAST_SEQUENCES}"
+        )
+    return f"it would take --max-drop {wording.share(math.ceil(accuracy.drop_upper * 1000) / 1000)}"
 
 
 def refits(outcomes: Sequence[Outcome]) -> tuple[Refit, ...]:

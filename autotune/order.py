@@ -10,11 +10,19 @@ from attnopt.compiler.plan import Plan, Step
 
 
 def ordered() -> list[type[Pass]]:
-    """All known passes, each after those it names in `after`; ties by name."""
+    """All known passes, each after those it names in `after`, healing ones after all approximate
+    ones; ties by name."""
     known = passes()
+    broken = [
+        name
+        for name, kind in sorted(known.items())
+        if kind.exactness is Exactness.APPROXIMATE and not kind.heals
+    ]
     sorter: TopologicalSorter[str] = TopologicalSorter()
     for name in sorted(known):
         sorter.add(name, *(other for other in known[name].after if other in known))
+        if known[name].heals:
+            sorter.add(name, *broken)
     return [known[name] for name in sorter.static_order()]
 
 

@@ -3,31 +3,37 @@ folder again."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from attnopt.autotune import entries
 from attnopt.autotune.accuracy import evaluate
 from attnopt.autotune.baselines import baselines
-from attnopt.autotune.data import gather
+from attnopt.autotune.data import Data, gather
 from attnopt.autotune.environment import environment
 from attnopt.autotune.optimize import original, require_sites
 from attnopt.autotune.request import Wanted
 from attnopt.autotune.result import Result
+from attnopt.autotune.statistics import Interval
 from attnopt.autotune.timing import Contender, compare
 from attnopt.compiler.artifact import (
+    CALIBRATION,
+    REPORT,
     check_writable,
     load_calibration,
     read_plan,
+    read_report,
     save,
     source_sha256,
 )
 from attnopt.compiler.artifact import load as load_folder
-from attnopt.compiler.contract import Notes, read_pass
+from attnopt.compiler.contract import Exactness, Notes, read_pass
+from attnopt.compiler.cost import cost
 from attnopt.compiler.errors import Problem
-from attnopt.compiler.intake.loaded import require_weights
+from attnopt.compiler.intake.loaded import Loaded, require_weights
 from attnopt.compiler.intake.source import load
 from attnopt.compiler.pipeline import apply_plan, read
 from attnopt.compiler.plan import Outcome, Plan
@@ -36,16 +42,21 @@ from attnopt.compiler.program import Program
 Progress = Callable[[str, float], None]
 # Of the speed ratio a check may lose before it says slower: machines differ from day to day.
 SLACK = 0.10
+UNMEASURED = (
+    "the figures of the run were not measured on this model with this plan; this report holds none"
+)
 
 
 @dataclass(frozen=True)
 class Applied:
-    """A plan replayed on a model: the program and what every pass did."""
+    """A plan replayed on a model: the program, what every pass did, and what has to be known of
+    it."""
 
     program: Program
     plan: Plan
     outcomes: tuple[Outcome, ...]
     folder: str | None = None
+    warnings: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """The replay as a JSON object."""
@@ -53,6 +64,7 @@ class Applied:
             "plan": self.plan.as_json(),
             "outcomes": [o.as_json() for o in self.outcomes],
             "folder": self.folder,
+            "warnings": list(self.warnings),
         }
 
 
@@ -66,16 +78,21 @@ def apply(
     trust: bool = False,
     attention: str | None = None,
     dtype: str | None = None,
+    command: str = "",
     progress: Progress | None = None,
 ) -> Applied:
     """Apply a saved plan to a model; the batches it was fitted on are taken from beside the plan.
 
-    Raises `Problem` A511 when the plan was fitted on data that is not there, and A512 when a step
-    that the plan needs does not apply.
+    The figures of the run are kept where the model and the plan are those of the run, and dropped
+    with a warning where they are not. Raises `Problem` A505 when the report beside the plan is
+    missing or damaged, A511 when the plan was fitted on data that is not there, and A512 when a
+    rewrite that the plan needs does not apply.
     """
     say = progress or (lambda what, share: None)
     steps = read_plan(plan)
     home = Path(plan) if Path(plan).is_dir() else Path(plan).parent
+    saved = _report(home) if out is not None or (home / REPORT).is_file() else None
+    _require_data(steps, saved, home)
     if out is not None:
         check_writable(out)
     loaded = load(
@@ -85,8 +102,11 @@ def apply(
     require_weights(loaded)
     program = read(loaded)
     require_sites(program)
-    kept = load_calibration(home) if (home / "calibration.pt").is_file() else {}
-    notes = Notes(program, kept.get("calibration", ()), kept.get("heldout", ()))
+    kept = load_calibration(home) if (home / CALIBRATION).is_file() else {}
+    notes = Notes(
+        program, kept.get("calibration", ()), kept.get("heldout", ()),
+        saved.target if saved else "cpu", saved.seed if saved else 0,
+    )  # fmt: skip
     done = 0
 
     def step(name: str) -> None:
@@ -95,40 +115,95 @@ def apply(
         say(f"applying {name}", done / max(1, len(steps.steps)))
 
     made, outcomes = apply_plan(program, steps, notes, step)
-    _require_all(steps, outcomes, home)
+    sha = source_sha256(model) if Path(model).exists() else ""
+    known = saved is not None and sha != "" and (sha, steps) == (saved.model_sha256, saved.plan)
+    _require_applied(_wanted(steps, saved, known), outcomes, home)
+    warnings = (UNMEASURED,) if saved is not None and not known else ()
     folder = None
     if out is not None:
-        saved = _result(home)
-        folder = str(save(out, made, steps, replace(saved, outcomes=tuple(outcomes)), kept))
-    return Applied(made, steps, tuple(outcomes), folder)
+        assert saved is not None
+        report = replace(saved, outcomes=tuple(outcomes))
+        if not known:
+            report = _unmeasured(report, loaded, program, steps, sha, command)
+        folder = str(save(out, made, steps, report, kept))
+    return Applied(made, steps, tuple(outcomes), folder, warnings)
 
 
-def _require_all(plan: Plan, outcomes: list[Outcome], home: Path) -> None:
-    """Every target that a step names has to have been rewritten, as it was when the plan was
-    made."""
-    for step in plan.steps:
-        named = [t for t in step.targets if t != "*"]
-        rewrite = read_pass(step.rewrite).text
-        for outcome in outcomes:
-            if outcome.rewrite == rewrite and outcome.target in named and not outcome.applied:
-                raise Problem(
-                    "A512",
-                    f"`{step.rewrite}` does not apply to `{outcome.target}` of this model",
-                    where=outcome.at,
-                    why=outcome.reason,
-                    help=f"give the model that the plan in {home} was made for, "
-                    "or search again with optimize",
-                )
+def _require_data(plan: Plan, saved: Result | None, home: Path) -> None:
+    """What an approximate step makes depends on the batches that it was fitted on; only steps that
+    changed nothing in the run do without."""
+    if (home / CALIBRATION).is_file():
+        return
+    outcomes = saved.outcomes if saved else ()
+    idle = {o.rewrite for o in outcomes} - {o.rewrite for o in outcomes if o.applied}
+    for rewrite in (read_pass(step.rewrite) for step in plan.steps):
+        if rewrite.exactness is Exactness.APPROXIMATE and rewrite.text not in idle:
+            raise Problem(
+                "A511", f"the data that `{rewrite.text}` was fitted on is not beside the plan",
+                where=str(home / CALIBRATION),
+                why="without it the plan would make another model",
+                help=f"keep plan.json in the folder that optimize wrote, with its {CALIBRATION}",
+            )  # fmt: skip
 
 
-def _result(home: Path) -> Result:
-    path = home / "report.json"
-    if not path.is_file():
-        raise Problem(
-            "A511", "there is no report.json beside the plan", where=str(home),
-            help="keep plan.json in the folder that optimize wrote",
-        )  # fmt: skip
-    return Result.from_json(json.loads(path.read_text(encoding="utf-8")))
+def _wanted(plan: Plan, saved: Result | None, known: bool) -> list[tuple[str, str]]:
+    """The rewrites that have to apply, each with its target.
+
+    They are those that the plan names targets for, less what the run's own record says was left
+    alone; and, on the model of the run, all that were applied there. Guarded ones are left out:
+    they depend on the machine and change no function.
+    """
+    outcomes = saved.outcomes if saved else ()
+    refused = {(o.rewrite, o.target) for o in outcomes if not o.applied}
+    named = [
+        (read_pass(step.rewrite).text, target)
+        for step in plan.steps
+        for target in step.targets
+        if target != "*"
+    ]
+    recorded = [
+        (o.rewrite, o.target)
+        for o in outcomes
+        if known and o.applied and o.exactness != Exactness.GUARDED.value
+    ]
+    return [*(pair for pair in named if pair not in refused), *recorded]
+
+
+def _require_applied(
+    wanted: Iterable[tuple[str, str]], outcomes: Iterable[Outcome], home: Path
+) -> None:
+    found = {(outcome.rewrite, outcome.target): outcome for outcome in outcomes}
+    for rewrite, target in wanted:
+        outcome = found.get((rewrite, target))
+        if outcome is None or not outcome.applied:
+            raise Problem(
+                "A512", f"`{rewrite}` does not apply to `{target}` of this model",
+                where=outcome.at if outcome else "",
+                why=outcome.reason if outcome else "the model has no such target",
+                help=f"give the model that the plan in {home} was made for, "
+                "or search again with optimize",
+            )  # fmt: skip
+
+
+def _unmeasured(
+    saved: Result, loaded: Loaded, program: Program, plan: Plan, sha: str, command: str
+) -> Result:
+    """The report of a plan on a model that no figure of the run was measured on: what was done, and
+    no more."""
+    return Result(
+        model=loaded.name,
+        workload=Data((program.example,), words={"timing": "nothing was timed"}).workload,
+        target=saved.target, budget=None, max_drop=saved.max_drop, met=False, plan=plan,
+        environment=environment(),
+        sites=entries.sites(program, saved.outcomes, cost(program), None),
+        sublayers=entries.sublayers(program, saved.outcomes), outcomes=saved.outcomes,
+        refits=entries.refits(saved.outcomes), warnings=(UNMEASURED, *loaded.notes),
+        command=command, seed=saved.seed, model_sha256=sha,
+    )  # fmt: skip
+
+
+def _report(home: Path) -> Result:
+    return Result.from_json(read_report(home))
 
 
 @dataclass(frozen=True)
@@ -175,13 +250,16 @@ def check(
     """Measure a saved folder against its model again.
 
     The speed bound is `min_speed`, or the budget of the report where it was met, or its ratio less
-    a tenth; the accuracy bound `max_drop` or the report's. Raises `Problem` A513 when the model is
-    not the one the folder was made from, and A514 when the run was judged by a metric of the
-    user's and none is given.
+    a tenth; the accuracy bound `max_drop` or the report's. The median decides, as in `optimize`.
+    Raises `Problem` A410 for bounds that mean nothing, A505 when there is no readable report, A513
+    when the model is not the one the folder was made from, A514 when the run was judged by a metric
+    of the user's and none is given, and A515 when its figures are estimates.
     """
     say = progress or (lambda what, share: None)
+    _require_bounds(min_speed, max_drop)
     home = Path(folder)
-    report = _result(home)
+    report = _report(home)
+    _require_measured(report, home)
     _same_model(report, Path(model))
     _same_metric(report, metric)
     wanted = Wanted(_path(text), _path(calibration), _path(inputs), batch, length)
@@ -199,12 +277,11 @@ def check(
         seconds=seconds,
         progress=say,
     )
-    ratio = timing.ratio("optimized", timing.fastest([c.name for c in base.contenders]))
-    bound = min_speed or _speed_bound(report)
-    fast = ratio.interval.high >= bound
-    lines = [
-        f"speed {ratio.value:.2f}x (at least {bound:.2f}x wanted): {'ok' if fast else 'too slow'}"
-    ]
+    ratios = [timing.ratio("optimized", c.name, report.seed) for c in base.contenders]
+    speed = min(ratios, key=lambda ratio: ratio.value).interval  # the baseline least is gained over
+    bound = _speed_bound(report) if min_speed is None else min_speed
+    fast, line = _judged(speed, bound)
+    lines = [line]
     allowed = report.max_drop if max_drop is None else max_drop
     drop = upper = None
     close = True
@@ -223,8 +300,8 @@ def check(
         )
     return Verdict(
         fast and close,
-        ratio.value,
-        ratio.interval.low,
+        speed.value,
+        speed.low,
         bound,
         drop,
         upper,
@@ -240,6 +317,38 @@ def _speed_bound(report: Result) -> float:
     if report.budget and report.met:
         return report.budget
     return report.speed.ratio.value * (1 - SLACK) if report.speed else 1.0
+
+
+def _judged(speed: Interval, bound: float) -> tuple[bool, str]:
+    """Whether the median keeps the bound, and that in words."""
+    fast = speed.value >= bound
+    verdict = "ok" if fast else "too slow"
+    if speed.low < bound < speed.high:
+        verdict = f"inconclusive, by the median {verdict}"
+    figures = f"{speed.value:.2f}x ({speed.low:.2f}x to {speed.high:.2f}x)"
+    return fast, f"speed {figures}, at least {bound:.2f}x wanted: {verdict}"
+
+
+def _require_bounds(min_speed: float | None, max_drop: float | None) -> None:
+    if min_speed is not None and not (math.isfinite(min_speed) and min_speed > 0):
+        raise Problem(
+            "A410", f"--min-speed has to be more than 0, not {min_speed:g}",
+            help="it is how many times as fast the result has to be, e.g. --min-speed 1.8x",
+        )  # fmt: skip
+    if max_drop is not None and not (math.isfinite(max_drop) and max_drop >= 0):
+        raise Problem(
+            "A410", f"--max-drop has to be at least 0, not {max_drop:g}",
+            help="give a percentage, e.g. --max-drop 1%, or 0 for no loss at all",
+        )  # fmt: skip
+
+
+def _require_measured(report: Result, home: Path) -> None:
+    if report.target != "cpu":
+        raise Problem(
+            "A515", f"the figures of this run are estimates for {report.target}",
+            where=str(home), why="nothing was measured, so nothing can be measured again here",
+            help="run optimize without --target for figures of this machine",
+        )  # fmt: skip
 
 
 def _same_metric(report: Result, metric: str | None) -> None:

@@ -142,14 +142,13 @@ def _sensitivities(result: Result) -> list[str]:
             _code(s.rewrite),
             _plain(s.target),
             say.percent(s.drop),
-            say.times(s.speed),
             _plain(s.reason),
         )
         for s in result.sensitivities
     ]
     if not rows:
         return []
-    return ["## Sensitivities", "", *_table(("rewrite", "alone at", "drop", "speed", ""), rows)]
+    return ["## Sensitivities", "", *_table(("rewrite", "alone at", "drop", ""), rows)]
 
 
 def _front(result: Result) -> list[str]:

@@ -188,8 +188,7 @@ def _sensitivities(result: Result) -> Markup | None:
             continue
         row = item.rewrite + (f" · {kind}" if kind else "")
         tip = f"{item.rewrite} at {item.target}: drop {say.percent(item.drop)}"
-        speed = f", speed {say.times(item.speed)}" if item.speed else ""
-        cells.setdefault(row, {})[column] = (item.drop.value, tip + speed)
+        cells.setdefault(row, {})[column] = (item.drop.value, tip)
         columns[column] = None
     if not cells:
         return None
@@ -198,13 +197,13 @@ def _sensitivities(result: Result) -> Markup | None:
     )
     chart = charts.heatmap(cells, ordered, "Drop by rewrite and layer", say.share)
     rows = [
-        (tag("code", s.rewrite), s.target, say.percent(s.drop), say.times(s.speed), s.reason)
+        (tag("code", s.rewrite), s.target, say.percent(s.drop), s.reason)
         for s in result.sensitivities
     ]
     lead = (
         "The drop that each rewrite costs at one place alone; columns are layers, darker is worse."
     )
-    numbers = table(("rewrite", "alone at", "drop", "speed", ""), rows)
+    numbers = table(("rewrite", "alone at", "drop", ""), rows)
     shown = tag("details", tag("summary", f"all {len(rows)} numbers"), numbers)
     return _section("Sensitivities", lead, chart, shown)
 

@@ -72,6 +72,8 @@ class Request:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise Problem("A410", f"--{name} has to be more than 0, not {value:g}")
+        if not 0 <= self.seed < 2**32:
+            raise Problem("A410", f"--seed has to lie between 0 and 2**32 - 1, not {self.seed}")
         if self.resume and self.out is None:
             raise Problem(
                 "A410", "--resume needs the folder of the interrupted run", help="give --out DIR"

@@ -123,15 +123,19 @@ class AccuracyEntry:
     reason: str = ""
 
     @staticmethod
-    def of(accuracy: Accuracy, max_drop: float) -> AccuracyEntry:
-        """From an evaluation against the original."""
+    def of(accuracy: Accuracy, max_drop: float, exact: bool) -> AccuracyEntry:
+        """From an evaluation against the original; `exact` where only exact and guarded rewrites
+        were made, which the tier "exact" takes."""
         metric, original, optimized = _metric(accuracy)
+        tier = accuracy.tier
+        if tier == "exact" and not exact:
+            tier = "near-lossless"
         return AccuracyEntry(
             metric,
             _drop(accuracy),
             max_drop,
             accuracy.verdict(max_drop),
-            accuracy.tier,
+            tier if exact or accuracy.metric is None else "",
             original,
             optimized,
             _further(accuracy),
@@ -188,20 +192,17 @@ class SublayerEntry:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What one rewrite does at one target alone: the drop it costs and the ratio of speed it
-    gives.
-    """
+    """The drop that one rewrite costs at one target alone, measured on held-out data."""
 
     rewrite: str
     target: str
     drop: Number | None = None
-    speed: Number | None = None
     reason: str = ""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One plan that the search tried. `front`: no other feasible plan is both faster and closer."""
+    """One plan that the search tried. `front`: no other plan tried is both faster and closer."""
 
     number: int
     plan: str

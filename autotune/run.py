@@ -21,9 +21,9 @@ from attnopt.autotune.search import Limits, Search, Tried
 from attnopt.autotune.sensitivity import Menu, Single, ceilings, menu, singles, worthwhile
 from attnopt.autotune.workbench import Built, Workbench
 from attnopt.codegen.target import target as known_target
-from attnopt.compiler.contract import read_pass
+from attnopt.compiler.contract import Exactness, read_pass
 from attnopt.compiler.cost import Cost, cost
-from attnopt.compiler.plan import Plan
+from attnopt.compiler.plan import Outcome, Plan, Step
 from attnopt.compiler.profile import Profile, ceiling, profile
 from attnopt.compiler.program import Program
 
@@ -46,6 +46,7 @@ class Run:
     sha: str
     progress: Progress
     warnings: list[str] = field(default_factory=list)
+    paces: dict[tuple[Step, ...], Pace] = field(default_factory=dict)
 
     def go(self) -> tuple[Built, Result]:
         """Run the whole flow."""
@@ -109,9 +110,12 @@ class Run:
 
     def _say_ceilings(self, pace: Pace, found: dict[str, tuple[float, float]]) -> None:
         """Tell before anything is searched what there is to gain."""
-        log.info("exact rewrites: %.2fx over %s", pace.ratio, pace.speed.best)
+        by = "" if pace.kind == "measured" else f" ({pace.kind})"
+        log.info("exact rewrites: %.2fx over %s%s", pace.ratio, pace.speed.best, by)
         if self.profile is None:
             return
+        if self.request.budget is not None and not self._enough(pace):
+            log.info("the budget asks for %.2fx more than that", self.request.budget / pace.ratio)
         share = self.profile.attention_share
         log.info(
             "ceiling: attention, projections included, takes %.0f%% of the time; without all of it "
@@ -121,7 +125,11 @@ class Run:
             log.info("ceiling: %s works on %.0f%%, at most %.2fx more", name, 100 * part, limit)
 
     def _enough(self, pace: Pace) -> bool:
-        return self.request.budget is not None and pace.ratio >= self.request.budget
+        """Whether a pace meets the budget; more than 1x is met only by what is surely faster."""
+        budget = self.request.budget
+        if budget is None or pace.ratio < budget:
+            return False
+        return budget <= 1.0 or pace.speed.verdict == "faster"
 
     def _can_search(self) -> bool:
         if self.data.real and self.data.heldout and self.data.evaluation:
@@ -162,8 +170,17 @@ class Run:
             request.max_drop, wanted, request.most_trials, request.seconds * (1 - SENSITIVITY_SHARE)
         )
         journal = self.work / "study.journal" if self.work else None
-        search = Search(self.bench, exact, menus, single, healing(), limits, journal)
+        search = Search(self.bench, exact, menus, single, healing(), limits, journal, self._reaches)
         return search.run(), single
+
+    def _reaches(self, tried: Tried) -> bool:
+        """Whether a plan meets the budget in the form it would be saved in."""
+        return self._enough(self._raced(tried))
+
+    def _raced(self, tried: Tried) -> Pace:
+        if tried.steps not in self.paces:
+            self.paces[tried.steps] = self._pace(self.bench.build(list(tried.steps)))
+        return self.paces[tried.steps]
 
     def _final(self, exact: Pace, tried: Sequence[Tried]) -> _Best:
         """Race the fastest feasible plans again, on evaluation data; the exact plan is always a
@@ -171,16 +188,17 @@ class Run:
         ranked = sorted((t for t in tried if t.feasible and t.gain > 1.0), key=lambda t: -t.gain)
         best = _Best(exact, None)
         for candidate in ranked[:FINALISTS]:
-            built = self.bench.build(list(candidate.steps))
-            accuracy = self.bench.verdict(built)
-            if accuracy.verdict(self.request.max_drop) != "pass":
+            accuracy = self.bench.verdict(self.bench.build(list(candidate.steps)))
+            verdict = accuracy.verdict(self.request.max_drop)
+            if verdict != "pass":
+                why = "is beyond it" if verdict == "fail" else "cannot tell"
                 self.warnings.append(
-                    f"plan {candidate.number} was within the bound on the heldout data "
-                    "and not on the evaluation data "
-                    f"({accuracy.drop:.2%}, at most {accuracy.drop_upper:.2%})"
+                    f"plan {candidate.number} was within the bound on the heldout data; the "
+                    f"evaluation data {why} ({accuracy.drop:.2%}, at most "
+                    f"{accuracy.drop_upper:.2%}, {accuracy.sequences} sequences)"
                 )
                 continue
-            pace = self._pace(built)
+            pace = self._raced(candidate)
             if pace.ratio > best.pace.ratio:
                 best = _Best(pace, candidate)
         return best
@@ -195,9 +213,10 @@ class Run:
     ) -> tuple[Built, Result]:
         request, built = self.request, pace.built
         accuracy = self._accuracy(built)
-        entry = AccuracyEntry.of(accuracy, request.max_drop) if accuracy else None
+        exact = all(_exact(o) for o in built.outcomes if o.applied)
+        entry = AccuracyEntry.of(accuracy, request.max_drop, exact) if accuracy else None
         passed = accuracy is None or accuracy.verdict(request.max_drop) == "pass"
-        met = passed and (request.budget is None or pace.ratio >= request.budget)
+        met = passed and (request.budget is None or self._enough(pace))
         counted = self._cost()
         base = pace.ratio / chosen.gain if chosen else pace.ratio
         result = Result(
@@ -210,25 +229,25 @@ class Run:
             sublayers=entries.sublayers(self.program, built.outcomes), outcomes=built.outcomes,
             sensitivities=entries.sensitivities(single),
             trials=entries.trials(tried, base, chosen, pace.kind),
-            relaxation=self._relaxation(met, tried, base, pace),
+            relaxation=self._relaxation(met, tried, base, pace, accuracy),
             refits=entries.refits(built.outcomes), warnings=(*self.warnings, *pace.warnings),
             data=dict(self.data.words), seed=request.seed,
         )  # fmt: skip
         return built, result
 
     def _accuracy(self, built: Built) -> Accuracy | None:
-        if not self.data.evaluation:
+        if not self.data.evaluation and self.request.metric is None:
             self.warnings.append("accuracy was not measured: there is no evaluation data")
             return None
         return self.bench.verdict(built)
 
     def _relaxation(
-        self, met: bool, tried: Sequence[Tried], base: float, pace: Pace
+        self, met: bool, tried: Sequence[Tried], base: float, pace: Pace, accuracy: Accuracy | None
     ) -> Relaxation | None:
         if met:
             return None
         return entries.relaxation(
-            tried, base, self.request.budget, pace.ratio, self.request.max_drop
+            tried, base, self.request.budget, pace, self.request.max_drop, accuracy
         )
 
     def _ceiling(self) -> Ceiling | None:
@@ -242,6 +261,10 @@ class Run:
 class _Best:
     pace: Pace
     tried: Tried | None
+
+
+def _exact(outcome: Outcome) -> bool:
+    return read_pass(outcome.rewrite).exactness is not Exactness.APPROXIMATE
 
 
 def _form(program: Program) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from attnopt.autotune.sensitivity import Menu, Single
-from attnopt.autotune.workbench import Built, Workbench
+from attnopt.autotune.workbench import Built, Workbench, cut_torn_line
 from attnopt.compiler.contract import Pass, read_pass
 from attnopt.compiler.plan import Step
 
@@ -59,7 +59,8 @@ class Limits:
 class Search:
     """One study.
 
-    `menus` are the passes to combine, `healers` the passes that repair them.
+    `menus` are the passes to combine, `healers` the passes that repair them. `confirm` is asked
+    once of a plan that seems to reach what is wanted; the search goes on where it says no.
     """
 
     bench: Workbench
@@ -69,14 +70,19 @@ class Search:
     healers: Sequence[type[Pass]]
     limits: Limits
     journal: Path | None = None
-    name: str = "attnopt"
+    confirm: Callable[[Tried], bool] = lambda tried: True
     tried: list[Tried] = field(default_factory=list)
+    refuted: set[int] = field(default_factory=set)
 
     def run(self) -> list[Tried]:
         """Try plans until a limit is reached; returns all of them, those of an interrupted run
         included."""
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        storage = JournalStorage(JournalFileBackend(str(self.journal))) if self.journal else None
+        storage = None
+        if self.journal is not None:
+            if self.journal.is_file():
+                cut_torn_line(self.journal)
+            storage = JournalStorage(JournalFileBackend(str(self.journal)))
         sampler = TPESampler(
             seed=self.bench.seed,
             constraints_func=_constraints,
@@ -85,7 +91,7 @@ class Search:
         )
         study = optuna.create_study(
             storage=storage,
-            study_name=self.name,
+            study_name=f"{self.bench.journal.scope} {self.limits.max_drop:g}",
             sampler=sampler,
             direction="maximize",
             load_if_exists=True,
@@ -112,8 +118,17 @@ class Search:
         return max((t for t in self.tried if t.feasible), key=lambda t: t.gain, default=None)
 
     def _met(self) -> bool:
-        best = self.best()
-        return self.limits.gain is not None and best is not None and best.gain >= self.limits.gain
+        """Whether a plan reaches the gain that is wanted, confirmed; the fastest is asked first."""
+        if self.limits.gain is None:
+            return False
+        for tried in sorted(self.tried, key=lambda t: -t.gain):
+            if tried.gain < self.limits.gain:
+                return False
+            if tried.feasible and tried.number not in self.refuted:
+                if self.confirm(tried):
+                    return True
+                self.refuted.add(tried.number)
+        return False
 
     def _try(self, trial: optuna.Trial) -> Tried:
         steps = self.bench.effective(self._steps(trial))

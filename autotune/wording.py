@@ -67,11 +67,13 @@ def factor(value: float) -> str:
 def headline(result: Result) -> str:
     """One sentence: whether the demands are met, how fast it is, and what it costs."""
     asked = "Budget met" if result.met else "Budget not met"
-    parts = [asked if result.budget is not None else "Best plan found"]
+    if result.budget is None:
+        faster = result.speed is None or result.speed.verdict == "faster"
+        asked = "Best plan found" if faster else "Nothing faster was found"
+    parts = [asked]
     if result.speed is not None:
         parts.append(f"{times(result.speed.ratio, interval=False)} over {result.speed.best}")
-    if result.accuracy is not None:
-        parts.append(cost(result))
+    parts.append(cost(result))
     return parts[0] + (": " + ", ".join(parts[1:]) if parts[1:] else "")
 
 

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import fx
 
 from attnopt.autotune.accuracy import Accuracy, evaluate
-from attnopt.autotune.baselines import Baselines, baselines, compiled_form
+from attnopt.autotune.baselines import Baselines, baselines, compiled_form, differs
 from attnopt.autotune.data import Data
 from attnopt.autotune.order import compose
+from attnopt.autotune.outputs import tensors
 from attnopt.autotune.teacher import Teacher
 from attnopt.autotune.timing import Contender, Timing, compare
 from attnopt.codegen.roofline import estimate
@@ -48,16 +50,11 @@ class Journal:
         self.path, self.scope = path, scope
         self.found: dict[str, Any] = {}
         if path is not None and path.is_file():
+            cut_torn_line(path)
             for line in path.read_text(encoding="utf-8").splitlines():
-                self._read(line)
-
-    def _read(self, line: str) -> None:
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            return  # the last line of a run that was killed while it wrote
-        if entry.get("scope") == self.scope:
-            self.found[entry["key"]] = entry["value"]
+                entry = json.loads(line)
+                if entry.get("scope") == self.scope:
+                    self.found[entry["key"]] = entry["value"]
 
     def get(self, key: str, measure: Callable[[], Any]) -> Any:
         """The value stored under a key, or what `measure` gives, stored."""
@@ -68,6 +65,14 @@ class Journal:
                 with self.path.open("a", encoding="utf-8") as file:
                     file.write(line + "\n")
         return self.found[key]
+
+
+def cut_torn_line(path: Path) -> None:
+    """Cut off a last line that a run that was killed did not write to its end."""
+    with path.open("rb+") as file:
+        written = file.read()
+        if not written.endswith(b"\n"):
+            file.truncate(written.rfind(b"\n") + 1)
 
 
 class Workbench:
@@ -104,7 +109,7 @@ class Workbench:
         self.searching = Teacher(original, data.heldout, task)
         self.judging = Teacher(original, data.evaluation, task)
         named = json.dumps(
-            {**(scope or {}), "words": data.words, "seed": seed}, sort_keys=True, default=str
+            {**(scope or {}), "data": _digest(data), "seed": seed}, sort_keys=True, default=str
         )
         self.journal = Journal(
             work / "measurements.jsonl" if work else None,
@@ -122,10 +127,21 @@ class Workbench:
         return self.apply(self.compose(steps), verify)
 
     def effective(self, steps: list[Step]) -> list[Step]:
-        """Those of the approximate steps that change something when they are applied together."""
+        """The approximate steps, each at those of its targets where it changes something when all
+        are applied together."""
         outcomes = self.build(steps, verify=False).outcomes
-        applied = {outcome.rewrite for outcome in outcomes if outcome.applied}
-        return [step for step in steps if read_pass(step.rewrite).text in applied]
+        applied = {(outcome.rewrite, outcome.target) for outcome in outcomes if outcome.applied}
+        made = []
+        for step in steps:
+            rewrite = read_pass(step.rewrite).text
+            targets = tuple(target for at, target in applied if at == rewrite)
+            if "*" not in step.targets:
+                targets = tuple(target for target in step.targets if target in targets)
+            elif targets:
+                targets = ("*",)
+            if targets:
+                made.append(Step(step.rewrite, targets))
+        return made
 
     def apply(self, plan: Plan, verify: bool = True) -> Built:
         """Apply a plan as it stands; shared beginnings of plans are applied once.
@@ -179,9 +195,13 @@ class Workbench:
         return self._baselines
 
     def compiled(self, built: Built) -> tuple[Callable[..., Any] | None, str]:
-        """torch.compile of a built plan, warmed; None and the reason when it cannot be compiled."""
-        made, reason, _ = compiled_form(built.module, self.data.timing)
-        return made, reason
+        """torch.compile of a built plan, warmed; None and the reason when it cannot be compiled or
+        computes something else."""
+        made, reason = compiled_form(built.module, self.data.timing)
+        if made is None:
+            return None, reason
+        reason = differs(made, built.module, self.data.timing)
+        return (None, reason) if reason else (made, "")
 
     def race(
         self, forms: Mapping[str, Callable[..., Any]], seconds: float, rounds: int = 7
@@ -218,6 +238,18 @@ class Workbench:
             return timing.ratio(CANDIDATE, "over").value
 
         return float(self.journal.get(key, measure))
+
+
+def _digest(data: Data) -> str:
+    """A hash of everything that is fitted, judged and timed on."""
+    made = hashlib.sha256()
+    for batches in (data.timing, data.calibration, data.heldout, data.evaluation):
+        for batch in batches:
+            for tensor in tensors([*batch.args, *batch.kwargs.items()]):
+                made.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+                made.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        made.update(b"/")
+    return made.hexdigest()
 
 
 def _key(plan: Plan) -> str:

@@ -166,7 +166,8 @@ def verdict(result: Result) -> None:
     from attnopt.autotune import wording as say
 
     target = console()
-    mark, style = ("✓", _GREEN) if result.met else ("✗", _AMBER)
+    good = result.met and (result.speed is None or result.speed.verdict == "faster")
+    mark, style = ("✓", _GREEN) if good else ("✗", _AMBER)
     target.print(Text(f"{mark} {say.headline(result)}", f"bold {style}"))
     for name, ratio in (result.speed.over if result.speed else {}).items():
         target.print(_fact("speed", f"{say.times(ratio)} over {name}"))
@@ -179,8 +180,9 @@ def verdict(result: Result) -> None:
         target.print(_fact("accuracy", f"{told}: {entry.verdict}, {entry.tier}"))
     if result.ceiling is not None:
         part = say.percent(result.ceiling.share, interval=False)
-        told = f"{result.ceiling.what} takes {part} of the time, so at most "
-        target.print(_fact("ceiling", told + say.times(result.ceiling.speedup, interval=False)))
+        most = say.times(result.ceiling.speedup, interval=False)
+        told = f"{result.ceiling.what} takes {part} of the time: without all of it at most {most}"
+        target.print(_fact("ceiling", f"{told} more than the exact rewrites"))
     if result.relaxation is not None:
         target.print(_fact("would do", result.relaxation.words, _AMBER))
     for warning in result.warnings:

@@ -57,10 +57,6 @@ class Target:
         """Whether this device is the one at hand, timed rather than estimated."""
         return self.architecture == CPU
 
-    def ridge(self, dtype: str) -> float:
-        """Operations per byte above which the device is bound by its arithmetic, not its memory."""
-        return self.peak[dtype] / self.bandwidth
-
 
 @lru_cache(maxsize=1)
 def known() -> tuple[str, ...]:

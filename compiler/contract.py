@@ -116,7 +116,6 @@ class Pass(ABC):
     scope: ClassVar[Scope] = "site"
     source: ClassVar[str] = ""
     after: ClassVar[tuple[str, ...]] = ()
-    excludes: ClassVar[tuple[str, ...]] = ()
     valid_only: ClassVar[bool] = False  # padded positions may change; compare at real tokens only
     greedy: ClassVar[bool] = (
         False  # the search orders its targets by removing them one after the other

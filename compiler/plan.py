@@ -66,7 +66,8 @@ class Plan:
 class Outcome:
     """What one pass did at one target.
 
-    `error` is the measured max |difference| of an exact rewrite, in output units.
+    `error` is the measured max |difference| of an exact rewrite, relative to the root
+    mean square of the outputs.
     """
 
     rewrite: str

@@ -189,7 +189,9 @@ def _size(size: Any, at: int, ranges: Mapping[str, Any], letters: dict[str, str]
         wanted = ("batch", "length")[at] if at < 2 else "size"
         taken = sum(name.rstrip("0123456789") == wanted for name in letters.values())
         letters[symbol] = wanted + (str(taken + 1) if taken else "")
-    return Size(letters[symbol], _bound(bounds.lower, 0), _bound(bounds.upper, _UNBOUNDED))
+    low = _bound(bounds.lower, 0)
+    # torch writes 2 for whatever it did not specialise to 0 or 1: the program's guards judge a 1.
+    return Size(letters[symbol], 1 if low == 2 else low, _bound(bounds.upper, _UNBOUNDED))
 
 
 def _bound(value: Any, otherwise: int) -> int:

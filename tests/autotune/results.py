@@ -110,7 +110,6 @@ def full(text: str = "pylm", *, met: bool = False) -> Result:
                 rewrite,
                 f"{kind}{i}{part}",
                 number(0.0004 * (1 + (7 * i) % 5) * size, 0.2),
-                number(1.05),
             )
             for rewrite, kind, part, size in (
                 ("merge_kv_heads{kv_heads=2}", "s", "", 1),

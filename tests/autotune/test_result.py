@@ -111,17 +111,24 @@ def test_evaluations_become_entries() -> None:
         Accuracy("causal-lm", 0.004, 0.003, 0.005, perplexity=3.2, perplexity_original=3.1,
                  kl=0.002, kl_upper=0.003, top1=0.99, top1_lower=0.985, sequences=50, tokens=900),
         0.01,
+        exact=False,
     )  # fmt: skip
     assert (entry.metric, entry.verdict) == ("perplexity", "pass")
     assert entry.original is not None and entry.original.value == 3.1
     assert (entry.drop.low, entry.drop.high, entry.bound) == (0.003, 0.005, 0.01)
     assert set(entry.also) == {"KL divergence", "top-1 agreement"}
     infeasible = Accuracy("causal-lm", math.inf, -math.inf, math.inf, False, "NaN in the outputs")
-    told = AccuracyEntry.of(infeasible, 0.01)
+    told = AccuracyEntry.of(infeasible, 0.01, exact=False)
     assert told.verdict == "fail" and told.reason == "NaN in the outputs"
     metric = AccuracyEntry.of(Accuracy("mine", 0.1, 0.1, 0.1, bounded=False, metric=0.8,
-                                       metric_original=0.9), 0.2)  # fmt: skip
-    assert metric.metric == "mine" and metric.drop.low is None
+                                       metric_original=0.9), 0.2, exact=False)  # fmt: skip
+    assert metric.metric == "mine" and metric.drop.low is None and metric.tier == ""
+
+
+def test_only_exact_rewrites_are_of_the_tier_exact() -> None:
+    nothing = Accuracy("encoder", 0.0, 0.0, 0.0, worst=0.0, cosine=1.0, cosine_lower=1.0)
+    assert AccuracyEntry.of(nothing, 0.01, exact=True).tier == "exact"
+    assert AccuracyEntry.of(nothing, 0.01, exact=False).tier == "near-lossless"
 
 
 def test_the_evidence_of_a_plan_is_plain_json() -> None:

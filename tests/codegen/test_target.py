@@ -36,7 +36,7 @@ def test_figures_hang_together(name: str) -> None:
     got = target(name)
     assert got.peak["float32"] <= got.peak["float16"] <= got.peak["int8"]
     assert got.shared_per_block <= got.shared_per_unit <= 256 * 1024
-    assert 20 < got.ridge("float16") < 500
+    assert 20 < got.peak["float16"] / got.bandwidth < 500
     assert 16e9 <= got.memory <= 200e9 and got.units >= 40
     assert bool(got.achievable) == bool(got.achievable_source)
 
