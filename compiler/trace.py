@@ -43,7 +43,7 @@ def trace(loaded: Loaded) -> Program:
     if exported is None:
         assert loaded.module is not None
         exported = _export(loaded.module, _two_rows(loaded.module, example))
-    module = exported.module(check_guards=False)
+    module = _functional(exported, loaded.name).module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     normalise(module)
     dynamic, fixed = _dims(module)
@@ -84,6 +84,42 @@ def _export(module: torch.nn.Module, example: Batch) -> torch.export.ExportedPro
         help="models whose control flow depends on values of tensors cannot be traced; "
         "wrap the part that can be in a module and optimize that",
     ) from failure
+
+
+def _functional(exported: torch.export.ExportedProgram, name: str) -> torch.export.ExportedProgram:
+    """The same program without writes in place: every rewrite reads values, and a value that is
+    written to later has two.
+
+    Writes into the caller's inputs are left out. Raises `Problem` A204 for a model that writes into
+    its own weights or buffers, whose next call would answer otherwise.
+    """
+    graphs = [m.graph for m in exported.graph_module.modules() if isinstance(m, fx.GraphModule)]
+    if not any(writes(node) for graph in graphs for node in graph.nodes):
+        return exported
+    try:
+        # With an empty table only the writes are rewritten.
+        made: torch.export.ExportedProgram = exported.run_decompositions({})
+    except Exception as error:
+        raise Problem(
+            "A204",
+            f"the writes in place of {name} could not be rewritten",
+            why=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+            help="make new tensors in the forward pass instead of writing into old ones",
+        ) from error
+    kept = made.graph_signature.buffers_to_mutate.values()
+    if kept:
+        raise Problem(
+            "A204",
+            f"{name} writes into its buffer `{next(iter(kept))}` whenever it runs",
+            why="its next call answers otherwise, so no rewrite can be compared with it",
+            help="give a model that keeps its buffers as they are in eval mode",
+        )
+    return made
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether a node writes into one of its inputs."""
+    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
 
 
 def _by_signature(dynamic: tuple[Any, dict[str, Any]]) -> Any:
@@ -155,6 +191,9 @@ def normalise(module: fx.GraphModule) -> None:
         if (node.op == "call_module" and str(node.target).startswith("_guards_fn")) or (
             node.target in _ASSERTS and not node.users
         ):
+            graph.erase_node(node)
+        elif node.target is aten.copy_.default and node.args[0].op == "placeholder":
+            node.replace_all_uses_with(node.args[1])  # a write into the caller's input
             graph.erase_node(node)
         elif _changes_nothing(node):
             node.replace_all_uses_with(node.args[0])
