@@ -10,7 +10,7 @@ has seen; write the folder.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,13 @@ import torch
 from torch import nn
 
 from attnopt.autotune.data import gather
-from attnopt.autotune.request import Request, Wanted, parse_seconds
+from attnopt.autotune.request import Request, Wanted, parse_budget, parse_seconds, parse_share
 from attnopt.autotune.result import Result
 from attnopt.autotune.run import Run
 from attnopt.compiler.artifact import check_writable, save, source_sha256, work_folder
 from attnopt.compiler.errors import NothingFound
-from attnopt.compiler.intake.inputs import as_batch as inputs_of
 from attnopt.compiler.intake.loaded import Loaded, require_weights
-from attnopt.compiler.intake.source import load
+from attnopt.compiler.intake.source import evaluating, from_module, load
 from attnopt.compiler.pipeline import read
 from attnopt.compiler.program import Program
 
@@ -37,8 +36,8 @@ def optimize(
     model: str | Path | nn.Module,
     example_inputs: Any = None,
     *,
-    budget: float | None = None,
-    max_drop: float = 0.01,
+    budget: float | str | None = None,
+    max_drop: float | str = 0.01,
     target: str = "cpu",
     effort: str = "quick",
     trials: int | None = None,
@@ -63,12 +62,15 @@ def optimize(
 
     `budget` is how many times as fast the result has to be as the faster of the model and
     torch.compile of it (None: as fast as it gets); `max_drop` the largest relative loss of accuracy
-    (0.01 is 1%; 0 allows exact rewrites only). `attention` picks the spelling of a transformers
+    (0.01 is 1%; 0 allows exact rewrites only); both may be text as on the command line ("2x",
+    "1%"). `attention` picks the spelling of a transformers
     model (eager, sdpa), `dtype` what a model computes in ("float32"; left out, as it is stored).
     The result object is what `report.json` holds; with `out` the folder is written. Raises
     `Problem` for what the user can mend, and `NothingFound` when the model has no attention that
     could be raised.
     """
+    budget = parse_budget(budget) if isinstance(budget, str) else budget
+    max_drop = parse_share(max_drop) if isinstance(max_drop, str) else max_drop
     seconds = parse_seconds(timeout) if isinstance(timeout, str) else timeout
     wanted = Wanted(_path(text), _path(calibration), _path(inputs), batch, length)
     request = Request(
@@ -77,10 +79,12 @@ def optimize(
     )  # fmt: skip
     if request.out is not None:
         check_writable(request.out)
-    loaded, sha = _loaded(model, example_inputs, request, allow_globals, trust, attention, dtype)
-    return run(
-        loaded, request, str(model) if not isinstance(model, nn.Module) else "", sha, progress
-    )
+    source = "" if isinstance(model, nn.Module) else str(model)
+    with evaluating(model):
+        loaded, sha = _loaded(
+            model, example_inputs, request, allow_globals, trust, attention, dtype
+        )
+        return run(loaded, request, source, sha, progress)
 
 
 def run(
@@ -104,9 +108,8 @@ def run(
     if work is not None and not request.resume:
         for name in ("study.journal", "measurements.jsonl"):
             (work / name).unlink(missing_ok=True)
-    task = run_task(loaded)
     session = Run(
-        original(loaded), program, data, request, task=task, work=work, sha=sha, progress=say
+        original(loaded), program, data, request, task=loaded.task, work=work, sha=sha, progress=say
     )
     built, result = session.go()
     result = replace(
@@ -145,11 +148,6 @@ def require_sites(program: Program) -> None:
     )  # fmt: skip
 
 
-def run_task(loaded: Loaded) -> str:
-    """What accuracy means for a model: "causal-lm" where its outputs are next-token logits."""
-    return loaded.task
-
-
 def original(loaded: Loaded) -> Callable[..., Any]:
     """The model as given, in eval mode."""
     if loaded.module is not None:
@@ -171,18 +169,6 @@ def _loaded(
     )  # fmt: skip
     path = Path(model)
     return loaded, source_sha256(path) if path.exists() else ""
-
-
-def from_module(module: nn.Module, example_inputs: Any) -> Loaded:
-    """A module in memory with its example inputs: a tensor, a tuple, a dict, or (args, kwargs)."""
-    args, kwargs = inputs_of(example_inputs, type(module).__name__)
-    made = Loaded(module.eval(), None, tuple(args), dict(kwargs), type(module).__name__, "callable")
-    with torch.no_grad():
-        outputs = module(*args, **kwargs)
-    logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
-    if logits is not None and "input_ids" in kwargs and logits.dim() == 3:
-        made.task = "causal-lm"
-    return made
 
 
 def _path(value: str | Path | None) -> Path | None:

@@ -12,10 +12,9 @@ from typing import Any
 from torch import nn
 
 from attnopt.autotune.entries import facts
-from attnopt.autotune.optimize import from_module
 from attnopt.compiler.cost import Cost, cost
 from attnopt.compiler.intake.loaded import Loaded, describe
-from attnopt.compiler.intake.source import load
+from attnopt.compiler.intake.source import evaluating, from_module, load
 from attnopt.compiler.pipeline import read
 from attnopt.compiler.profile import Profile, profile
 from attnopt.compiler.program import Program
@@ -90,15 +89,15 @@ def inspect(
     """
     say = progress or (lambda what, share: None)
     say("reading the model", 0.0)
-    if isinstance(model, nn.Module):
-        loaded = from_module(model, example_inputs)
-    else:
-        loaded = load(
-            str(model), inputs=_path(inputs), text=_path(text), batch=batch, length=length,
-            allow_globals=allow_globals, trust=trust, attention=attention,
-            dtype=dtype,
-        )  # fmt: skip
-    return inspect_loaded(loaded, time=time, progress=say)
+    with evaluating(model):
+        if isinstance(model, nn.Module):
+            loaded = from_module(model, example_inputs)
+        else:
+            loaded = load(
+                str(model), inputs=_path(inputs), text=_path(text), batch=batch, length=length,
+                allow_globals=allow_globals, trust=trust, attention=attention, dtype=dtype,
+            )  # fmt: skip
+        return inspect_loaded(loaded, time=time, progress=say)
 
 
 def inspect_loaded(loaded: Loaded, *, time: bool = True, progress: Progress) -> Inspection:

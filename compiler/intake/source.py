@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +24,7 @@ from attnopt.compiler.intake.hf_model import (
     named_dtype,
     set_attention,
 )
-from attnopt.compiler.intake.inputs import Batch, load_batches, missing, varying
+from attnopt.compiler.intake.inputs import Batch, as_batch, load_batches, missing, varying
 from attnopt.compiler.intake.loaded import Kind as Source
 from attnopt.compiler.intake.loaded import Loaded, check_finite, check_runs
 from attnopt.compiler.intake.pickle_model import read_module
@@ -69,6 +71,37 @@ def load(
         return _checked(replace(loaded, weights="real" if real else "meta"), source)
     module, notes = read_module(path, allow_globals, trust=trust)
     return _checked(request.finish(module, path.stem, "pickle", source, notes), source)
+
+
+def from_module(module: nn.Module, example_inputs: Any) -> Loaded:
+    """A module in memory with its example inputs: a tensor, a tuple, a dict, or (args, kwargs).
+
+    A transformers model needs none: they are made from its config. Raises `Problem` A110 to A113
+    as `load` does.
+    """
+    name = type(module).__name__
+    given = None if example_inputs is None else as_batch(example_inputs, name)
+    request = _Request(given, None, None, None, None, None)
+    loaded = request.finish(module.eval(), name, "callable", name)
+    if not is_hf(module):
+        with torch.no_grad():
+            outputs = module(*loaded.args, **loaded.kwargs)
+        logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
+        if logits is not None and "input_ids" in loaded.kwargs and logits.dim() == 3:
+            loaded.task = "causal-lm"
+    return _checked(loaded, name)
+
+
+@contextmanager
+def evaluating(model: object) -> Iterator[None]:
+    """Give a module in memory its training flags back at the end; anything else is left alone."""
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    before = [module.training for module in modules]
+    try:
+        yield
+    finally:
+        for module, training in zip(modules, before, strict=True):
+            module.training = training
 
 
 def _checked(loaded: Loaded, source: str) -> Loaded:

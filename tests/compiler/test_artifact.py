@@ -116,6 +116,14 @@ def test_a_saved_program_loads_and_answers_like_the_model(
         _ = by_name.hidden
 
 
+def test_one_sequence_and_one_token_are_taken(loaded: Optimized, program: Program) -> None:
+    for rows, length in ((1, 5), (1, 1), (2, 1)):
+        tokens = torch.randint(0, 11, (rows, length))
+        mask = torch.ones_like(tokens)
+        expected = program(input_ids=tokens, attention_mask=mask)["logits"]
+        assert_close(loaded(tokens, mask).logits, expected)
+
+
 def test_plain_torch_opens_a_model_of_aten_alone(folder: Path) -> None:
     code = (
         "import sys, torch; m = torch.export.load(sys.argv[1]).module();"
