@@ -3,19 +3,20 @@ is made of.
 
 SDPA spelling: the operator itself. Eager spelling: anchored at a softmax; downwards over casts and
 dropout to the product with v; upwards over scale, mask, bias, soft cap and casts to the product of
-q and k. Where the walk meets something that it does not know, the answer is a `Stop` that names the
-node.
+q and k. A change of shape on the way must leave the last two axes, queries and keys, alone. Where
+the walk meets something that it does not know, the answer is a `Stop` that names the node.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
 
+from attnopt.compiler.layout import same_size
 from attnopt.compiler.program import attribute
 from attnopt.compiler.spec import CAUSAL, FULL, Fill, Mask
 
@@ -29,9 +30,11 @@ _CASTS = (
 )  # fmt: skip
 _SAME = (aten.contiguous.default, aten.clone.default, aten.dropout.default, aten.alias.default)
 _RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+_CROSSED = (*_CASTS, *_SAME, *_RESHAPES)
 _ADDS = (aten.add.Tensor, aten.add_.Tensor)
 _MULS = (aten.mul.Tensor, aten.mul_.Tensor)
 _DIVS = (aten.div.Tensor, aten.div_.Tensor)
+_WHERES = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf)
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,8 @@ class Anchor:
 
     `q` `[.., S, d]`, `keys` (`k` when `transposed` is False, else k already transposed), `v`;
     `added` are float tensors added to the scaled logits (with a factor), `dropped` bool tensors
-    with True = not read, `keep` with True = read. `score_rank` is the rank of the product q k^T
-    (3 when batch and heads are one axis).
+    with True = not read, `keep` with True = read. `filled` is the number that the logits of keys
+    not read are replaced by, `floor` the number that no logit is below after the masks.
     """
 
     spelling: Literal["sdpa", "eager"]
@@ -66,12 +69,18 @@ class Anchor:
     scale: float = 1.0
     mask: Mask = FULL
     softcap: float = 0.0
-    fill: Fill = "-inf"
+    filled: float | None = None
+    floor: float | None = None
     softmax32: bool = False
     added: list[tuple[fx.Node, float]] = field(default_factory=list)
     dropped: list[fx.Node] = field(default_factory=list)
     keep: list[fx.Node] = field(default_factory=list)
     einsum: tuple[str, str] | None = None
+
+    @property
+    def fill(self) -> Fill:
+        """What a key that is not read gets, as the spec names it."""
+        return "-inf" if self.filled in (None, -math.inf) else "min"
 
 
 def anchors(graph: fx.Graph, module: torch.nn.Module) -> list[Anchor | Stop]:
@@ -94,9 +103,7 @@ def _fused(node: fx.Node) -> Anchor | Stop:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
     values: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     if values.get("dropout_p"):
-        return Stop(
-            "dropout is active: the model was traced in training mode", node, "call model.eval()"
-        )
+        return _dropout(node)
     q, k, v = values["query"], values["key"], values["value"]
     scale = values.get("scale")
     if scale is None:
@@ -110,6 +117,26 @@ def _fused(node: fx.Node) -> Anchor | Stop:
         anchor.keep += [mask] if is_bool else []
         anchor.added += [] if is_bool else [(mask, 1.0)]
     return anchor
+
+
+def _dropout(node: fx.Node) -> Stop:
+    return Stop("dropout is active, as in training", node, "call model.eval() or set it to 0")
+
+
+def _crossing(node: fx.Node) -> Stop | None:
+    """Why a cast, copy or change of shape is not passed by as if it did nothing, or None."""
+    args: Any = node.args
+    before, after = args[0].meta["val"], node.meta["val"]
+    if node.target is aten.dropout.default and args[1] and args[2]:
+        return _dropout(node)
+    if node.target in _CASTS and not (before.is_floating_point() and after.is_floating_point()):
+        return Stop(f"the logits or weights are cast from {before.dtype} to {after.dtype}", node)
+    if node.target in _RESHAPES and not (
+        min(before.dim(), after.dim()) >= 2
+        and all(same_size(before.shape[n], after.shape[n]) for n in (-2, -1))
+    ):
+        return Stop("a change of shape splits or merges the axes of queries and keys", node)
+    return None
 
 
 def _eager(softmax: fx.Node, module: torch.nn.Module) -> Anchor | Stop:
@@ -139,24 +166,38 @@ def _product_below(softmax: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | Stop:
                 pair = args[:2] if user.target is not aten.einsum.default else args[1]
                 if pair[0] is node and isinstance(pair[1], fx.Node) and pair[1].op != "get_attr":
                     return user, node, pair[1]
-        onwards = [u for u in node.users if u.target in (*_CASTS, *_SAME, *_RESHAPES)]
+        onwards = [u for u in node.users if u.target in _CROSSED]
         if not onwards:
-            return Stop(
-                "its result meets no product with values", softmax, attention=_scored(softmax)
-            )
+            return _no_product(softmax)
         node = onwards[0]
+        stop = _crossing(node)
+        if stop is not None:
+            return replace(stop, attention=_scored(softmax))
 
 
-def _scored(softmax: fx.Node) -> bool:
-    """Whether the softmax's input comes, over elementwise steps, from a product of two
-    activations."""
-    node: Any = softmax.args[0]
+def _no_product(softmax: fx.Node) -> Stop:
+    """What is said of a softmax whose result is multiplied with no values."""
+    above: Any = softmax.args[0]
     for _ in range(12):
+        if not isinstance(above, fx.Node) or not above.args:
+            break
+        if above.target is aten.cat.default:
+            reason = "other logits are joined to the scores before the softmax (attention sinks)"
+            return Stop(reason, above, attention=_scored(softmax))
+        above = above.args[0]
+    return Stop("its result meets no product with values", softmax, attention=_scored(softmax))
+
+
+def _scored(node: Any) -> bool:
+    """Whether a softmax's input comes, over elementwise steps and joins, from a product of two
+    activations."""
+    for _ in range(12):
+        node = node.args[0] if isinstance(node, fx.Node) and node.args else None
+        node = node[0] if isinstance(node, (list, tuple)) and node else node
         if not isinstance(node, fx.Node) or node.op != "call_function":
             return False
         if node.target in _PRODUCTS:
             return all(isinstance(a, fx.Node) and a.op != "get_attr" for a in node.args[:2])
-        node = node.args[0] if node.args else None
     return False
 
 
@@ -169,7 +210,10 @@ def _up(anchor: Anchor, softmax: fx.Node, module: torch.nn.Module) -> Anchor | S
             return Stop("the logits do not come from a product of q and k", softmax)
         if node.target in _PRODUCTS:
             return _scores(anchor, node, factor)
-        if node.target in (*_CASTS, *_SAME, *_RESHAPES):
+        if node.target in _CROSSED:
+            stop = _crossing(node)
+            if stop is not None:
+                return stop
             node = node.args[0]
             continue
         step = _one_step(anchor, node, factor, module)
@@ -200,18 +244,19 @@ def _one_step(
         side = _added_side(args)
         if side is None:
             return Stop("two score matrices are added", node)
+        factors = (factor, factor * _alpha(node))
         if isinstance(args[side], fx.Node):
-            anchor.added.append((args[side], factor))
-        return args[1 - side], factor
+            anchor.added.append((args[side], factors[side]))
+        return args[1 - side], factors[1 - side]
     if node.target is aten.sub.Tensor and is_score(args[0]):
         if isinstance(args[1], fx.Node):
-            anchor.added.append((args[1], -factor))
+            anchor.added.append((args[1], -factor * _alpha(node)))
         return args[0], factor
     if node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.masked_fill_.Scalar):
         if factor != 1.0:
             return Stop("the masked logits are scaled again", node)
         return _masked(anchor, node, args[0], args[1], args[2], anchor.dropped, module)
-    if node.target in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf):
+    if node.target in _WHERES:
         if factor != 1.0:
             return Stop("the masked logits are scaled again", node)
         if is_score(args[1]):
@@ -220,6 +265,9 @@ def _one_step(
     if node.target in (aten.maximum.default, aten.clamp_min.default, aten.clamp.default):
         bound = _number(args[1], module)
         if bound is not None and bound <= -1e30 and (len(args) < 3 or args[2] is None):
+            if anchor.added or anchor.filled is not None or factor != 1.0:
+                return Stop("the logits are masked or scaled after they are bounded below", node)
+            anchor.floor = bound
             return args[0], factor
     return Stop(f"`{node.target}` between the scores and the softmax is not understood", node)
 
@@ -234,14 +282,24 @@ def _masked(
     module: Any,
 ) -> tuple[fx.Node, float] | Stop:
     number = _number(value, module)
-    if number is None or number > -1e4 or (anchor.added and number != float("-inf")):
+    if number is None or number > -1e4:
         return Stop(
             "the logits are replaced by something that is not a large negative number", node
         )
-    if number != float("-inf"):
-        anchor.fill = "min"
+    if anchor.added and number != -math.inf:
+        return Stop(f"a bias or mask is added to logits already replaced by {number:g}", node)
+    if anchor.floor is not None:
+        number = max(number, anchor.floor)
+    if anchor.filled not in (None, number):
+        return Stop(f"some logits are replaced by {number:g}, others by {anchor.filled:g}", node)
+    anchor.filled = number
     into.append(condition)
     return score, 1.0
+
+
+def _alpha(node: fx.Node) -> float:
+    """What `add` and `sub` multiply their second operand by."""
+    return float(node.kwargs.get("alpha", 1))  # type: ignore[arg-type]
 
 
 def _soft_cap(node: fx.Node, tanh: Any, cap: float, module: Any) -> tuple[float, fx.Node] | None:
@@ -303,12 +361,12 @@ def is_score(value: Any) -> bool:
             return False
         if value.target in _PRODUCTS:
             return True
-        if value.target in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf):
+        if value.target in _WHERES:
             args: Any = value.args
             value = args[1] if is_score(args[1]) else args[2]
             continue
         known = (
-            *_CASTS, *_SAME, *_RESHAPES, *_MULS, *_DIVS, *_ADDS, aten.sub.Tensor,
+            *_CROSSED, *_MULS, *_DIVS, *_ADDS, aten.sub.Tensor,
             aten.tanh.default, aten.masked_fill.Scalar, aten.masked_fill.Tensor,
             aten.masked_fill_.Scalar, aten.maximum.default, aten.clamp_min.default,
             aten.clamp.default,

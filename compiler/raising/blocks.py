@@ -191,6 +191,8 @@ def is_sum(node: fx.Node) -> bool:
     """Whether a node adds two floating-point tensors of one shape, as residuals do."""
     if node.target not in _ADDS or len(node.all_input_nodes) != 2:
         return False
+    if node.kwargs.get("alpha", 1) != 1:
+        return False
     values = [item.meta.get("val") for item in (node, *node.all_input_nodes)]
     sums = [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
     shapes = [[str(size) for size in value.shape] for value in sums]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from attnopt.compiler.layout import same_size
 from attnopt.compiler.ops import ATTENTION
 from attnopt.compiler.program import Program
 from attnopt.compiler.raising.anchor import Anchor, Stop
@@ -25,6 +26,10 @@ def place(program: Program, anchor: Anchor, heads3: int | None) -> fx.Node | Sto
     rank = anchor.q.meta["val"].dim()
     if rank not in (3, 4):
         return Stop(f"q has rank {rank}; [batch, heads, seq, head_dim] was expected", anchor.q)
+    for node in (anchor.keys, anchor.v):
+        if node.meta["val"].dim() != rank:
+            other = node.meta["val"].dim()
+            return Stop(f"q has rank {rank}, keys or values have rank {other}", node)
     if rank == 3 and heads3 is None:
         return Stop("batch and heads are one axis, and the head count could not be found", anchor.q)
     maker = _Maker(program, anchor, heads3 if rank == 3 else None)
@@ -36,6 +41,10 @@ def place(program: Program, anchor: Anchor, heads3: int | None) -> fx.Node | Sto
     if heads[0] % heads[1] or heads[1] != heads[2]:  # type: ignore[operator]
         return Stop(f"{heads[0]} query heads over {heads[1]}/{heads[2]} key/value heads", anchor.q)
     names, extras = maker.extras()
+    for extra in extras:
+        if not _fits(extra, q):
+            shape = list(extra.meta["val"].shape)
+            return Stop(f"a mask or bias {shape} has other axes than batch and heads", extra)
     spec = AttentionSpec(
         heads=heads[0], kv_heads=heads[1], head_dim=dims[0], v_dim=dims[2],  # type: ignore[arg-type]
         scale=anchor.scale, mask=anchor.mask, softcap=anchor.softcap, extras=tuple(names),
@@ -48,6 +57,16 @@ def place(program: Program, anchor: Anchor, heads3: int | None) -> fx.Node | Sto
             node.meta[key] = anchor.out.meta[key]
     anchor.out.replace_all_uses_with(result)
     return node
+
+
+def _fits(extra: fx.Node, q: fx.Node) -> bool:
+    """Whether the axes of a mask or bias before queries and keys are q's batch and heads, or 1."""
+    leading = list(extra.meta["val"].shape)[:-2]
+    wanted = list(q.meta["val"].shape)[:2]
+    return len(leading) <= 2 and all(
+        static(size) == 1 or same_size(size, full)
+        for size, full in zip(reversed(leading), reversed(wanted), strict=False)
+    )
 
 
 class _Maker:
@@ -87,6 +106,8 @@ class _Maker:
             one = self._scores(node)
             one = one if factor == 1.0 else self.call(aten.mul.Tensor, one, factor)
             bias = one if bias is None else self.call(aten.add.Tensor, bias, one)
+        if bias is not None and self.anchor.floor is not None:
+            bias = self.call(aten.clamp_min.default, bias, self.anchor.floor)
         if bias is not None:
             names, nodes = ["bias"], [bias]
         keep: fx.Node | None = None

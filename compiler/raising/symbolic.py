@@ -206,11 +206,13 @@ class Symbolic:
 
     def _op_minimum(self, node: fx.Node, index: Index) -> Expression:
         x, y = (numeric(self.at(node.args[n], index)) for n in (0, 1))
-        return where(compare("le", x, y), x, y)
+        return map_leaves(lambda a, b: where(compare("le", a, b), a, b), x, y)
 
     def _op_maximum(self, node: fx.Node, index: Index) -> Expression:
         x, y = (numeric(self.at(node.args[n], index)) for n in (0, 1))
-        return where(compare("ge", x, y), x, y)
+        return map_leaves(lambda a, b: where(compare("ge", a, b), a, b), x, y)
+
+    _op_clamp_min = _op_maximum
 
     def _op_where(self, node: fx.Node, index: Index) -> Expression:
         condition, yes, no = (self.at(node.args[n], index) for n in (0, 1, 2))

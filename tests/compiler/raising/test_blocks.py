@@ -116,6 +116,17 @@ def test_a_model_without_residuals_has_none() -> None:
     assert sublayers(traced(Plain(), torch.randn(2, 7, WIDTH))) == ()
 
 
+class Doubled(Plain):
+    """Residuals of twice the stream."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.add(self.attention(x), x, alpha=2)
+
+
+def test_a_stream_that_is_doubled_is_no_residual() -> None:
+    assert sublayers(traced(Doubled(), torch.randn(2, 7, WIDTH))) == ()
+
+
 class Skips(nn.Module):
     """Two blocks inside a long skip connection, and each hidden state returned."""
 

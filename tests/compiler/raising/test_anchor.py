@@ -1,0 +1,178 @@
+"""The walk from a softmax to its product of q and k: what it takes along is exact, and what it does
+not understand it says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from attnopt.compiler.intake.loaded import Loaded
+from attnopt.compiler.program import Program
+from attnopt.compiler.raising import raise_program
+from attnopt.compiler.trace import trace
+from tests.tolerance import assert_close
+
+Weights = Callable[[Tensor, Tensor], Tensor]
+_LOWEST = torch.finfo(torch.float64).min
+
+
+class Attention(nn.Module):
+    """Eager attention of 2 heads; `weights(scores, real)` makes the softmax, `real` [batch, T]."""
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__()
+        self.weights = weights
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, real: Tensor) -> Tensor:
+        q, k, v = (p.unflatten(2, (2, 4)).transpose(1, 2) for p in self.qkv(x).chunk(3, -1))
+        made = self.weights(q @ k.transpose(-1, -2) * 0.5, real) @ v
+        y: Tensor = self.out(made.transpose(1, 2).flatten(2)) + 0 * real.sum()
+        return y
+
+
+def inputs(batch: int, length: int) -> dict[str, Tensor]:
+    """Right padding in the first sequence; the last, where there are several, has no real token."""
+    real = torch.ones(batch, length, dtype=torch.bool)
+    real[0, -2:] = False
+    real[batch - 1] &= batch == 1
+    return {"x": torch.randn(batch, length, 8, dtype=torch.float64), "real": real}
+
+
+def raised(model: nn.Module, given: dict[str, Tensor]) -> Program:
+    return raise_program(trace(Loaded(model.eval(), None, (), given, "anchor", "callable")))
+
+
+def distances(scores: Tensor) -> Tensor:
+    at = torch.arange(scores.shape[-1])
+    return (at[None] - at[:, None]).to(scores.dtype)
+
+
+def causal(scores: Tensor) -> Tensor:
+    return distances(scores) > 0
+
+
+def dropped(real: Tensor) -> Tensor:
+    return ~real[:, None, None, :]
+
+
+def bias(real: Tensor) -> Tensor:
+    return torch.zeros(real.shape, dtype=torch.float64)[:, None, None].masked_fill(
+        dropped(real), -torch.inf
+    )
+
+
+EXACT: dict[str, Weights] = {
+    "add with alpha": lambda s, r: torch.add(s, distances(s), alpha=0.5).softmax(-1),
+    "score under alpha": lambda s, r: torch.add(distances(s), s, alpha=0.5).softmax(-1),
+    "sub with alpha": lambda s, r: torch.sub(s, distances(s), alpha=0.5).softmax(-1),
+    "bounded bias": lambda s, r: (s + bias(r)).clamp(min=_LOWEST).softmax(-1),
+    "bounded fill": lambda s, r: (
+        s.masked_fill(dropped(r), -torch.inf).clamp(min=_LOWEST).softmax(-1)
+    ),
+    "heads joined and split": lambda s, r: (
+        s.view(-1, *s.shape[-2:]).view(s.shape).masked_fill(dropped(r), _LOWEST).softmax(-1)
+    ),
+    "dropout asleep": lambda s, r: nn.functional.dropout(s.softmax(-1), 0.3, training=False),
+    "wider and back": lambda s, r: s.double().softmax(-1).to(s.dtype),
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_takes_along_what_is_done_to_the_scores(name: str) -> None:
+    model = Attention(EXACT[name]).double()
+    program = raised(model, inputs(2, 8))
+    assert not program.unraised
+    assert len(program.sites) == 1
+    for batch, length in ((2, 8), (3, 6)):
+        given = inputs(batch, length)
+        with torch.no_grad():
+            assert_close(program(**given), model(**given), name)
+
+
+STOPS: dict[str, tuple[Weights, str]] = {
+    "softmax in two blocks": (
+        lambda s, r: s.unflatten(3, (2, -1)).reshape(*s.shape[:3], 2, -1).softmax(-1).view(s.shape),
+        "a change of shape splits or merges the axes of queries and keys",
+    ),
+    "softmax over all": (
+        lambda s, r: s.reshape(*s.shape[:2], -1).softmax(-1).reshape(s.shape),
+        "a change of shape splits or merges the axes of queries and keys",
+    ),
+    "whole logits": (
+        lambda s, r: s.to(torch.int32).to(s.dtype).softmax(-1),
+        "cast from torch.int32",
+    ),
+    "whole weights": (lambda s, r: s.softmax(-1).long().to(s.dtype), "to torch.int64"),
+    "active dropout": (
+        lambda s, r: nn.functional.dropout(s.softmax(-1), 0.3, training=True),
+        "dropout is active",
+    ),
+    "mixed fills": (
+        lambda s, r: s.masked_fill(causal(s), -torch.inf).masked_fill(dropped(r), -1e9).softmax(-1),
+        "some logits are replaced by -inf, others by -1e+09",
+    ),
+    "two low numbers": (
+        lambda s, r: s.masked_fill(causal(s), -1e9).masked_fill(dropped(r), -1e5).softmax(-1),
+        "some logits are replaced by -1e+09, others by -100000",
+    ),
+    "bound inside a mask": (
+        lambda s, r: (
+            s.clamp(min=_LOWEST).masked_fill(dropped(r), -torch.inf).clamp(min=_LOWEST).softmax(-1)
+        ),
+        "bounded below",
+    ),
+    "bias after a fill": (
+        lambda s, r: (s.masked_fill(causal(s), -1e9) + distances(s)).softmax(-1),
+        "a bias or mask is added to logits already replaced by -1e+09",
+    ),
+    "sinks": (
+        lambda s, r: torch.cat([s, 0 * s[..., :1]], -1).softmax(-1)[..., :-1],
+        "attention sinks",
+    ),
+    "sinks under the maximum": (
+        lambda s, r: torch.cat([s, 0 * s[..., :1]], -1).sub(s.amax()).softmax(-1)[..., :-1],
+        "attention sinks",
+    ),
+    "mask of five axes": (
+        lambda s, r: (
+            (s.view(-1, 2, *s.shape[1:]) + torch.ones(1, 2, 1, *s.shape[2:], dtype=s.dtype))
+            .view(s.shape)
+            .softmax(-1)
+        ),
+        "other axes than batch and heads",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_stops_and_says_why(name: str) -> None:
+    weights, reason = STOPS[name]
+    program = raised(Attention(weights).double(), inputs(4, 8))
+    assert not program.sites
+    (miss,) = program.unraised
+    assert reason in miss.reason
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_keys_without_a_batch_are_a_miss(fused: bool) -> None:
+    class Memory(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.kv = nn.Linear(8, 8), nn.Linear(8, 16)
+            self.slots = nn.Parameter(torch.randn(6, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            q = self.q(x).unflatten(2, (2, 4)).transpose(1, 2)
+            k, v = (p.unflatten(1, (2, 4)).transpose(0, 1) for p in self.kv(self.slots).chunk(2, 1))
+            if fused:
+                return nn.functional.scaled_dot_product_attention(q, k, v)
+            return (q @ k.transpose(-1, -2)).softmax(-1) @ v
+
+    program = raised(Memory(), {"x": torch.randn(2, 5, 8)})
+    (miss,) = program.unraised
+    assert "have rank 3" in miss.reason
