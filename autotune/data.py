@@ -1,8 +1,8 @@
 """The data of one run: what is fitted on, what decides inside the search, what the verdict is
 measured on, what is timed.
 
-The four never share a sequence, except that timing runs on batches of the evaluation data, whose
-outcome it cannot change.
+The first three never share a sequence. Timing runs on batches of the evaluation data, whose outcome
+it cannot change, or on the one batch that all of them were cut from.
 """
 
 from __future__ import annotations
@@ -59,8 +59,10 @@ class Data:
 def gather(loaded: Loaded, wanted: Wanted, source: str) -> Data:
     """The data for a loaded model.
 
-    Raises `Problem` A405 where a text is given and cannot be used.
+    Raises `Problem` A405 where a text is given and cannot be used, or sizes beside tensors alone,
+    which have their own.
     """
+    _refuse_sizes(wanted)
     example = as_batch(loaded.args, loaded.kwargs)
     calibration, evaluation = _texts(wanted, source)
     if loaded.tokenizer is not None and evaluation is not None:
@@ -78,6 +80,16 @@ def gather(loaded: Loaded, wanted: Wanted, source: str) -> Data:
             [as_batch(*batch) for batch in load_batches(wanted.inputs)], wanted.inputs
         )
     return Data((example,), words={"timing": "made-up inputs: " + "; ".join(loaded.notes)})
+
+
+def _refuse_sizes(wanted: Wanted) -> None:
+    sizes = [name for name in ("batch", "length") if getattr(wanted, name) is not None]
+    if wanted.inputs is not None and wanted.text is None and sizes:
+        raise Problem(
+            "A405", f"--{sizes[0]} cannot be used with --inputs",
+            where=str(wanted.inputs), why="tensors are timed at the size they were saved in",
+            help="save batches of the size you want, or give text with --text FILE",
+        )  # fmt: skip
 
 
 def as_batch(args: Sequence[Any], kwargs: Any) -> Batch:
@@ -102,6 +114,12 @@ def _texts(wanted: Wanted, source: str) -> tuple[str | None, tuple[str, str] | N
     if calibration is not None:
         return read_text(calibration), (text, evaluation.name)
     first, second = split_text(text)
+    if not first.strip() or not second.strip():
+        raise Problem(
+            "A113", "the text is too short to be split into calibration and evaluation",
+            where=str(evaluation), why="one of its halves, cut at a line end, is empty",
+            help="give more text, or a text of its own to fit on with --calibration FILE",
+        )  # fmt: skip
     return first, (second, f"the second half of {evaluation.name}")
 
 
@@ -161,25 +179,20 @@ def _length(loaded: Loaded) -> int:
 
 
 def _from_inputs(batches: list[Batch], path: Path) -> Data:
-    if len(batches) == 1:
-        batches = _rows(batches[0])
-    third = len(batches) // 3
-    timed = tuple(batches[-TIMED_BATCHES:]) if third else tuple(batches)
-    words = {"timing": f"{path.name}: {len(timed)} batches"}
-    if third == 0:
-        return Data(timed, evaluation=tuple(batches), words=words)
-    words |= {
-        "calibration": f"{path.name}: {third} batches",
-        "evaluation": f"{path.name}: {third} batches",
+    """Thirds by role; one batch alone is cut into pieces for them, and timed whole."""
+    pieces = _rows(batches[0]) if len(batches) == 1 else batches
+    third = len(pieces) // 3
+    roles = {
+        "calibration": pieces[:third],
+        "heldout": pieces[third : 2 * third],
+        "evaluation": pieces[2 * third :],
     }
-    return Data(
-        timed,
-        tuple(batches[:third]),
-        tuple(batches[third : 2 * third]),
-        tuple(batches[2 * third :]),
-        True,
-        words,
-    )
+    timed = batches if third == 0 or len(batches) == 1 else roles["evaluation"][-TIMED_BATCHES:]
+    unit = "batches" if pieces is batches else "pieces of its batch"
+    words = {r: f"{path.name}: {len(p)} of {len(pieces)} {unit}" for r, p in roles.items()}
+    words["timing"] = f"{path.name}: {len(timed)} of {len(batches)} batches"
+    made = {role: tuple(part) for role, part in roles.items()}
+    return Data(tuple(timed), **made, real=third > 0, words=words)
 
 
 def _rows(batch: Batch) -> list[Batch]:

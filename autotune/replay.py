@@ -17,8 +17,7 @@ from attnopt.autotune.environment import environment
 from attnopt.autotune.optimize import original, require_sites
 from attnopt.autotune.request import Wanted
 from attnopt.autotune.result import Result
-from attnopt.autotune.statistics import Interval
-from attnopt.autotune.timing import Contender, compare
+from attnopt.autotune.timing import Contender, Ratio, compare
 from attnopt.compiler.artifact import (
     CALIBRATION,
     REPORT,
@@ -278,14 +277,14 @@ def check(
         progress=say,
     )
     ratios = [timing.ratio("optimized", c.name, report.seed) for c in base.contenders]
-    speed = min(ratios, key=lambda ratio: ratio.value).interval  # the baseline least is gained over
+    speed = min(ratios, key=lambda ratio: ratio.value)  # over the baseline least is gained over
     bound = _speed_bound(report) if min_speed is None else min_speed
     fast, line = _judged(speed, bound)
     lines = [line]
     allowed = report.max_drop if max_drop is None else max_drop
     drop = upper = None
     close = True
-    if data.evaluation:
+    if data.evaluation or metric is not None:
         accuracy = evaluate(
             given, optimized, data.evaluation, loaded.task, say, metric=metric, seed=report.seed
         )
@@ -301,7 +300,7 @@ def check(
     return Verdict(
         fast and close,
         speed.value,
-        speed.low,
+        speed.interval.low,
         bound,
         drop,
         upper,
@@ -319,14 +318,16 @@ def _speed_bound(report: Result) -> float:
     return report.speed.ratio.value * (1 - SLACK) if report.speed else 1.0
 
 
-def _judged(speed: Interval, bound: float) -> tuple[bool, str]:
-    """Whether the median keeps the bound, and that in words."""
-    fast = speed.value >= bound
-    verdict = "ok" if fast else "too slow"
-    if speed.low < bound < speed.high:
-        verdict = f"inconclusive, by the median {verdict}"
-    figures = f"{speed.value:.2f}x ({speed.low:.2f}x to {speed.high:.2f}x)"
-    return fast, f"speed {figures}, at least {bound:.2f}x wanted: {verdict}"
+def _judged(speed: Ratio, bound: float) -> tuple[bool, str]:
+    """Whether a speed keeps its bound, and that in words; as in `optimize` the median decides, and
+    more than 1x is kept only by what is surely faster."""
+    low, high = speed.interval.low, speed.interval.high
+    fast = speed.value >= bound and (bound <= 1.0 or speed.verdict == "faster")
+    told = "ok" if fast else "too slow" if speed.value < bound else "not surely faster"
+    if low < bound < high:
+        told += ", inconclusive"
+    figures = f"{speed.value:.2f}x ({low:.2f}x to {high:.2f}x)"
+    return fast, f"speed {figures}, at least {bound:.2f}x wanted: {told}"
 
 
 def _require_bounds(min_speed: float | None, max_drop: float | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from attnopt.cli.stdout import document
 
 
 def apply(
+    ctx: typer.Context,
     plan: Annotated[Path, typer.Argument(help="A plan.json, or the folder that optimize wrote.")],
     model: options.Model,
     out: Annotated[Path, typer.Option(help="Output folder.", metavar="DIR")],
@@ -36,11 +38,15 @@ def apply(
 
         done = replay(
             plan, model, out=out, inputs=inputs, allow_globals=tuple(allow_global or ()),
-            trust=trust, attention=attention, dtype=dtype, progress=bar,
+            trust=trust, attention=attention, dtype=dtype,
+            command=shlex.join(ctx.obj or ["attnopt", "apply", str(plan), model]), progress=bar,
         )  # fmt: skip
     if json:
         document(done.as_json())
         return 0
     draw.outcomes(done.outcomes)
-    draw.line(f"saved in {done.folder}; the figures in its report are those of the plan")
+    for warning in done.warnings:
+        draw.line(warning, "yellow")
+    told = "" if done.warnings else "; the figures in its report are those of the run"
+    draw.line(f"saved in {done.folder}{told}")
     return 0

@@ -13,6 +13,7 @@ from attnopt.cli.stdout import document
 from attnopt.compiler.errors import Problem
 
 NOT_MET = 2
+_TEXTS = ("text", "calibration")
 
 
 def check(
@@ -60,12 +61,12 @@ def check(
         "length": length,
     }
     form = {"attention": attention, "dtype": dtype}
-    original, asked = _as_then(folder, model, given, form)
     with Progress("check", quiet=json) as bar:
         bar("starting torch", 0.0)
         options.set_threads(threads)
         from attnopt.autotune.replay import check as measure
 
+        original, asked = _as_then(folder, model, given, form)
         options.find_metric(metric)
         found = measure(
             folder, original, **bounds, **asked, metric=metric, trust=trust,
@@ -89,8 +90,6 @@ def _as_then(
     code to import (`module:callable`) and never `--trust` or `--allow-global`.
     """
     then = _recorded(folder)
-    if not any(value is not None for value in data.values()):
-        data = {key: then.get(key) for key in data}
     form = {key: then.get(key) if value is None else value for key, value in form.items()}
     named = model if model is not None else then.get("model")
     if model is None and (named is None or not Path(named).exists()):
@@ -101,24 +100,54 @@ def _as_then(
             why=f"the run was made from {named}, which is not here" if named else "",
             help=f"attnopt check {shlex.quote(str(folder))} MODEL",
         )
-    return str(named), {**data, **form}
+    return str(named), {**_merged(data, then), **form}
+
+
+def _merged(data: dict[str, Any], then: dict[str, Any]) -> dict[str, Any]:
+    """The data options, each as given or else as recorded; tensors take the place of text and its
+    sizes, and text that of tensors."""
+    given = {key: value for key, value in data.items() if value is not None}
+    stale = set[str]()
+    if "inputs" in given:
+        stale = {*_TEXTS, "batch", "length"}
+    elif given.keys() & _TEXTS:
+        stale = {"inputs"}
+    taken = {key: then.get(key) for key in data.keys() - given.keys() - stale}
+    for key in (*_TEXTS, "inputs"):
+        path = taken.get(key)
+        if path is not None and not path.is_file():
+            raise Problem(
+                "A613",
+                f"the file that the run read as --{key} is not here",
+                where=str(path),
+                why="" if path.is_absolute() else f"it is looked for from {Path.cwd()}",
+                help=f"give --{key} FILE, or go to the directory that the run was started in",
+            )
+    return {**dict.fromkeys(data), **taken, **given}
 
 
 def _recorded(folder: Path) -> dict[str, Any]:
-    """The options of the command that made a run; empty where none is recorded."""
-    import json
+    """The options of the command that made a folder; empty where none is recorded.
 
+    Raises `Problem` A505 where the report is missing or damaged.
+    """
     from typer.main import get_command
 
-    from attnopt.cli.main import optimizer
+    from attnopt.cli.main import commands
+    from attnopt.compiler.artifact import read_report
 
+    recorded = read_report(folder).get("command")
     try:
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        words = shlex.split(report.get("command", ""))
-    except (OSError, ValueError, AttributeError):
+        words = shlex.split(recorded) if isinstance(recorded, str) else []
+    except ValueError:  # a quotation that does not end
         return {}
-    if "optimize" not in words:
+    name, *after = (words[1:] if words[:1] == ["attnopt"] else words) or [""]
+    if name not in ("optimize", "apply"):
         return {}
-    after = words[words.index("optimize") + 1 :]
-    context = get_command(optimizer).make_context("optimize", after, resilient_parsing=True)
-    return dict(context.params)
+    group: Any = get_command(commands)
+    made = group.commands[name]
+    context = made.make_context(name, list(after), resilient_parsing=True)
+    spelled, _, _ = made.make_parser(context).parse_args(list(after))
+    # The context drops a path that is not there; here it has to be told.
+    paths = {key: Path(spelled[key]) for key in (*_TEXTS, "inputs") if key in spelled}
+    return {**context.params, **paths}

@@ -61,6 +61,20 @@ def test_apply_rebuilds_the_same_model(command: Command, finished: Path, tmp_pat
 
 
 @pytest.mark.slow
+def test_a_plan_on_another_model_is_checked_as_that_model(
+    command: Command, finished: Path, tmp_path: Path
+) -> None:
+    other = encoder()
+    torch.nn.init.normal_(next(other.parameters()))
+    torch.save(other, tmp_path / "other.pt")
+    words = ["apply", finished / "out", "other.pt", "--out", "new"]
+    ended = command("attnopt", *words, "--inputs", finished / "inputs.pt")
+    assert ended.code == 0 and "not measured on this model" in " ".join(ended.out.split()), ended
+    told = command("attnopt", "check", "new", "--min-speed", "0.01x", "--json")
+    assert told.code == 0 and told.json["drop"] is not None, told
+
+
+@pytest.mark.slow
 def test_check_takes_the_model_and_the_data_of_the_run(command: Command, finished: Path) -> None:
     told = command("attnopt", "check", finished / "out", "--json")
     assert told.code == 0 and told.json["ok"], told
@@ -111,7 +125,60 @@ def test_what_check_takes_over_from_a_report(
     assert (asked["dtype"], asked["attention"]) == ("float64", "eager")
     asked = _asked(command, monkeypatch, folder, "other.pt", "--length", "7", "--trust")
     assert asked["model"] == "other.pt" and asked["trust"] is True
-    assert (asked["inputs"], asked["length"], asked["dtype"]) == (None, 7, "float64")
+    assert (asked["inputs"], asked["length"], asked["dtype"]) == (inputs, 7, "float64")
+
+
+def test_check_takes_data_over_option_by_option(
+    command: Command, monkeypatch: Any, tmp_path: Path
+) -> None:
+    model, inputs = save_encoder(tmp_path)
+    text, other = tmp_path / "text.txt", tmp_path / "other.txt"
+    text.write_text("words"), other.write_text("more words")
+    words = ["optimize", str(model), "--text", str(text), "--batch", "4", "--length", "9"]
+    folder = _report(tmp_path / "run", shlex.join([*words, "--calibration", str(other)]))
+
+    def data(*argv: object) -> list[Any]:
+        asked = _asked(command, monkeypatch, folder, *argv)
+        return [asked[key] for key in ("text", "calibration", "inputs", "batch", "length")]
+
+    assert data() == [text, other, None, 4, 9]
+    assert data("--batch", "2") == [text, other, None, 2, 9]
+    assert data("--text", other) == [other, other, None, 4, 9]
+    assert data("--inputs", inputs) == [None, None, inputs, None, None]
+    tensors = shlex.join(["attnopt", "optimize", str(model), "--inputs", str(inputs)])
+    folder = _report(tmp_path / "tensors", tensors)
+    assert data("--text", text) == [text, None, None, None, None]
+    folder = _report(
+        tmp_path / "applied", "attnopt apply out encoder.pt --inputs inputs.pt --out o"
+    )
+    assert data() == [None, None, Path("inputs.pt"), None, None]
+
+
+def test_recorded_data_that_is_not_here(command: Command, monkeypatch: Any, tmp_path: Path) -> None:
+    model, inputs = save_encoder(tmp_path)
+    folder = _report(tmp_path / "run", f"optimize {model} --text gone/some.txt --batch 4")
+    ended = command("attnopt", "check", folder, "--json")
+    assert ended.code == 1 and ended.error["code"] == "A613"
+    assert ended.error["where"] == "gone/some.txt" and str(tmp_path) in ended.error["why"]
+    assert _asked(command, monkeypatch, folder, "--inputs", inputs)["text"] is None
+
+
+@pytest.mark.parametrize("content", ["{", "[]", ""])
+def test_a_damaged_report_is_told(command: Command, tmp_path: Path, content: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/report.json").write_text(content)
+    ended = command("attnopt", "check", tmp_path / "run", "--json")
+    assert ended.code == 1 and ended.error["code"] == "A505"
+    assert ended.error["where"].endswith("report.json")
+
+
+@pytest.mark.parametrize(("option", "value"), [("--min-speed", "0x"), ("--max-drop", "-1%")])
+def test_bounds_that_mean_nothing(
+    command: Command, tmp_path: Path, option: str, value: str
+) -> None:
+    folder = _report(tmp_path / "run", "")
+    ended = command("attnopt", "check", folder, "model.pt", f"{option}={value}", "--json")
+    assert ended.code == 1 and ended.error["code"] == "A410" and option in ended.error["what"]
 
 
 @pytest.mark.parametrize(
