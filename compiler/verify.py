@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,15 +11,20 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
+from attnopt.compiler.ops import ATTENTION
+from attnopt.compiler.packed_ops import PACKED_ATTENTION
 from attnopt.compiler.program import Batch, Program
 from attnopt.compiler.raising.evaluate import example_input, example_sizes, resized
+from attnopt.compiler.spec import parse_spec
 
-DOUBLE_LIMIT = 60_000_000  # parameters up to which programs are also compared in float64
+LIMITS = {torch.float64: 60_000_000, torch.float32: 600_000_000}  # parameters compared in it
 CELLS = 512  # positions per compared batch: rows beyond that are left out, longer rows are cut
 BOUND = {torch.float64: 1e-8, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
-_KNOWN: WeakKeyDictionary[torch.nn.Module, dict[torch.dtype, list[Any]]] = WeakKeyDictionary()
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+RUN_ERRORS = (RuntimeError, IndexError, ValueError, TypeError, KeyError, AssertionError)
 
 
 @dataclass(frozen=True)
@@ -36,41 +42,82 @@ class Comparison:
         return self.error <= self.bound
 
 
+@dataclass(frozen=True)
+class _Runs:
+    """The batches that a program could be run on in `dtype`, and its outputs."""
+
+    dtype: torch.dtype
+    batches: list[Batch]
+    outputs: list[Any]
+
+
+_LAST: WeakKeyDictionary[torch.nn.Module, _Runs] = WeakKeyDictionary()  # one program at most
+
+
 def compare(before: Program, after: Program, valid_only: bool = False) -> Comparison:
-    """Run both on every variation: in float64 where it fits and the graph allows it, else in the
-    model's dtype."""
-    parameters = sum(p.numel() for p in before.module.parameters())
-    if parameters <= DOUBLE_LIMIT:
-        double = _compare(before, after, torch.float64, valid_only)
-        if double.same:
-            return double
-    return _compare(before, after, _dtype(before), valid_only)
+    """Run both on every variation that `before` can run, in the widest dtype that both run in.
+
+    What a wider dtype refutes is not asked again in a narrower one: rounding is no excuse there.
+    """
+    own = own_dtype(before)
+    for dtype in _dtypes(before):
+        runs = _runs(before, dtype)
+        if runs is None:
+            continue
+        outputs = _outputs(after if dtype is own else _in(after, dtype), runs.batches)
+        if outputs is None and dtype is not own:
+            continue
+        worst = math.inf
+        if outputs is not None:
+            worst = 0.0
+            for batch, expected, actual in zip(runs.batches, runs.outputs, outputs, strict=True):
+                valid = batch.valid if valid_only else None
+                worst = max(worst, difference(expected, actual, valid))
+        result = Comparison(worst, BOUND.get(dtype, 2e-5), dtype)
+        _LAST.clear()  # the next pass is compared with the one of the two that stays
+        kept = runs if outputs is None else replace(runs, outputs=outputs)
+        _LAST[after.module if result.same else before.module] = kept if result.same else runs
+        return result
+    return Comparison(math.inf, 0.0, own)
 
 
-def _compare(before: Program, after: Program, dtype: torch.dtype, valid_only: bool) -> Comparison:
-    worst = 0.0
-    batches = list(variations(before, dtype))
-    pairs = zip(_outputs(before, batches, dtype), _outputs(after, batches, dtype), strict=True)
-    for batch, (expected, actual) in zip(batches, pairs, strict=True):
-        error = difference(expected, actual, batch.valid if valid_only else None)
-        if not error <= worst:
-            worst = error
-    return Comparison(worst, BOUND.get(dtype, 2e-5), dtype)
+def _dtypes(program: Program) -> list[torch.dtype]:
+    """The dtypes to compare in, the widest first and the model's own last."""
+    count = sum(p.numel() for p in program.module.parameters())
+    own = own_dtype(program)
+    wider = [d for d, most in LIMITS.items() if count <= most and d.itemsize > own.itemsize]
+    return [*wider, own]
 
 
-def _outputs(program: Program, batches: list[Batch], dtype: torch.dtype) -> list[Any]:
-    """The program's outputs; kept while it lives, since the next pass is compared with the same
-    one."""
-    known = _KNOWN.setdefault(program.module, {})
-    if dtype not in known:
-        run = _double(program) if dtype is torch.float64 else program
-        known[dtype] = [run.run(batch) for batch in batches]
-    return known[dtype]
+def _runs(program: Program, dtype: torch.dtype) -> _Runs | None:
+    """The program on all variations that it takes, since not every size need be one that it takes;
+    None when it does not run in this dtype."""
+    known = _LAST.get(program.module)
+    if known is not None and known.dtype is dtype:
+        return known
+    cast = program if dtype is own_dtype(program) else _in(program, dtype)
+    batches, outputs = list[Batch](), list[Any]()
+    for batch in variations(program, None if cast is program else dtype):
+        try:
+            outputs.append(cast.run(batch))
+        except RUN_ERRORS:
+            if not batches and cast is not program:
+                return None
+        else:
+            batches.append(batch)
+    return _Runs(dtype, batches, outputs) if batches else None
+
+
+def _outputs(program: Program, batches: list[Batch]) -> list[Any] | None:
+    try:
+        return [program.run(batch) for batch in batches]
+    except RUN_ERRORS:
+        return None
 
 
 def difference(expected: Any, actual: Any, valid: Tensor | None = None) -> float:
-    """Largest |difference| of two output structures over the first one's root mean square; NaN when
-    either has NaN.
+    """Largest |difference| of two output structures over the first one's root mean square; infinite
+    when either has NaN.
 
     With `valid` `[batch, seq]`, outputs that begin with these two dims are compared at the valid
     positions only.
@@ -81,7 +128,7 @@ def difference(expected: Any, actual: Any, valid: Tensor | None = None) -> float
         if not isinstance(a, Tensor):
             continue
         if a.shape != b.shape:
-            return float("inf")
+            return math.inf
         if valid is not None and a.dim() >= 2 and a.shape[:2] == valid.shape:
             a, b = a[valid], b[valid]
         if a.numel() == 0:
@@ -89,8 +136,9 @@ def difference(expected: Any, actual: Any, valid: Tensor | None = None) -> float
         a, b = a.double(), b.double()
         scale = max(float(a.square().mean().sqrt()), 1e-12)
         error = float((a - b).abs().max()) / scale
-        if not error <= worst:
-            worst = error
+        if not math.isfinite(error) or not math.isfinite(scale):
+            return math.inf
+        worst = max(worst, error)
     return worst
 
 
@@ -155,15 +203,31 @@ def _valid(kwargs: Any) -> Tensor | None:
     return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
-def _double(program: Program) -> Program:
-    return replace(program, module=copy.deepcopy(program.module).double())
+def _in(program: Program, dtype: torch.dtype) -> Program:
+    """The program computed in a wider dtype throughout: the dtypes that its graph fixes are widened
+    as well."""
+    module = copy.deepcopy(program.module).to(dtype)
+    for node in module.graph.nodes:
+        if node.target is not torch.ops.aten.view.dtype:  # that one reads bits
+            node.args = map_aggregate(node.args, lambda a: _widened(a, dtype))
+            node.kwargs = map_aggregate(node.kwargs, lambda a: _widened(a, dtype))
+        if node.target in (ATTENTION, PACKED_ATTENTION):
+            spec = parse_spec(str(node.args[4])).with_(softmax32=False)
+            node.update_arg(4, spec.text)
+    module.recompile()
+    return replace(program, module=module)
+
+
+def _widened(value: Any, dtype: torch.dtype) -> Any:
+    return dtype if isinstance(value, torch.dtype) and value in FLOATS else value
 
 
 def _cast(value: Tensor, dtype: torch.dtype | None) -> Tensor:
     return value.to(dtype) if dtype is not None and value.is_floating_point() else value
 
 
-def _dtype(program: Program) -> torch.dtype:
+def own_dtype(program: Program) -> torch.dtype:
+    """The dtype of the first floating-point parameter."""
     return next(
         (p.dtype for p in program.module.parameters() if p.is_floating_point()), torch.float32
     )
