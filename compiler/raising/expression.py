@@ -28,12 +28,13 @@ LEAVES = (
 @dataclass(frozen=True)
 class Datum:
     """One value of an input tensor, unknown at compile time: input name, index expressions, truth
-    value or number.
+    value or number, whole or real.
     """
 
     name: str
     index: tuple[Affine, ...]
     is_bool: bool
+    is_real: bool = False
 
 
 Variable = str | Datum

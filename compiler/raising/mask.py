@@ -61,9 +61,8 @@ def _classify(
         padding = named["padding"].name if "padding" in named else None
         facts = MaskFacts(spec.mask, padding, spec.fill)
         return replace(facts, text=mask_text(facts, ""))
-    probe = _Probe(program, attention, spec)
     try:
-        facts = probe.prove(named)
+        facts = _Probe(program, attention, spec).prove(named)
     except Classless as error:
         return MaskFacts(None, bias="bias" in named, text="tensor", reason=str(error))
     except Unknown as error:

@@ -10,7 +10,8 @@ nodes, so each coordinate is a sum of at most as many edge weights as there are 
 (Bellman-Ford; Cormen et al., Introduction to Algorithms, section "Difference constraints and
 shortest paths"). Edge weights are c - 1, c or c + 1 up to sign. So it is enough to compare on the
 grid of all such sums; that is what `agree` does, and it is a proof. Values of inputs may be
-compared with constants only; each is tried below, at and above every constant.
+compared with constants only; each is tried below, at and above every constant, and an input of real
+numbers half-way to its neighbours besides.
 """
 
 from __future__ import annotations
@@ -226,7 +227,7 @@ def _points(
     values = sorted(s for s in total if s >= 0)
     if limit is not None and len(values) > limit:
         values = values[:: -(-len(values) // limit)]
-    grids: list[list[int]] = []
+    grids: list[Sequence[float]] = []
     for name in names:
         grids.append(values if isinstance(name, str) else _data_values(name, found))
     count = 1
@@ -242,9 +243,10 @@ def _points(
     return made
 
 
-def _data_values(name: Variable, found: Iterable[Compare]) -> list[int]:
+def _data_values(name: Variable, found: Iterable[Compare]) -> Sequence[float]:
     assert isinstance(name, Datum)
     if name.is_bool:
         return [0, 1]
     used = {a.form.constant for a in found if any(v == name for v, _ in a.form.terms)}
-    return sorted({s * (c + d) for c in used for d in (-1, 0, 1) for s in (1, -1)})
+    steps = (-1, -0.5, 0, 0.5, 1) if name.is_real else (-1, 0, 1)
+    return sorted({s * (c + d) for c in used for d in steps for s in (1, -1)})

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
@@ -29,17 +29,17 @@ def observe(
     """The class that the mask has at every length tried, or `mask=None` when it has none of them at
     some.
     """
-    found: set[tuple[Mask | None, str | None, bool]] = set()
-    fill = spec.fill
     try:
-        for length in LENGTHS:
-            seen, fill = _seen(program, attention, spec, named, length)
-            found.add(seen)
+        seen = [
+            _seen(program, spec, named, sizes, attention) for sizes in _trials(program, attention)
+        ]
     except Unknown as error:
         return MaskFacts(None, text="tensor", reason=str(error), certainty="observed")
-    if len(found) > 1:
+    mask = _class_of([one.keep for one in seen])
+    padding, bias, fill = seen[0].padding, seen[0].bias, seen[0].fill
+    same = all((one.padding, one.bias) == (padding, bias) and not one.mixed for one in seen)
+    if mask is None or not same:
         return MaskFacts(None, text="tensor", bias="bias" in named, certainty="observed")
-    ((mask, padding, bias),) = found
     kind = bias_kind(program, attention, named["bias"]) if bias else ""
     facts = MaskFacts(mask, padding, fill, bias, "observed")
     return replace(facts, text=mask_text(facts, kind))
@@ -84,26 +84,55 @@ def small_sizes(program: Program, attention: fx.Node, length: int) -> dict[str, 
     `length`.
     """
     sizes = example_sizes(program)
-    lengths: set[int] = set()
-    for operand, dim in ((0, 2), (1, 2)):
-        size = attention.args[operand].meta["val"].shape[dim]  # type: ignore[union-attr]
-        if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
-            lengths.add(sizes.get(str(size.node.expr), -1))
+    lengths = {sizes.get(_symbol(attention, operand, 2), -1) for operand in (0, 1)}
     return {name: length for name, size in sizes.items() if size in lengths}
+
+
+def _trials(program: Program, attention: fx.Node) -> list[dict[str, int]]:
+    """Symbol sizes to look at: as many keys as queries, the example's own lengths, and other
+    numbers of keys than queries where the two are free.
+    """
+    found = [small_sizes(program, attention, length) for length in LENGTHS]
+    rows, queries, keys = (_symbol(attention, *at) for at in ((0, 0), (0, 2), (1, 2)))
+    found.append({rows: min(2, example_sizes(program).get(rows, 2))} if rows else {})
+    if queries and keys and queries != keys:
+        few, many = LENGTHS[:2]
+        found += [{queries: few, keys: many}, {queries: many, keys: few}]
+    return found
+
+
+def _symbol(attention: fx.Node, operand: int, dim: int) -> str:
+    """The symbol that one size of an operand is, empty where it is none."""
+    size = attention.args[operand].meta["val"].shape[dim]  # type: ignore[union-attr]
+    free = isinstance(size, torch.SymInt) and size.node.expr.is_Symbol
+    return str(size.node.expr) if free else ""
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A mask at given sizes: the keys kept, `[batch, heads, S, T]`, with all inputs real.
+
+    `padding` names the one input that drops its padded keys, and `mixed` says that some input does
+    something else; `bias` says that real numbers are added.
+    """
+
+    keep: Tensor
+    bias: bool
+    fill: Fill
+    padding: str | None = None
+    mixed: bool = False
 
 
 def _seen(
     program: Program,
-    attention: fx.Node,
     spec: AttentionSpec,
     named: Mapping[str, fx.Node],
-    length: int,
-) -> tuple[tuple[Mask | None, str | None, bool], Fill]:
-    sizes = small_sizes(program, attention, length)
+    sizes: Mapping[str, int],
+    attention: fx.Node,
+) -> _Seen:
     sources = _masks_among_inputs(program, named)
     whole = {node.name: _ones(program, node, sizes) for node in sources}
     keep, bias, fill = _evaluate(program, sizes, whole, named, spec, attention)
-    mask = _class_of(keep)
     padding: str | None = None
     for node in sources:
         planted = dict(whole)
@@ -112,9 +141,9 @@ def _seen(
         if torch.equal(padded, keep):
             continue
         if padding is not None or not torch.equal(padded, keep & real.bool()[:, None, None, :]):
-            return (None, None, bias), fill
+            return _Seen(keep, bias, fill, mixed=True)
         padding = node.name
-    return (mask, padding, bias), fill
+    return _Seen(keep, bias, fill, padding)
 
 
 def _evaluate(
@@ -148,12 +177,16 @@ def _concrete(run: Evaluator, node: object) -> list[int]:
     return [concrete(size, run.sizes) for size in node.meta["val"].shape]
 
 
-def _class_of(keep: Tensor) -> Mask | None:
-    """The class of a mask [batch, heads, S, T] that is the same for every sequence and head."""
-    first = keep[0, 0]
-    if not bool((keep == first).all()):
+def _class_of(seen: Sequence[Tensor]) -> Mask | None:
+    """The class of masks [batch, heads, S, T] that are the same for every sequence and head."""
+    firsts = [keep[0, 0] for keep in seen]
+    if not all(bool((keep == first).all()) for keep, first in zip(seen, firsts, strict=True)):
         return None
-    return next((m for m in _classes(first) if torch.equal(m.dense(*first.shape), first)), None)
+    longest = firsts[len(LENGTHS) - 1]
+    for mask in _classes(longest):
+        if all(torch.equal(mask.dense(*first.shape), first) for first in firsts):
+            return mask
+    return None
 
 
 def _classes(keep: Tensor) -> Iterator[Mask]:

@@ -28,6 +28,7 @@ from attnopt.compiler.raising.expression import (
     both,
     compare,
     is_condition,
+    leaves,
     logic,
     map_leaves,
     multiply,
@@ -166,7 +167,11 @@ class Symbolic:
         return negate(self.at(node.args[0], index))
 
     def _cast(self, node: fx.Node, index: Index) -> Expression:
-        return _cast_to(self.at(node.args[0], index), node.meta["val"].dtype)
+        x, dtype = self.at(node.args[0], index), node.meta["val"].dtype
+        before: torch.dtype = node.args[0].meta["val"].dtype  # type: ignore[union-attr]
+        if not _holds(dtype, before) and any(_reads(leaf) for leaf in leaves(x)):
+            raise Unknown(f"values of an input are rounded or cut from {before} to {dtype}")
+        return _cast_to(x, dtype)
 
     def _op_bool(self, node: fx.Node, index: Index) -> Expression:
         return truth(self.at(node.args[0], index))
@@ -332,9 +337,26 @@ def _cast_leaf(x: Expression, dtype: torch.dtype) -> Expression:
     return Const(float(cast)) if dtype.is_floating_point else number(int(cast))
 
 
+def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    """Whether a cast from `narrow` to `wide` keeps values in order and apart, near 0 at least."""
+    if torch.bool in (wide, narrow):
+        return True
+    if wide.is_floating_point:
+        return not narrow.is_floating_point or wide.itemsize >= narrow.itemsize
+    if narrow.is_floating_point:
+        return False
+    a, b = torch.iinfo(wide), torch.iinfo(narrow)
+    return a.min <= b.min and b.max <= a.max
+
+
+def _reads(leaf: Expression) -> bool:
+    return isinstance(leaf, Affine) and any(isinstance(name, Datum) for name, _ in leaf.terms)
+
+
 def _datum(node: fx.Node, index: Index) -> Expression:
     value = node.meta["val"]
-    form = variable(Datum(node.name, index, value.dtype == torch.bool))
+    real = value.dtype.is_floating_point
+    form = variable(Datum(node.name, index, value.dtype == torch.bool, real))
     return truth(form) if value.dtype == torch.bool else form
 
 

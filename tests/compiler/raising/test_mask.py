@@ -4,17 +4,20 @@ apart.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from attnopt.compiler.intake.loaded import Loaded
 from attnopt.compiler.program import Program
 from attnopt.compiler.raising import raise_program
 from attnopt.compiler.raising.evaluate import Evaluator
 from attnopt.compiler.raising.mask import MaskFacts, classify
 from attnopt.compiler.spec import CAUSAL, FULL, Mask
+from attnopt.compiler.trace import trace
 from tests.masked_attention import HEADS, Masked, Spelling, masked
 from tests.residual_models import traced_family
 
@@ -152,6 +155,83 @@ def test_a_lie_that_the_proof_cannot_read_is_observed_only() -> None:
     assert facts.certainty == "observed"
     assert "multiplied" in facts.reason
     assert facts.at
+
+
+def test_a_lie_at_the_examples_own_length_is_seen() -> None:
+    def spelling(m: Masked, x: Tensor, a: Tensor) -> Tensor:
+        i, j = ij(x)
+        return (j <= i) | (i * i >= 625)
+
+    facts = facts_of(masked(spelling, length=30))
+    assert (facts.mask, facts.text) == (None, "tensor")
+
+
+def attending(keep: Callable[[Tensor, Tensor], Tensor], **inputs: Tensor) -> MaskFacts:
+    """The facts of `x` attending to `y`, or to itself; `keep(scores, y)` says which keys count."""
+
+    class Cross(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            q, k = self.q(x)[:, None], self.q(y if y.dim() == 3 else x)[:, None]
+            k = nn.functional.avg_pool2d(k, (2, 1)) if y.dim() == 1 else k
+            scores = q @ k.transpose(-1, -2)
+            return scores.masked_fill(~keep(scores, y), INF).softmax(-1) @ k + 0 * y.sum()
+
+    made = trace(Loaded(Cross().eval(), None, (), inputs, "cross", "callable"))
+    return facts_of(raise_program(made))
+
+
+def test_causal_from_the_end_is_not_causal() -> None:
+    """The last query sees every key: causal where there are as many keys as queries, and only
+    there.
+    """
+    facts = attending(
+        lambda s, y: torch.ones(*s.shape[-2:], dtype=torch.bool).tril(s.shape[-1] - s.shape[-2]),
+        x=torch.randn(2, 7, 8),
+        y=torch.randn(2, 11, 8),
+    )
+    assert (facts.mask, facts.certainty) == (None, "observed")
+
+
+def test_a_size_that_is_no_sum_leaves_the_mask_unproved() -> None:
+    facts = attending(
+        lambda s, y: torch.arange(s.shape[-1])[None] < 1000 + 0 * s[0, 0, :, :1],
+        x=torch.randn(2, 8, 8),
+        y=torch.randn(3),
+    )
+    assert (facts.mask, facts.certainty) == (FULL, "observed")
+    assert "not a sum of symbols" in facts.reason
+
+
+REALS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "long": (lambda m: m.long() != 0, "rounded or cut"),
+    "int": (lambda m: m.int() == 1, "rounded or cut"),
+    "narrow": (lambda m: m.double().float() != 0, "rounded or cut"),
+    "above": (lambda m: (m > 0) | (m >= 1), ""),
+}
+
+
+@pytest.mark.parametrize("name", REALS)
+def test_an_input_of_real_numbers_is_no_input_of_whole_ones(name: str) -> None:
+    spelling, reason = REALS[name]
+    mask = torch.tensor([[1.0, 1, 1, 0], [1, 1, 0, 0]], dtype=torch.float64)
+    facts = attending(lambda s, y: spelling(y)[:, None, None, :], x=torch.randn(2, 4, 8), y=mask)
+    assert reason in facts.reason
+    assert facts.certainty == ("observed" if reason else "proved")
+    if not reason:
+        assert (facts.padding, facts.test.op, facts.test.value) == ("y", "gt", 0)
+
+
+def test_a_narrower_whole_number_may_be_another() -> None:
+    mask = torch.ones(2, 4, dtype=torch.int64)
+    facts = attending(
+        lambda s, y: (y.to(torch.uint8) != 0)[:, None, None, :], x=torch.randn(2, 4, 8), y=mask
+    )
+    assert facts.certainty == "observed"
+    assert "rounded or cut" in facts.reason
 
 
 def test_a_lie_in_a_buffer_is_not_causal() -> None:
