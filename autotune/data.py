@@ -59,10 +59,8 @@ class Data:
 def gather(loaded: Loaded, wanted: Wanted, source: str) -> Data:
     """The data for a loaded model.
 
-    Raises `Problem` A405 where a text is given and cannot be used, or sizes beside tensors alone,
-    which have their own.
+    Raises `Problem` A405 where a text is given and cannot be used.
     """
-    _refuse_sizes(wanted)
     example = as_batch(loaded.args, loaded.kwargs)
     calibration, evaluation = _texts(wanted, source)
     if loaded.tokenizer is not None and evaluation is not None:
@@ -79,17 +77,8 @@ def gather(loaded: Loaded, wanted: Wanted, source: str) -> Data:
         return _from_inputs(
             [as_batch(*batch) for batch in load_batches(wanted.inputs)], wanted.inputs
         )
-    return Data((example,), words={"timing": "made-up inputs: " + "; ".join(loaded.notes)})
-
-
-def _refuse_sizes(wanted: Wanted) -> None:
-    sizes = [name for name in ("batch", "length") if getattr(wanted, name) is not None]
-    if wanted.inputs is not None and wanted.text is None and sizes:
-        raise Problem(
-            "A405", f"--{sizes[0]} cannot be used with --inputs",
-            where=str(wanted.inputs), why="tensors are timed at the size they were saved in",
-            help="save batches of the size you want, or give text with --text FILE",
-        )  # fmt: skip
+    said = "; ".join(loaded.notes) or "the example inputs that were given"
+    return Data((example,), words={"timing": said})
 
 
 def as_batch(args: Sequence[Any], kwargs: Any) -> Batch:

@@ -23,7 +23,8 @@ EFFORTS: dict[str, tuple[int, float]] = {  # trials, default seconds
 class Wanted:
     """What the user said about data; None where nothing was said.
 
-    `batch` and `length` are of one timed call.
+    `batch` and `length` are of one timed call. Raises `Problem` A405 for sizes beside tensors
+    alone, which have their own.
     """
 
     text: Path | None = None
@@ -31,6 +32,15 @@ class Wanted:
     inputs: Path | None = None
     batch: int | None = None
     length: int | None = None
+
+    def __post_init__(self) -> None:
+        sizes = [name for name in ("batch", "length") if getattr(self, name) is not None]
+        if self.inputs is not None and self.text is None and sizes:
+            raise Problem(
+                "A405", f"--{sizes[0]} cannot be used with --inputs",
+                where=str(self.inputs), why="tensors are timed at the size they were saved in",
+                help="save batches of the size you want, or give text with --text FILE",
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)
