@@ -2,8 +2,9 @@
 
 The op is `attnopt::attention`. Every function takes q `[batch, heads, S, head_dim]`,
 k `[batch, kv_heads, T, head_dim]`, v `[batch, kv_heads, T, v_dim]`, the extras in the order of
-`spec.extras`, and the spec; it returns `[batch, heads, S, v_dim]` in q's dtype. All are traceable
-by `torch.export` with dynamic batch and lengths, so a lowered program holds aten operators only.
+`spec.extras`, and the spec; it returns `[batch, heads, S, v_dim]` in v's dtype, which may be
+narrower than q's and k's (scores in float32 over values in half precision). All are traceable by
+`torch.export` with dynamic batch and lengths, so a lowered program holds aten operators only.
 """
 
 from __future__ import annotations
@@ -59,8 +60,11 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: Attent
     """Torch's fused scaled_dot_product_attention.
 
     It has no soft cap: `runs_on_sdpa` says so beforehand. Run eagerly on a CPU, a padding that
-    drops nothing is left out, so that a causal mask stays a flag.
+    drops nothing is left out, so that a causal mask stays a flag. Values narrower than q and k are
+    widened, and the result is rounded as the definition's is.
     """
+    if v.dtype != q.dtype:
+        return sdpa(q, k, v.to(q.dtype), extras, spec).to(v.dtype)
     grouped = spec.group > 1
     padding = extra(extras, spec, "padding")
     if padding is not None and _drops_nothing(padding):
@@ -71,6 +75,11 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: Attent
             q, k, v, is_causal=True, scale=spec.scale, enable_gqa=grouped
         )
     mask = _sdpa_mask(q, k, extras, spec)
+    if mask is not None and mask.dtype == torch.float16:
+        # Its lowest number does not absorb a score that the kernel adds in float32: in a row that
+        # reads no key it would leave the scores, so these are made equal.
+        empty = (mask <= torch.finfo(torch.float16).min).all(-1, keepdim=True)
+        q = q.masked_fill(empty, 0.0)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, scale=spec.scale, enable_gqa=grouped
     )
