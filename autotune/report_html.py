@@ -115,7 +115,7 @@ def _accuracy(result: Result) -> Markup:
     high = drop.value if drop.high is None else drop.high
     mark = charts.Bar("drop", drop.value, low, high, say.percent(drop), entry.verdict)
     chart = None
-    if math.isfinite(drop.value):
+    if math.isfinite(drop.value) and entry.tier != "exact":  # rounding is nothing to draw
         title = "Relative drop with its 95% bounds; the shaded part is allowed"
         chart = charts.interval(mark, entry.bound, title, say.share)
     rows = [

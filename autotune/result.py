@@ -356,6 +356,5 @@ def _further(accuracy: Accuracy) -> dict[str, Number]:
     found = {
         "KL divergence": _number(accuracy.kl, high=accuracy.kl_upper, unit="nats/token"),
         "top-1 agreement": _number(accuracy.top1, low=accuracy.top1_lower),
-        "cosine similarity": _number(accuracy.cosine, low=accuracy.cosine_lower),
     }
     return {name: number for name, number in found.items() if number is not None}
