@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from attnopt.compiler.contract import Edit, Exactness, Miss, Notes, Pass, Refused, Target, read_pass
+from attnopt.compiler.faithful import faithful
 from attnopt.compiler.intake.loaded import Loaded
 from attnopt.compiler.plan import Outcome, Plan
 from attnopt.compiler.program import Program
@@ -20,8 +21,9 @@ Progress = Callable[[str], None]
 
 
 def read(loaded: Loaded) -> Program:
-    """Trace and raise a loaded model."""
-    return raise_program(trace(loaded))
+    """Trace and raise a loaded model, and compare the outcome with the model."""
+    traced = trace(loaded)
+    return faithful(loaded, traced, raise_program(traced))
 
 
 def apply_plan(

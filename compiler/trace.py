@@ -64,7 +64,7 @@ def _export(module: torch.nn.Module, example: Batch) -> torch.export.ExportedPro
             pytree.tree_map(shapes, dict(example.kwargs)),
         )
         try:
-            with _slow_paths():
+            with slow_paths():
                 return torch.export.export(
                     module,
                     example.args,
@@ -167,7 +167,7 @@ def _no_dim(value: Any) -> Any:
 
 
 @contextmanager
-def _slow_paths() -> Iterator[None]:
+def slow_paths() -> Iterator[None]:
     """Trace nn.MultiheadAttention through its plain operators, not through its fused inference
     kernel."""
     before = torch.backends.mha.get_fastpath_enabled()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from torch import fx
 
@@ -17,13 +18,18 @@ from attnopt.compiler.site import Site, Unraised
 from attnopt.compiler.spec import parse_spec
 
 
-def raise_program(program: Program) -> Program:
+def raise_program(program: Program, leave: Mapping[str, str] | None = None) -> Program:
     """A copy with every understood attention as the canonical op, its sites, misses and residual
-    sublayers recorded."""
+    sublayers recorded.
+
+    `leave` maps the last node of an attention to the reason why it stays as it is.
+    """
     raised = program.copy()
     placed: list[tuple[Anchor, fx.Node]] = []
     unraised: list[Unraised] = []
     for found in anchors(raised.graph, raised.module):
+        if isinstance(found, Anchor) and leave and found.out.name in leave:
+            found = Stop(leave[found.out.name], found.out)
         answer = found if isinstance(found, Stop) else place(raised, found, _heads3(found))
         if isinstance(answer, Stop):
             unraised.append(_unraised(raised, answer))
