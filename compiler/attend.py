@@ -2,9 +2,8 @@
 
 The op is `attnopt::attention`. Every function takes q `[batch, heads, S, head_dim]`,
 k `[batch, kv_heads, T, head_dim]`, v `[batch, kv_heads, T, v_dim]`, the extras in the order of
-`spec.extras`, and the spec; it returns `[batch, heads, S, v_dim]` in v's dtype, which may be
-narrower than q's and k's (scores in float32 over values in half precision). All are traceable by
-`torch.export` with dynamic batch and lengths, so a lowered program holds aten operators only.
+`spec.extras`, and the spec; it returns `[batch, heads, S, v_dim]` in q's dtype. All are traceable
+by `torch.export` with dynamic batch and lengths, so a lowered program holds aten operators only.
 """
 
 from __future__ import annotations
@@ -60,11 +59,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: Attent
     """Torch's fused scaled_dot_product_attention.
 
     It has no soft cap: `runs_on_sdpa` says so beforehand. Run eagerly on a CPU, a padding that
-    drops nothing is left out, so that a causal mask stays a flag. Values narrower than q and k are
-    widened, and the result is rounded as the definition's is.
+    drops nothing is left out, so that a causal mask stays a flag.
     """
-    if v.dtype != q.dtype:
-        return sdpa(q, k, v.to(q.dtype), extras, spec).to(v.dtype)
     grouped = spec.group > 1
     padding = extra(extras, spec, "padding")
     if padding is not None and _drops_nothing(padding):

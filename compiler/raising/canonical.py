@@ -32,8 +32,11 @@ def place(program: Program, anchor: Anchor, heads3: int | None) -> fx.Node | Sto
             return Stop(f"q has rank {rank}, keys or values have rank {other}", node)
     if rank == 3 and heads3 is None:
         return Stop("batch and heads are one axis, and the head count could not be found", anchor.q)
+    wide, narrow = anchor.q.meta["val"].dtype, anchor.v.meta["val"].dtype
+    if wide != narrow and wide.itemsize <= narrow.itemsize:
+        return Stop(f"the values are {narrow}, the scores {wide}", anchor.v)
     maker = _Maker(program, anchor, heads3 if rank == 3 else None)
-    q, k, v = maker.query(), maker.keys(), maker.split(anchor.v)
+    q, k, v = maker.query(), maker.keys(), maker.values()
     heads = [static(node.meta["val"].shape[1]) for node in (q, k, v)]
     dims = [static(node.meta["val"].shape[3]) for node in (q, k, v)]
     if None in heads or None in dims:
@@ -52,6 +55,8 @@ def place(program: Program, anchor: Anchor, heads3: int | None) -> fx.Node | Sto
     )  # fmt: skip
     node = program.call(ATTENTION, (q, k, v, extras, spec.text), before=anchor.out)
     result = node if rank == 4 else maker.call(aten.flatten.using_ints, node, 0, 1)
+    if wide != narrow:
+        result = maker.call(aten.to.dtype, result, narrow)
     for key in _COPIED:
         if key in anchor.out.meta:
             node.meta[key] = anchor.out.meta[key]
@@ -90,6 +95,12 @@ class _Maker:
         if self.anchor.transposed:
             node = self._untransposed(self._unscaled(node))
         return self.split(self._unscaled(node))
+
+    def values(self) -> fx.Node:
+        """V as [batch, kv_heads, T, v_dim], in q's dtype: scores may be wider than values."""
+        v, dtype = self.anchor.v, self.anchor.q.meta["val"].dtype
+        wide = v if v.meta["val"].dtype == dtype else self.call(aten.to.dtype, v, dtype)
+        return self.split(wide)
 
     def split(self, node: fx.Node) -> fx.Node:
         """[batch * heads, seq, dim] as [batch, heads, seq, dim]; rank 4 stays."""

@@ -158,6 +158,34 @@ def test_stops_and_says_why(name: str) -> None:
     assert reason in miss.reason
 
 
+class Wide(Attention):
+    """Scores in float32 over values in the model's own dtype, as in GPT-J."""
+
+    def forward(self, x: Tensor, real: Tensor) -> Tensor:
+        q, k, v = (p.unflatten(2, (2, 4)).transpose(1, 2) for p in self.qkv(x).chunk(3, -1))
+        scores = (q.float() @ k.float().transpose(-1, -2)).masked_fill(dropped(real), -1e9)
+        made = scores.softmax(-1).to(v.dtype) @ v
+        y: Tensor = self.out(made.transpose(1, 2).flatten(2))
+        return y
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_scores_may_be_wider_than_values(backend: str) -> None:
+    model = Wide(lambda s, r: s).bfloat16()
+    given = inputs(2, 8)
+    given["x"] = given["x"].bfloat16()
+    program = raised(model, given)
+    (site,) = program.sites
+    (node,) = program.attentions()
+    assert site.v is not None
+    assert site.out is not None
+    assert len({arg.meta["val"].dtype for arg in node.args[:3]}) == 1  # type: ignore[union-attr]
+    node.args = (*node.args[:4], site.spec.with_(backend=backend).text)
+    with torch.no_grad():
+        made, expected = program(**given), model(**given)
+    torch.testing.assert_close(made, expected, rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_keys_without_a_batch_are_a_miss(fused: bool) -> None:
     class Memory(nn.Module):
