@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, fx
 
 from attnopt.compiler.contract import Notes
-from attnopt.compiler.program import Batch, Program, peek
+from attnopt.compiler.layout import same_size
+from attnopt.compiler.program import Batch, Program, inputs, peek
 
 _KEEP_BYTES = (
     1 << 30
@@ -64,6 +65,37 @@ def with_one(x: Tensor) -> Tensor:
     return torch.cat((x, torch.ones_like(x[:, :1])), dim=1)
 
 
+def real(
+    program: Program, name: str, batch: Batch, axes: tuple[int, int] = (0, 1)
+) -> Tensor | None:
+    """Which tokens of a node are real: the batch's `valid`, or None, all of them, where the node
+    runs over another sequence than the mask does (a decoder's, where the mask is the encoder's).
+
+    `axes` are the node's batch and sequence, in either order; a matrix has them in one.
+    """
+    shape, mask = program.node(name).meta["val"].shape, _mask(program, batch)
+    if mask is None:
+        return batch.valid
+    rows, length = mask.meta["val"].shape
+    if len(shape) == 2:
+        return batch.valid if same_size(shape[0], rows * length) else None
+    orders = (axes, axes[::-1])
+    same = any(same_size(shape[a], rows) and same_size(shape[b], length) for a, b in orders)
+    return batch.valid if same else None
+
+
+def _mask(program: Program, batch: Batch) -> fx.Node | None:
+    """The input that holds the batch's `valid`, where one does."""
+    if batch.valid is None:
+        return None
+    holders: list[fx.Node] = [node for node in program.graph.nodes if node.op == "placeholder"]
+    valid = batch.valid
+    for node, value in zip(holders, inputs(program, batch), strict=False):
+        if isinstance(value, Tensor) and torch.equal(value.bool(), valid.to(value.device)):
+            return node
+    return None
+
+
 def rows(value: Tensor, valid: Tensor | None) -> Tensor:
     """The real tokens of an activation as `[tokens, width]`.
 
@@ -86,7 +118,7 @@ def moments(program: Program, names: Sequence[str], batches: Sequence[Batch]) ->
     for batch in batches:
         values = peek(program, names, batch)
         for name in names:
-            x = with_one(rows(values[name].double(), batch.valid))
+            x = with_one(rows(values[name].double(), real(program, name, batch)))
             found.setdefault(name, Gram.empty(x.shape[1])).add(x)
     return found
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, fx
 
 from attnopt.compiler.contract import Edit, Exactness, Miss, Notes, Pass, choice
-from attnopt.compiler.grams import Gram, rows, with_one
+from attnopt.compiler.grams import Gram, real, rows, with_one
 from attnopt.compiler.program import Batch, Program
 from attnopt.compiler.site import OutputPath, Site
 from attnopt.compiler.site_weights import write_output_whole
@@ -155,10 +155,11 @@ class _Flow:
         student = self.notes.record(self.program, names, batches)
         teacher = self.notes.record(self.notes.original, self.y, batches)
         for (mine, batch), (theirs, _) in zip(student, teacher, strict=True):
-            y: Any = sum(rows(theirs[name].double(), batch.valid) for name in self.y)
+            valid = real(self.program, self.z, batch)
+            y: Any = sum(rows(theirs[name].double(), valid) for name in self.y)
             if self.less:
-                y = y - rows(mine[self.less].double(), batch.valid)
-            yield rows(mine[self.z].double(), batch.valid), y
+                y = y - rows(mine[self.less].double(), valid)
+            yield rows(mine[self.z].double(), valid), y
 
 
 def solve(sums: Gram, old: Tensor, damping: float) -> tuple[Tensor, float]:

@@ -24,6 +24,7 @@ from torch import Tensor, fx
 from attnopt.compiler import attend, text
 from attnopt.compiler.attend_window import logits_per_query
 from attnopt.compiler.contract import Edit, Exactness, Miss, Notes, Pass, choice
+from attnopt.compiler.grams import real
 from attnopt.compiler.program import Batch, Program
 from attnopt.compiler.raising.evaluate import concrete, example_sizes
 from attnopt.compiler.regions import Part
@@ -187,9 +188,10 @@ def _kept_mass(
         weights = attend.weights(q, k, [values[name] for name in extras], spec)
         keep = mask.dense(q.shape[2], k.shape[2])
         share = (weights.double() * keep).sum(-1)
-        real = torch.ones(share.shape[0], share.shape[2], dtype=torch.bool)
-        real = real if batch.valid is None else batch.valid
-        share = share * real[:, None, :]
+        valid = real(program, names[0], batch, axes=(0, 2))
+        if valid is None:
+            valid = torch.ones(share.shape[0], share.shape[2], dtype=torch.bool)
+        share = share * valid[:, None, :]
         total += share.reshape(share.shape[0], site.kv_heads, -1).sum((0, 2))
-        count += int(real.sum()) * spec.heads // site.kv_heads
+        count += int(valid.sum()) * spec.heads // site.kv_heads
     return total / max(1, count)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from attnopt.compiler.contract import Notes
 from attnopt.compiler.grams import Gram, input_moments, moments, rows, with_one
+from attnopt.compiler.intake.loaded import Loaded
 from attnopt.compiler.program import Batch, peek
+from attnopt.compiler.trace import trace
 from tests.decoder import VOCABULARY, decoder
 from tests.tolerance import assert_close
 
@@ -48,6 +51,34 @@ def test_rows_take_either_order_of_batch_and_seq() -> None:
     assert torch.equal(rows(value.reshape(27, 4), real), value[real])
     with pytest.raises(ValueError, match="does not match"):
         rows(value[:2], real)
+
+
+class TwoSequences(nn.Module):
+    """An encoder with a mask, and a decoder of another length without one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, mask: Tensor, y: Tensor) -> Tensor:
+        memory = (self.encoder(x) * mask[..., None]).sum(1, keepdim=True)
+        flat = self.decoder(y.reshape(-1, 4)).reshape(y.shape)
+        made: Tensor = self.decoder(flat + memory)
+        return made
+
+
+def test_a_mask_cuts_its_own_sequence_only() -> None:
+    mask = torch.ones(3, 6, dtype=torch.int64)
+    mask[0, 4:] = 0
+    for length in (9, 6):  # the last is as long as the encoder's by chance
+        given = {"x": torch.randn(3, 6, 4), "mask": mask, "y": torch.randn(3, 9, 4)}
+        program = trace(Loaded(TwoSequences().eval(), None, (), given, "two", "callable"))
+        given["y"] = given["y"][:, :length]
+        one = Batch((), given, mask.bool())
+        names = [n.name for n in program.graph.nodes if n.target is torch.ops.aten.linear.default]
+        assert len(names) == 3
+        found = moments(program, names, [one])
+        assert [found[name].rows for name in names] == [16, 3 * length, 3 * length]
 
 
 def test_one_pass_serves_every_site(monkeypatch: pytest.MonkeyPatch) -> None:
