@@ -10,7 +10,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
@@ -18,12 +18,15 @@ from attnopt.compiler.ops import ATTENTION
 from attnopt.compiler.packed_ops import PACKED_ATTENTION
 from attnopt.compiler.program import Batch, Program
 from attnopt.compiler.raising.evaluate import example_input, example_sizes, resized
+from attnopt.compiler.raising.mask import classify
+from attnopt.compiler.raising.mask_facts import Test
 from attnopt.compiler.spec import parse_spec
 
 LIMITS = {torch.float64: 60_000_000, torch.float32: 600_000_000}  # parameters compared in it
 CELLS = 512  # positions per compared batch: rows beyond that are left out, longer rows are cut
 BOUND = {torch.float64: 1e-8, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_TESTS = ("eq", "ne", "lt", "le", "gt", "ge")
 RUN_ERRORS = (RuntimeError, IndexError, ValueError, TypeError, KeyError, AssertionError)
 
 
@@ -147,9 +150,11 @@ def variations(program: Program, dtype: torch.dtype | None = None) -> Iterator[B
     the first."""
     names = [n for n in program.graph.nodes if n.op == "placeholder"]
     tree = pytree.tree_structure((program.example.args, dict(program.example.kwargs)))
+    order = _in_call_order(program, names)
+    padding = _padding(program)
     for i, sizes in enumerate(_sizes(program)):
         leaves = []
-        for node in _in_call_order(program, names):
+        for node in order:
             value = example_input(program, node)
             if isinstance(value, Tensor):
                 shape = list(value.shape)
@@ -157,11 +162,48 @@ def variations(program: Program, dtype: torch.dtype | None = None) -> Iterator[B
                     shape[dim] = sizes.get(symbol, shape[dim])
                 value = _cast(resized(value, shape), dtype)
             leaves.append(value)
-        args, kwargs = pytree.tree_unflatten(leaves, tree)
-        batch = Batch(args, kwargs, _valid(kwargs))
-        yield batch
-        if batch.valid is not None and i == 0:
-            yield from _padded(batch)
+        if padding is None:
+            yield _batch(leaves, tree)
+            continue
+        at, test = order.index(padding[0]), padding[1]
+        for mask in (leaves[at], *(_padded(leaves[at], test) if i == 0 else ())):
+            leaves[at] = mask
+            yield _batch(leaves, tree, _real(mask, test))
+
+
+def _batch(leaves: list[Any], tree: Any, valid: Tensor | None = None) -> Batch:
+    args, kwargs = pytree.tree_unflatten(leaves, tree)
+    return Batch(args, kwargs, valid)
+
+
+def _padding(program: Program) -> tuple[fx.Node, Test] | None:
+    """The input `[batch, seq]` that says which positions are real, and how it says so: by its name,
+    or as the attentions were proved to read it."""
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name == "attention_mask" and _rank(node) == 2:
+            return node, Test()
+    for attention in program.attentions():
+        facts = classify(program, attention)
+        if facts.padding is None:
+            continue
+        source, test = program.node(facts.padding), facts.test
+        name = str(getattr(source.target, "overloadpacket", "")).rpartition(".")[2]
+        if name in _TESTS and isinstance(source.args[0], fx.Node) and len(source.args) == 2:
+            test = Test(name, source.args[1])  # type: ignore[arg-type]
+            source = source.args[0]
+        if source.op == "placeholder" and _rank(source) == 2 and (test.batch, test.keys) == (0, 1):
+            return source, test
+    return None
+
+
+def _rank(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return value.dim() if isinstance(value, Tensor) else 0
+
+
+def _real(value: Tensor, test: Test) -> Tensor:
+    found: Tensor = getattr(torch, test.op)(value, test.value)
+    return found
 
 
 def _sizes(program: Program) -> list[dict[str, int]]:
@@ -185,22 +227,19 @@ def _in_call_order(program: Program, nodes: list[Any]) -> list[Any]:
     return [by_name[name] for name in program.example.kwargs]
 
 
-def _padded(batch: Batch) -> Iterator[Batch]:
-    """The batch with its rows cut to different lengths, padded on the right and on the left."""
-    mask = batch.kwargs["attention_mask"]
+def _padded(mask: Tensor, test: Test) -> Iterator[Tensor]:
+    """The padding input with the rows cut to different lengths, padded on the right and on the
+    left."""
+    samples = torch.tensor([0, 1, test.value, test.value + 1]).to(mask.dtype)
+    says = _real(samples, test)
+    if says.all() or not says.any():
+        return
     length = mask.shape[1]
-    real = (
-        torch.arange(length)[None, :]
-        < torch.tensor([max(1, length - i * 2) for i in range(len(mask))])[:, None]
-    )
-    for keep in (real, real.flip(1)):
-        kwargs = {**batch.kwargs, "attention_mask": keep.to(mask.dtype)}
-        yield Batch(batch.args, kwargs, keep)
-
-
-def _valid(kwargs: Any) -> Tensor | None:
-    mask = kwargs.get("attention_mask")
-    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    ends = torch.tensor([max(1, length - i * 2) for i in range(len(mask))])
+    right = torch.arange(length)[None, :] < ends[:, None]
+    for keep in (right, right.flip(1)):
+        real = torch.where(_real(mask, test), mask, samples[says][0])
+        yield torch.where(keep, real, samples[~says][0])
 
 
 def _in(program: Program, dtype: torch.dtype) -> Program:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from attnopt.compiler import verify
 from attnopt.compiler.contract import Edit, Exactness, Miss, Notes, Pass
 from attnopt.compiler.intake.loaded import Loaded
-from attnopt.compiler.pipeline import apply_pass
+from attnopt.compiler.pipeline import apply_pass, apply_plan
+from attnopt.compiler.plan import Plan
 from attnopt.compiler.program import Program
 from attnopt.compiler.raising import raise_program
 from attnopt.compiler.trace import trace
@@ -112,3 +113,29 @@ def test_one_programs_outputs_are_kept() -> None:
         made, _ = apply_pass(chain[-1], Scaled(by=1.0), ("*",), Notes(program))
         chain.append(made)
     assert len(verify._LAST) == 1
+
+
+class Encoder(nn.Module):
+    """torch's own encoder, told by a mask of any name where the padding is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(WIDTH, 2, WIDTH, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 1)
+
+    def forward(self, x: Tensor, unread: Tensor) -> Tensor:
+        out: Tensor = self.layers(x, src_key_padding_mask=unread)
+        return out
+
+
+def test_padding_told_by_any_input_is_varied_and_unpadded() -> None:
+    torch.manual_seed(0)
+    unread = torch.arange(9)[None, :] >= torch.tensor([9, 6, 4])[:, None]
+    inputs = (torch.randn(3, 9, WIDTH), unread)
+    program = raise_program(trace(Loaded(Encoder().eval(), None, inputs, {}, "enc", "callable")))
+    valid = [batch.valid for batch in verify.variations(program)]
+    assert len(valid) == 5
+    assert torch.equal(valid[0], ~unread)  # type: ignore[arg-type]
+    plan = Plan().then("simplify_mask{}").then("fuse_attention{}").then("unpad{}")
+    _, outcomes = apply_plan(program, plan, Notes(program))
+    assert [o.reason for o in outcomes if not o.applied] == []
