@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from torch import fx
 
 from attnopt.compiler.program import Program
-from attnopt.compiler.raising.anchor import Anchor, Stop, anchors
+from attnopt.compiler.raising.anchor import Anchor, anchors
 from attnopt.compiler.raising.blocks import sublayers
 from attnopt.compiler.raising.canonical import heads_of_rank3, place
+from attnopt.compiler.raising.crossing import Stop
 from attnopt.compiler.raising.facts import Facts, absolute_positions, probe
 from attnopt.compiler.raising.mask import classify
+from attnopt.compiler.raising.mask_facts import MaskFacts
 from attnopt.compiler.raising.projections import below
 from attnopt.compiler.site import Site, Unraised
 from attnopt.compiler.spec import parse_spec
@@ -68,20 +70,21 @@ def _site(program: Program, id: str, anchor: Anchor, node: fx.Node, absolute: st
         id=id, node=node.name, module=module, source=source, spec=parse_spec(str(node.args[4])),
         kv_heads=facts.kv_heads, q=facts.q, k=facts.k, v=facts.v, out=facts.out,
         rotary=facts.rotary, qk_norm=facts.qk_norm, gain=facts.gain,
-        position=_position(facts, mask.text, absolute), mask=mask.text,
+        position=_position(facts, mask, absolute), mask=mask.text,
         mask_certainty=mask.certainty, spelling=anchor.spelling, missing=facts.missing,
     )  # fmt: skip
 
 
-def _position(facts: Facts, mask: str, absolute: str) -> str:
+def _position(facts: Facts, mask: MaskFacts, absolute: str) -> str:
     if facts.rotary is not None:
         return f"rotary({facts.rotary.spelling}, {facts.rotary.dims} dims)"
     if "rotary" in facts.missing:
         return "unknown"
     for bias in ("relative-bias", "alibi"):
-        if bias in mask:
+        if bias in mask.text:
             return bias
-    return absolute
+    # Logits that are added and not understood may hold positions.
+    return "unknown" if absolute == "none" and mask.bias else absolute
 
 
 def _unraised(program: Program, stop: Stop) -> Unraised:

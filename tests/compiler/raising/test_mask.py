@@ -266,7 +266,9 @@ def slopes(x: Tensor) -> Tensor:
 def test_tells_alibi_from_other_biases() -> None:
     alibi = facts_of(masked(lambda m, x, a: torch.where(ij(x)[1] <= ij(x)[0], slopes(x), INF)))
     assert (alibi.text, alibi.mask, alibi.bias) == ("causal+alibi", CAUSAL, True)
-    other = facts_of(masked(lambda m, x, a: m.noise[: x.shape[1], : x.shape[1]]))
+    unread = masked(lambda m, x, a: m.noise[: x.shape[1], : x.shape[1]])
+    assert unread.sites[0].position == "unknown"
+    other = facts_of(unread)
     assert (other.text, other.mask, other.bias) == ("tensor", FULL, True)
 
 
