@@ -16,38 +16,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from attnopt.compiler.layout import same_size
 from attnopt.compiler.program import attribute
+from attnopt.compiler.raising.crossing import CASTS, CROSSED, SAME, Stop, active_dropout, crossing
 from attnopt.compiler.spec import CAUSAL, FULL, Fill, Mask
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
 SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 _PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
-_CASTS = (
-    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.type_as.default,
-    aten._to_copy.default, aten.to.device_layout if hasattr(aten.to, "device_layout") else None,
-)  # fmt: skip
-_SAME = (aten.contiguous.default, aten.clone.default, aten.dropout.default, aten.alias.default)
-_RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-_CROSSED = (*_CASTS, *_SAME, *_RESHAPES)
 _ADDS = (aten.add.Tensor, aten.add_.Tensor)
 _MULS = (aten.mul.Tensor, aten.mul_.Tensor)
 _DIVS = (aten.div.Tensor, aten.div_.Tensor)
 _WHERES = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf)
-
-
-@dataclass(frozen=True)
-class Stop:
-    """The walk ended at `node` for `reason`.
-
-    `attention` is False when nothing here looks like attention.
-    """
-
-    reason: str
-    node: fx.Node
-    help: str = ""
-    attention: bool = True
 
 
 @dataclass
@@ -103,7 +83,7 @@ def _fused(node: fx.Node) -> Anchor | Stop:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
     values: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     if values.get("dropout_p"):
-        return _dropout(node)
+        return active_dropout(node)
     q, k, v = values["query"], values["key"], values["value"]
     scale = values.get("scale")
     if scale is None:
@@ -117,26 +97,6 @@ def _fused(node: fx.Node) -> Anchor | Stop:
         anchor.keep += [mask] if is_bool else []
         anchor.added += [] if is_bool else [(mask, 1.0)]
     return anchor
-
-
-def _dropout(node: fx.Node) -> Stop:
-    return Stop("dropout is active, as in training", node, "call model.eval() or set it to 0")
-
-
-def _crossing(node: fx.Node) -> Stop | None:
-    """Why a cast, copy or change of shape is not passed by as if it did nothing, or None."""
-    args: Any = node.args
-    before, after = args[0].meta["val"], node.meta["val"]
-    if node.target is aten.dropout.default and args[1] and args[2]:
-        return _dropout(node)
-    if node.target in _CASTS and not (before.is_floating_point() and after.is_floating_point()):
-        return Stop(f"the logits or weights are cast from {before.dtype} to {after.dtype}", node)
-    if node.target in _RESHAPES and not (
-        min(before.dim(), after.dim()) >= 2
-        and all(same_size(before.shape[n], after.shape[n]) for n in (-2, -1))
-    ):
-        return Stop("a change of shape splits or merges the axes of queries and keys", node)
-    return None
 
 
 def _eager(softmax: fx.Node, module: torch.nn.Module) -> Anchor | Stop:
@@ -166,11 +126,11 @@ def _product_below(softmax: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | Stop:
                 pair = args[:2] if user.target is not aten.einsum.default else args[1]
                 if pair[0] is node and isinstance(pair[1], fx.Node) and pair[1].op != "get_attr":
                     return user, node, pair[1]
-        onwards = [u for u in node.users if u.target in _CROSSED]
+        onwards = [u for u in node.users if u.target in CROSSED]
         if not onwards:
             return _no_product(softmax)
         node = onwards[0]
-        stop = _crossing(node)
+        stop = crossing(node)
         if stop is not None:
             return replace(stop, attention=_scored(softmax))
 
@@ -210,8 +170,8 @@ def _up(anchor: Anchor, softmax: fx.Node, module: torch.nn.Module) -> Anchor | S
             return Stop("the logits do not come from a product of q and k", softmax)
         if node.target in _PRODUCTS:
             return _scores(anchor, node, factor)
-        if node.target in _CROSSED:
-            stop = _crossing(node)
+        if node.target in CROSSED:
+            stop = crossing(node)
             if stop is not None:
                 return stop
             node = node.args[0]
@@ -366,7 +326,7 @@ def is_score(value: Any) -> bool:
             value = args[1] if is_score(args[1]) else args[2]
             continue
         known = (
-            *_CROSSED, *_MULS, *_DIVS, *_ADDS, aten.sub.Tensor,
+            *CROSSED, *_MULS, *_DIVS, *_ADDS, aten.sub.Tensor,
             aten.tanh.default, aten.masked_fill.Scalar, aten.masked_fill.Tensor,
             aten.masked_fill_.Scalar, aten.maximum.default, aten.clamp_min.default,
             aten.clamp.default,
@@ -401,6 +361,6 @@ def _number(value: Any, module: torch.nn.Module) -> float | None:
         inner: Any = value.args[1] if value.target is aten.full.default else value.args[0]
         shape: Any = value.args[0] if value.target is aten.full.default else ()
         return float(inner) if not shape and isinstance(inner, (int, float)) else None
-    if value.target in (*_CASTS, *_SAME):
+    if value.target in (*CASTS, *SAME):
         return _number(value.args[0], module)
     return None

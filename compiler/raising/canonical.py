@@ -10,7 +10,8 @@ from torch import fx
 from attnopt.compiler.layout import same_size
 from attnopt.compiler.ops import ATTENTION
 from attnopt.compiler.program import Program
-from attnopt.compiler.raising.anchor import Anchor, Stop
+from attnopt.compiler.raising.anchor import Anchor
+from attnopt.compiler.raising.crossing import Stop
 from attnopt.compiler.spec import AttentionSpec
 
 aten = torch.ops.aten
