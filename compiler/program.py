@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.utils import _pytree as pytree
 
 from attnopt.compiler.ops import ATTENTION
@@ -191,7 +192,8 @@ def infer(node: fx.Node) -> Any:
     fakes = [x for x in pytree.tree_leaves((args, kwargs)) if hasattr(x, "fake_mode")]
     if not fakes:
         raise ValueError(f"no input of `{node.name}` has a fake value")
-    with fakes[0].fake_mode:
+    # Composite operators read sizes, which may be symbols: torch 2.11 decomposes them in Python alone.
+    with fakes[0].fake_mode, enable_python_dispatcher():
         node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
     return node.meta["val"]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from attnopt.compiler.contract import Edit, Notes, Pass
 from attnopt.compiler.damage import Damage, Metric
-from attnopt.compiler.grams import rows
+from attnopt.compiler.grams import real, rows
 from attnopt.compiler.program import Batch, Program, peek
 from attnopt.compiler.removal import bypass_of, edited, exit_of, forks, without
 from attnopt.compiler.site import Sublayer
@@ -137,14 +137,15 @@ def influence(
         layer.id: (bypass_of(program, layer).name, exit_of(program, layer).name) for layer in layers
     }
     sums = dict.fromkeys(pairs, 0.0)
-    count = 0
+    counts = dict.fromkeys(pairs, 0)
     for batch in batches:
         values = peek(program, sorted({name for pair in pairs.values() for name in pair}), batch)
         for id, (before, after) in pairs.items():
-            far = _apart(rows(values[before], batch.valid), rows(values[after], batch.valid))
+            valid = real(program, after, batch)
+            far = _apart(rows(values[before], valid), rows(values[after], valid))
             sums[id] += float(far.sum())
-        count += len(far) if pairs else 0
-    return {id: total / max(1, count) for id, total in sums.items()}
+            counts[id] += len(far)
+    return {id: total / max(1, counts[id]) for id, total in sums.items()}
 
 
 def _apart(a: Tensor, b: Tensor) -> Tensor:

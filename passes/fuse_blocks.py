@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from attnopt.compiler.contract import Edit, Exactness, Miss, Notes, Pass, Scope, choice
-from attnopt.compiler.grams import Gram, rows, with_one
+from attnopt.compiler.grams import Gram, real, rows, with_one
 from attnopt.compiler.program import Batch, Program, peek
 from attnopt.compiler.raising.projections import Projection, projection
 from attnopt.compiler.removal import bypass_of, exit_of, remove
@@ -139,9 +139,10 @@ def _sums(program: Program, notes: Notes, before: Sublayer, end: str, constant: 
     found: Gram | None = None
     for batch in notes.calibration:
         m, s, after = _values(program, notes.original, before, beside, end, batch)
-        x = rows(m.double(), batch.valid)
+        valid = real(program, end, batch)
+        x = rows(m.double(), valid)
         x = with_one(x) if constant else x
-        y = rows(after.double(), batch.valid) - rows(s.double(), batch.valid)
+        y = rows(after.double(), valid) - rows(s.double(), valid)
         found = found or Gram.empty(x.shape[1], y.shape[1])
         found.add(x, y)
     assert found is not None

@@ -29,7 +29,7 @@ from torch import Tensor, fx
 from attnopt.compiler import lmmse
 from attnopt.compiler.contract import Edit, Exactness, Miss, Notes, Pass, Scope, choice
 from attnopt.compiler.damage import Damage
-from attnopt.compiler.grams import Gram, rows, with_one
+from attnopt.compiler.grams import Gram, real, rows, with_one
 from attnopt.compiler.lmmse import LinearMap
 from attnopt.compiler.program import Batch, Program, peek
 from attnopt.compiler.raising.evaluate import concrete, example_sizes
@@ -149,10 +149,11 @@ class _Flow:
             goals = {"branch": teacher[self.branch]}
             if self.drifted:
                 goals["residual"] = teacher[self.exit].double() - student[self.bypass].double()
+            valid = real(self.program, self.exit, batch)
             for source in self.sources:
-                x = with_one(rows(student[source].double(), batch.valid))
+                x = with_one(rows(student[source].double(), valid))
                 for kind, goal in goals.items():
-                    y = rows(goal.double(), batch.valid)
+                    y = rows(goal.double(), valid)
                     key = (source, kind)
                     found.setdefault(key, Gram.empty(x.shape[1], y.shape[1])).add(x, y)
         return found
