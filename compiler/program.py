@@ -192,7 +192,7 @@ def infer(node: fx.Node) -> Any:
     fakes = [x for x in pytree.tree_leaves((args, kwargs)) if hasattr(x, "fake_mode")]
     if not fakes:
         raise ValueError(f"no input of `{node.name}` has a fake value")
-    # Composite operators read sizes, which may be symbols: torch 2.11 decomposes them in Python alone.
+    # Composite operators read sizes, which may be symbols: torch 2.11 takes those in Python only.
     with fakes[0].fake_mode, enable_python_dispatcher():
         node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
     return node.meta["val"]
