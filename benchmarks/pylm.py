@@ -23,7 +23,7 @@ LENGTH = 1024
 
 def rows() -> list[Row]:
     """Merging at 1/2 and 1/4 of the KV heads, skipping, and windows with and without sinks."""
-    loaded = load(str(MODEL), text=MODEL / "eval.txt", batch=2, length=LENGTH)
+    loaded = load(str(MODEL), text=MODEL / "eval.txt", batch=2, length=LENGTH, dtype="float32")
     data = gather(loaded, Wanted(batch=2, length=LENGTH), str(MODEL))
     assert loaded.module is not None
     bench = Workbench(loaded.module, read(loaded), data, task="causal-lm")
