@@ -57,10 +57,10 @@ def measured(bench: Workbench, built: Built, seconds: float, budget: float | Non
     names = [c.name for c in bench.baselines.contenders]
     timing = bench.race(forms, seconds)
     form, speed = _speed(timing, names, bench.seed)
-    if budget is not None and _straddles(speed, budget):
+    if budget is not None and speed.straddles(budget):
         timing = bench.race(forms, PATIENCE * seconds)
         form, speed = _speed(timing, names, bench.seed)
-        if _straddles(speed, budget):
+        if speed.straddles(budget):
             warnings.append(
                 f"the interval of the speed ({speed.ratio.low:.2f}x to {speed.ratio.high:.2f}x) "
                 f"lies on both sides of {budget:g}x and the median decides; "
@@ -81,18 +81,11 @@ def measured(bench: Workbench, built: Built, seconds: float, budget: float | Non
 
 
 def _speed(timing: Timing, baselines: Sequence[str], seed: int) -> tuple[str, Speed]:
-    """The form to run in, the compiled one where it is faster, and its ratios; the best baseline is
-    the one it gains least over."""
+    """The form to run in, the compiled one where it is faster, and its ratios."""
     compiled = COMPILED_FORM in timing.samples
     worth = compiled and timing.ratio(COMPILED_FORM, EAGER_FORM).value > MARGIN
     form = COMPILED_FORM if worth else EAGER_FORM
-    ratios = {name: timing.ratio(form, name, seed) for name in baselines}
-    return form, Speed.of(ratios, min(baselines, key=lambda name: ratios[name].value))
-
-
-def _straddles(speed: Speed, budget: float) -> bool:
-    low, high = speed.ratio.low, speed.ratio.high
-    return low is not None and high is not None and low < budget < high
+    return form, Speed.of({name: timing.ratio(form, name, seed) for name in baselines})
 
 
 def estimated(bench: Workbench, built: Built, target: Target) -> Pace:

@@ -9,15 +9,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from attnopt.autotune import entries
+from attnopt.autotune import entries, wording
 from attnopt.autotune.accuracy import evaluate
 from attnopt.autotune.baselines import baselines
 from attnopt.autotune.data import Data, gather
 from attnopt.autotune.environment import environment
 from attnopt.autotune.optimize import original, require_sites
 from attnopt.autotune.request import Wanted
-from attnopt.autotune.result import Result
-from attnopt.autotune.timing import Contender, Ratio, compare
+from attnopt.autotune.result import Result, Speed
+from attnopt.autotune.timing import Contender, compare
 from attnopt.compiler.artifact import (
     CALIBRATION,
     REPORT,
@@ -276,8 +276,9 @@ def check(
         seconds=seconds,
         progress=say,
     )
-    ratios = [timing.ratio("optimized", c.name, report.seed) for c in base.contenders]
-    speed = min(ratios, key=lambda ratio: ratio.value)  # over the baseline least is gained over
+    speed = Speed.of(
+        {c.name: timing.ratio("optimized", c.name, report.seed) for c in base.contenders}
+    )
     bound = _speed_bound(report) if min_speed is None else min_speed
     fast, line = _judged(speed, bound)
     lines = [line]
@@ -299,8 +300,8 @@ def check(
         )
     return Verdict(
         fast and close,
-        speed.value,
-        speed.interval.low,
+        speed.ratio.value,
+        speed.ratio.value if speed.ratio.low is None else speed.ratio.low,
         bound,
         drop,
         upper,
@@ -318,16 +319,13 @@ def _speed_bound(report: Result) -> float:
     return report.speed.ratio.value * (1 - SLACK) if report.speed else 1.0
 
 
-def _judged(speed: Ratio, bound: float) -> tuple[bool, str]:
-    """Whether a speed keeps its bound, and that in words; as in `optimize` the median decides, and
-    more than 1x is kept only by what is surely faster."""
-    low, high = speed.interval.low, speed.interval.high
-    fast = speed.value >= bound and (bound <= 1.0 or speed.verdict == "faster")
-    told = "ok" if fast else "too slow" if speed.value < bound else "not surely faster"
-    if low < bound < high:
+def _judged(speed: Speed, bound: float) -> tuple[bool, str]:
+    """Whether a speed keeps its bound, and that in words."""
+    fast = speed.reaches(bound)
+    told = "ok" if fast else "too slow" if speed.ratio.value < bound else "not surely faster"
+    if speed.straddles(bound):
         told += ", inconclusive"
-    figures = f"{speed.value:.2f}x ({low:.2f}x to {high:.2f}x)"
-    return fast, f"speed {figures}, at least {bound:.2f}x wanted: {told}"
+    return fast, f"speed {wording.times(speed.ratio)}, at least {bound:.2f}× wanted: {told}"
 
 
 def _require_bounds(min_speed: float | None, max_drop: float | None) -> None:

@@ -93,13 +93,24 @@ class Speed:
         return self.over[self.best]
 
     @staticmethod
-    def of(ratios: Mapping[str, Ratio], best: str) -> Speed:
+    def of(ratios: Mapping[str, Ratio]) -> Speed:
         """From measured ratios by baseline name."""
+        best = min(ratios, key=lambda name: ratios[name].value)
         over = {
             name: Number(r.value, "measured", r.interval.low, r.interval.high)
             for name, r in ratios.items()
         }
         return Speed(over, best, ratios[best].verdict)
+
+    def reaches(self, bound: float) -> bool:
+        """Whether the median ratio is at least `bound`; more than 1x is reached only by what is
+        surely faster."""
+        return self.ratio.value >= bound and (bound <= 1.0 or self.verdict == "faster")
+
+    def straddles(self, bound: float) -> bool:
+        """Whether the interval of the ratio lies on both sides of `bound`."""
+        low, high = self.ratio.low, self.ratio.high
+        return low is not None and high is not None and low < bound < high
 
 
 @dataclass(frozen=True)

@@ -103,9 +103,7 @@ class Run:
         if self.request.target != "cpu":
             return None
         steps = [step for step in exact.plan.steps if read_pass(step.rewrite).scope == "site"]
-        padded = self.bench.apply(
-            Plan(tuple(steps))
-        )  # a packed program no longer has the sites' nodes
+        padded = self.bench.apply(Plan(tuple(steps)))  # a packed program has no sites any more
         return profile(padded.program, self.data.timing[0], repeats=3, progress=self.progress)
 
     def _say_ceilings(self, pace: Pace, found: dict[str, tuple[float, float]]) -> None:
@@ -125,11 +123,8 @@ class Run:
             log.info("ceiling: %s works on %.0f%%, at most %.2fx more", name, 100 * part, limit)
 
     def _enough(self, pace: Pace) -> bool:
-        """Whether a pace meets the budget; more than 1x is met only by what is surely faster."""
-        budget = self.request.budget
-        if budget is None or pace.ratio < budget:
-            return False
-        return budget <= 1.0 or pace.speed.verdict == "faster"
+        """Whether a pace meets the budget."""
+        return self.request.budget is not None and pace.speed.reaches(self.request.budget)
 
     def _can_search(self) -> bool:
         if self.data.real and self.data.heldout and self.data.evaluation:

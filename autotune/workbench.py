@@ -134,11 +134,8 @@ class Workbench:
         made = []
         for step in steps:
             rewrite = read_pass(step.rewrite).text
-            targets = tuple(target for at, target in applied if at == rewrite)
-            if "*" not in step.targets:
-                targets = tuple(target for target in step.targets if target in targets)
-            elif targets:
-                targets = ("*",)
+            changed = {target for at, target in applied if at == rewrite}
+            targets = tuple(t for t in step.targets if t in changed or (t == "*" and changed))
             if targets:
                 made.append(Step(step.rewrite, targets))
         return made
@@ -247,7 +244,8 @@ def _digest(data: Data) -> str:
         for batch in batches:
             for tensor in tensors([*batch.args, *batch.kwargs.items()]):
                 made.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-                made.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                flat = tensor.detach().cpu().reshape(-1)
+                made.update(flat.view(torch.uint8).numpy().tobytes())
         made.update(b"/")
     return made.hexdigest()
 

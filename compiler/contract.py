@@ -58,11 +58,11 @@ class Miss:
 class Edit:
     """What a pass wants changed.
 
-    Applied to a copy of the program by `pipeline`, in the order spec, weights, graph.     `spec`
+    Applied to a copy of the program by `pipeline`, in the order spec, weights, graph. `spec`
     replaces the site's spec text. `weights` maps parameter names to new tensors (same shape, or the
-    graph edit adapts).     `graph` edits the copy's graph in place (use `Program.call` and
-    `Program.parameter`; the pipeline calls `clean`).     `sites` replaces the recorded facts of
-    sites by id. `note` is said in the report, `evidence` holds its numbers.
+    graph edit adapts). `graph` edits the copy's graph in place (use `Program.call` and
+    `Program.parameter`; the pipeline calls `clean`). `sites` replaces the recorded facts of sites
+    by id. `note` is said in the report, `evidence` holds its numbers.
     """
 
     spec: AttentionSpec | None = None

@@ -40,7 +40,7 @@ class Program:
 
     `module` is called like the model, with `args` and `kwargs` shaped like the example.
     `dynamic` maps input name -> {dim: symbol name} for what may vary; `fixed` says in words which
-    dims may not.     `prefix` is dropped from module names that are shown.
+    dims may not. `prefix` is dropped from module names that are shown.
     """
 
     module: fx.GraphModule

@@ -100,7 +100,7 @@ def test_timings_become_numbers() -> None:
     timed = Timed.of(timing, "eager")
     assert timed.seconds is not None and timed.seconds.value == 2.0 and timed.rounds == 5
     assert timed.seconds.low == 2.0 and timed.seconds.high == 2.1
-    speed = Speed.of({"eager": timing.ratio("new", "eager")}, "eager")
+    speed = Speed.of({"eager": timing.ratio("new", "eager")})
     assert speed.ratio.value == pytest.approx(2.0) and speed.ratio.kind == "measured"
     assert speed.verdict == "faster"
     assert speed.ratio.low is not None and speed.ratio.low > 1.5

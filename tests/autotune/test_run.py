@@ -45,7 +45,7 @@ def test_steps_that_change_nothing_do_not_count(bench: Workbench) -> None:
 
 def _pace(built: Any, ratio: float, verdict: Any) -> Any:
     speed = Speed({"eager": Number(ratio, "measured")}, "eager", verdict)
-    return SimpleNamespace(built=built, ratio=ratio, speed=speed)
+    return SimpleNamespace(built=built, ratio=ratio, speed=speed, kind="measured")
 
 
 @pytest.mark.parametrize(
@@ -108,6 +108,7 @@ def test_a_step_keeps_the_targets_that_it_changes(bench: Workbench) -> None:
 def test_measurements_are_those_of_the_same_data() -> None:
     first = Data((Batch((torch.ones(2, 3),)),))
     other = Data((Batch((torch.ones(2, 3) * 2,)),))
+    assert _digest(Data((Batch((torch.tensor(1.5),)),)))  # a number, as time steps are
     assert _digest(first) == _digest(Data((Batch((torch.ones(2, 3),)),))) != _digest(other)
 
 

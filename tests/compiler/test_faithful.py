@@ -46,7 +46,13 @@ def test_a_faithful_program_is_left_alone(dtype: torch.dtype) -> None:
     assert len(read(loaded(Nano(), dtype)).sites) == 2
 
 
-def test_a_site_that_computes_something_else_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "factor"),
+    [(torch.float32, 4.0), (torch.bfloat16, 4.0), (torch.bfloat16, 1.05)],  # the last is subtle
+)
+def test_a_site_that_computes_something_else_is_taken_back(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, factor: float
+) -> None:
     first: list[str] = []
 
     def wrong_at_first(program: Program, leave: Mapping[str, str] | None = None) -> Program:
@@ -57,12 +63,12 @@ def test_a_site_that_computes_something_else_is_taken_back(monkeypatch: pytest.M
             if site.q is not None and site.q.projection == first[0]:
                 node = made.node(site.node)
                 spec = parse_spec(str(node.args[4]))
-                node.update_arg(4, replace(spec, scale=spec.scale * 4).text)
+                node.update_arg(4, replace(spec, scale=spec.scale * factor).text)
         made.clean()
         return made
 
     torch.manual_seed(0)
-    given = loaded(Nano())
+    given = loaded(Nano(), dtype)
     monkeypatch.setattr(pipeline, "raise_program", wrong_at_first)
     monkeypatch.setattr(faithful, "raise_program", wrong_at_first)
     program = read(given)
