@@ -212,11 +212,13 @@ def _similarity(task: str, scores: Scores, seed: int) -> Accuracy:
     )  # fmt: skip
 
 
-def _by_metric(teacher: Teacher, candidate: Model, metric: str | Metric) -> Accuracy:
-    function = load_metric(metric) if isinstance(metric, str) else metric
-    name = metric if isinstance(metric, str) else getattr(metric, "__name__", "metric")
+def metric_of_original(teacher: Teacher, metric: str | Metric) -> float:
+    """What the user's metric says of the model as given, asked once.
+
+    Raises `Problem` A407 where it fails and A402 where no relative fall can be taken from it.
+    """
+    function, name = _named(metric)
     before = teacher.metric(name, lambda model: _number_of(function, name, model))
-    after = _number_of(function, name, candidate)
     if not math.isfinite(before) or before == 0.0:
         raise Problem(
             "A402",
@@ -224,12 +226,25 @@ def _by_metric(teacher: Teacher, candidate: Model, metric: str | Metric) -> Accu
             why="a relative fall needs a finite number that is not zero",
             help="give a metric that is larger the better the model is, such as a share of hits",
         )
+    return before
+
+
+def _by_metric(teacher: Teacher, candidate: Model, metric: str | Metric) -> Accuracy:
+    before = metric_of_original(teacher, metric)
+    function, name = _named(metric)
+    after = _number_of(function, name, candidate)
     if not math.isfinite(after):
         return _infeasible(name, f"the metric is {after}")
     drop = (before - after) / abs(before)
     return Accuracy(
         name, drop, drop, drop, bounded=False, worst=abs(drop), metric=after, metric_original=before
     )
+
+
+def _named(metric: str | Metric) -> tuple[Metric, str]:
+    if isinstance(metric, str):
+        return load_metric(metric), metric
+    return metric, getattr(metric, "__name__", "metric")
 
 
 def _number_of(function: Metric, name: str, model: Model) -> float:

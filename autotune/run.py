@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from attnopt.autotune import entries
-from attnopt.autotune.accuracy import Accuracy
+from attnopt.autotune.accuracy import Accuracy, metric_of_original
 from attnopt.autotune.data import Data
 from attnopt.autotune.environment import environment
 from attnopt.autotune.order import approximate, healing, ordered
@@ -52,6 +52,8 @@ class Run:
         """Run the whole flow."""
         known_target(self.request.target)
         self.bench = self._bench()
+        if self.request.metric is not None:  # one that fails does so before anything is timed
+            metric_of_original(self.bench.judging, self.request.metric)
         pace = self._exactly()
         exact = pace.built
         self.profile = self._profile(exact)

@@ -21,6 +21,7 @@ from attnopt.autotune.result import Number, Speed
 from attnopt.autotune.run import Run
 from attnopt.autotune.search import Tried
 from attnopt.autotune.workbench import Journal, Workbench, _digest
+from attnopt.compiler.errors import Problem
 from attnopt.compiler.plan import Outcome, Plan, Step
 from attnopt.compiler.program import Batch
 from attnopt.compiler.raising import raise_program
@@ -173,3 +174,15 @@ def test_a_relaxation_says_what_would_do(
     pace = SimpleNamespace(ratio=ratio, kind="measured", speed=_pace(None, ratio, "faster").speed)
     made = relaxation(plans.tried(), ratio, 2.0, cast(Any, pace), 0.0004, accuracy)
     assert said in made.words and unsaid not in made.words
+
+
+def test_a_metric_that_fails_does_so_before_anything_is_timed(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = object.__new__(Run)
+    run.request = Request(metric="math:isnan")  # a model is no number
+    monkeypatch.setattr(run, "_bench", lambda: bench)
+    monkeypatch.setattr(run, "_exactly", lambda: pytest.fail("it was timed"))
+    with pytest.raises(Problem, match="`math:isnan` failed") as caught:
+        run.go()
+    assert caught.value.code == "A407"
