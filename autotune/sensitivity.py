@@ -124,8 +124,9 @@ def _greedily(bench: Workbench, candidates: list[str], seconds: float) -> list[s
     def measure() -> list[str]:
         begun, taken = time.monotonic(), list[str]()
         half = len(candidates) // 2
+        notes = bench.opened(bench.compose([]))
         for choice in greedy(
-            bench.program, bench.notes, candidates, count=half, batches=bench.data.heldout
+            notes.original, notes, candidates, count=half, batches=bench.data.heldout
         ):
             taken.append(choice.id)
             bench.progress("greedy order of removal", len(taken) / max(1, half))

@@ -55,7 +55,8 @@ def _merging(bench: Workbench) -> list[Row]:
 
 
 def _skipping(bench: Workbench) -> list[Row]:
-    program, notes = bench.program, bench.notes
+    notes = bench.opened(bench.compose([]))
+    program = notes.original
     candidates = [layer.id for layer in program.sublayers]
     first = [rank.id for rank in one_shot(program, notes, candidates)]
     taken = [choice.id for choice in greedy(program, notes, candidates, count=4)]

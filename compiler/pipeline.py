@@ -30,14 +30,31 @@ def apply_plan(
     program: Program, plan: Plan, notes: Notes, progress: Progress | None = None
 ) -> tuple[Program, list[Outcome]]:
     """Apply the steps of a plan in order; returns the new program and what happened at every
-    target."""
+    target.
+
+    What the opening of the plan leaves is the original that later steps are fitted to.
+    """
     outcomes: list[Outcome] = []
-    for step in plan.steps:
+    for i, step in enumerate(plan.steps):
         if progress is not None:
             progress(step.rewrite)
+        if i == opening(plan):
+            notes = replace(notes, original=program)
         program, done = apply_pass(program, read_pass(step.rewrite), step.targets, notes)
         outcomes += done
     return program, outcomes
+
+
+def opening(plan: Plan) -> int:
+    """How many steps come before the first that is approximate or takes the whole program at once.
+
+    They leave the original's function, its nodes and its sites, and are faster to calibrate on.
+    """
+    for i, step in enumerate(plan.steps):
+        rewrite = read_pass(step.rewrite)
+        if rewrite.exactness is not Exactness.EXACT or rewrite.scope == "program":
+            return i
+    return len(plan.steps)
 
 
 def apply_pass(

@@ -41,6 +41,7 @@ class FuseBlocks(Pass):
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
     scope: ClassVar[Scope] = "sublayer"
     source: ClassVar[str] = "ReplaceMe (arXiv 2505.02819)"
+    after: ClassVar[tuple[str, ...]] = ("fuse_attention",)  # calibrates on the fast form
 
     length: int = choice(1, 2, 4, 6, 8, default=2)
     ridge: float = choice(1e-4, 1e-2, 1e-1, default=1e-2)

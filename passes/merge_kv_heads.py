@@ -40,6 +40,7 @@ class MergeKvHeads(Pass):
         "Ainslie et al. 2023 (mean); complex rank-1 keys, group-PCA values (closed)"
     )
 
+    after: ClassVar[tuple[str, ...]] = ("fuse_attention",)  # calibrates on the fast form
     removes: ClassVar[tuple[Part, ...]] = ("k", "v", "core", "between")
 
     factor: int = choice(2, 4, 8, default=2)

@@ -60,6 +60,7 @@ class SkipSublayers(Pass):
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
     scope: ClassVar[Scope] = "sublayer"
     source: ClassVar[str] = "FinerCut (arXiv 2405.18218); NBL (arXiv 2505.21077), section 3"
+    after: ClassVar[tuple[str, ...]] = ("fuse_attention",)  # calibrates on the fast form
     greedy: ClassVar[bool] = True
 
     method: str = choice("delete", "linear", "best", default="best")

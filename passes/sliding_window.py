@@ -45,7 +45,7 @@ class SlidingWindow(Pass):
     source: ClassVar[str] = (
         "StreamingLLM (Xiao et al. 2023); heads by kept mass after DuoAttention (2024)"
     )
-    after: ClassVar[tuple[str, ...]] = ("simplify_mask",)
+    after: ClassVar[tuple[str, ...]] = ("simplify_mask", "fuse_attention")
     removes: ClassVar[tuple[Part, ...]] = ("core", "between")
 
     left: int = choice(64, 128, 256, 512, 1024, 2048, 4096, default=256)
