@@ -124,7 +124,7 @@ def _greedily(bench: Workbench, candidates: list[str], seconds: float) -> list[s
     def measure() -> list[str]:
         begun, taken = time.monotonic(), list[str]()
         half = len(candidates) // 2
-        notes = bench.opened(bench.compose([]))
+        notes = bench.opened()
         for choice in greedy(
             notes.original, notes, candidates, count=half, batches=bench.data.heldout
         ):

@@ -24,7 +24,7 @@ from attnopt.codegen.roofline import estimate
 from attnopt.codegen.target import target
 from attnopt.compiler.contract import Notes, read_pass
 from attnopt.compiler.lower import lower
-from attnopt.compiler.pipeline import apply_pass, opening
+from attnopt.compiler.pipeline import apply_pass, apply_plan, opening
 from attnopt.compiler.plan import Outcome, Plan, Step
 from attnopt.compiler.program import Program
 
@@ -116,7 +116,7 @@ class Workbench:
             hashlib.sha256(named.encode()).hexdigest(),
         )
         self._built: dict[tuple[tuple[Step, ...], bool], tuple[Program, tuple[Outcome, ...]]] = {}
-        self._opened: dict[tuple[Step, ...], Program] = {}
+        self._opened: dict[tuple[Step, ...], tuple[Program, tuple[Outcome, ...]]] = {}
         self._baselines: Baselines | None = None
 
     def compose(self, steps: list[Step]) -> Plan:
@@ -147,11 +147,10 @@ class Workbench:
         Inside the search `verify` is off: the exact rewrites were compared on the exact plan, and
         are again on the winner.
         """
-        program, outcomes = self.program, tuple[Outcome, ...]()
-        notes, opened = self.notes, opening(plan)
-        for i in range(len(plan.steps)):
-            if i == opened:
-                notes = self.opened(plan)
+        first = opening(plan)
+        program, outcomes = self._opening(plan.steps[:first])
+        notes = replace(self.notes, original=program)
+        for i in range(first, len(plan.steps)):
             key = (plan.steps[: i + 1], verify)
             if key not in self._built:
                 step = plan.steps[i]
@@ -163,13 +162,19 @@ class Workbench:
             program, outcomes = self._built[key]
         return Built(plan, program, lower(program), outcomes)
 
-    def opened(self, plan: Plan) -> Notes:
-        """The notes with what the opening of a plan leaves as the original: the same function,
-        faster to calibrate on. Made and verified once."""
-        steps = plan.steps[: opening(plan)]
+    def opened(self) -> Notes:
+        """The notes with what the opening of every plan leaves as the original: the same function,
+        faster to calibrate on."""
+        plan = self.compose([])
+        program, _ = self._opening(plan.steps[: opening(plan)])
+        return replace(self.notes, original=program)
+
+    def _opening(self, steps: tuple[Step, ...]) -> tuple[Program, tuple[Outcome, ...]]:
+        """The exact steps that a plan begins with, applied and verified once."""
         if steps not in self._opened:
-            self._opened[steps] = self.apply(Plan(steps)).program
-        return replace(self.notes, original=self._opened[steps])
+            made, outcomes = apply_plan(self.program, Plan(steps), self.notes)
+            self._opened[steps] = (made, tuple(outcomes))
+        return self._opened[steps]
 
     def drop(self, steps: list[Step]) -> Accuracy:
         """Accuracy on the heldout data, from the journal where it was measured before."""

@@ -55,7 +55,7 @@ def _merging(bench: Workbench) -> list[Row]:
 
 
 def _skipping(bench: Workbench) -> list[Row]:
-    notes = bench.opened(bench.compose([]))
+    notes = bench.opened()
     program = notes.original
     candidates = [layer.id for layer in program.sublayers]
     first = [rank.id for rank in one_shot(program, notes, candidates)]

@@ -1,5 +1,5 @@
 """`make bench`: measures what the README states, prints a table and writes it as JSON with device,
-versions and date.
+versions and date; `cpu.md` beside it is the report of all sections measured so far.
 
 python benchmarks/run.py [--only padded,full,pylm,eager,large] [--out benchmarks/results]
 """
@@ -48,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows: list[Row] = importlib.import_module(f"benchmarks.{name}").rows()
         _print(name, rows)
         _write(chosen.out, name, rows)
+        (chosen.out / "cpu.md").write_text(report(chosen.out), encoding="utf-8")
         missed |= any(row.met is False for row in rows)
     return int(missed)
 
@@ -74,6 +75,27 @@ def _write(folder: Path, name: str, rows: list[Row]) -> None:
     }
     path = folder / f"cpu-{name}.json"
     path.write_text(json.dumps(document, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def report(folder: Path) -> str:
+    """All sections that were measured, as Markdown."""
+    parts = ["# What was measured", "Written by `make bench`; the figures behind it lie beside it."]
+    for name in SECTIONS:
+        path = folder / f"cpu-{name}.json"
+        if not path.is_file():
+            continue
+        section = json.loads(path.read_text(encoding="utf-8"))
+        facts = section["environment"]
+        parts.append(
+            f"## {name}\n\n{section['date']}, {facts['cpu']}, {facts['threads']} threads, "
+            f"Python {facts['python']}, torch {facts['torch']}"
+        )
+        lines = ["| case | measured | bar | met |", "|---|---|---|---|"]
+        for row in section["rows"]:
+            met = {True: "yes", False: "no", None: ""}[row["met"]]
+            lines.append(f"| {row['case']} | {row['figure']} | {row['bar']} | {met} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
 
 
 if __name__ == "__main__":

@@ -60,7 +60,8 @@ class Rotary:
     frequency radians.
 
     `pairs` int64 `[pairs, 2]` are dims of one head, `frequencies` float64 `[pairs]` in radians per
-    position, `gain` the factor on the rotated dims (1.0 unless a scaling such as YaRN's is folded
+    position (with two `axes`, rows and columns of an image, the angles at the first position that
+    turns), `gain` the factor on the rotated dims (1.0 unless a scaling such as YaRN's is folded
     in). Dims in no pair pass unrotated.
     """
 
@@ -68,6 +69,11 @@ class Rotary:
     frequencies: Tensor
     gain: float = 1.0
     spelling: Literal["half", "interleaved", "other"] = "other"
+    axes: int = 1
+
+    def __str__(self) -> str:
+        more = f", {self.axes}-D" if self.axes > 1 else ""
+        return f"rotary({self.spelling}, {self.dims} dims{more})"
 
     @property
     def dims(self) -> int:

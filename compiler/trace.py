@@ -153,8 +153,12 @@ def _one_batch(example: Batch) -> bool:
 
 
 def _every_dim(value: Any, first: Any = torch.export.Dim.AUTO) -> Any:
+    """The batch and all lengths; of images and the like, the batch alone: their size goes through
+    strides, patches and windows, which takes minutes to trace as symbols."""
     if not isinstance(value, Tensor) or not value.dim():
         return None
+    if value.dim() >= 4 and value.is_floating_point():
+        return {0: first}
     return {0: first} | dict.fromkeys(range(1, value.dim()), torch.export.Dim.AUTO)
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
+from attnopt.compiler.layout import same_size
 from attnopt.compiler.program import attribute
 from attnopt.compiler.raising.crossing import CASTS, CROSSED, SAME, Stop, active_dropout, crossing
 from attnopt.compiler.spec import CAUSAL, FULL, Fill, Mask
@@ -27,6 +28,10 @@ _PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.e
 _ADDS = (aten.add.Tensor, aten.add_.Tensor)
 _MULS = (aten.mul.Tensor, aten.mul_.Tensor)
 _DIVS = (aten.div.Tensor, aten.div_.Tensor)
+_BOUNDS = (
+    aten.maximum.default, aten.max.other, aten.clamp_min.default, aten.clamp.default,
+)  # fmt: skip
+_ABSORBING = -1e30  # a score added to this, in float32 or wider, rounds to this
 _WHERES = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf)
 
 
@@ -37,7 +42,10 @@ class Anchor:
     `q` `[.., S, d]`, `keys` (`k` when `transposed` is False, else k already transposed), `v`;
     `added` are float tensors added to the scaled logits (with a factor), `dropped` bool tensors
     with True = not read, `keep` with True = read. `filled` is the number that the logits of keys
-    not read are replaced by, `floor` the number that no logit is below after the masks.
+    not read are replaced by, `floor` the number that no logit is below after the masks. `lowered`
+    are the conditions (and what they are where a key is not read) under which a logit is replaced
+    by `lowest` before something is added to it: a number that absorbs any score. `temperatures` are
+    tensors `[.., heads, S, 1]` (broadcast) that the scores are multiplied by, or divided by (True).
     """
 
     spelling: Literal["sdpa", "eager"]
@@ -55,6 +63,9 @@ class Anchor:
     added: list[tuple[fx.Node, float]] = field(default_factory=list)
     dropped: list[fx.Node] = field(default_factory=list)
     keep: list[fx.Node] = field(default_factory=list)
+    lowered: list[tuple[fx.Node, bool]] = field(default_factory=list)
+    lowest: float | None = None
+    temperatures: list[tuple[fx.Node, bool]] = field(default_factory=list)
     einsum: tuple[str, str] | None = None
 
     @property
@@ -189,17 +200,20 @@ def _one_step(
     if node.target in (*_MULS, *_DIVS):
         other = 1 if is_score(args[0]) else 0
         number = _number(args[other], module)
-        if number is None or (other == 0 and node.target in _DIVS):
-            return Stop("the logits are scaled by a tensor", node)
+        if number is None:
+            return _tempered(anchor, node, args[1 - other], args[other])
+        if other == 0 and node.target in _DIVS:
+            return Stop("a number is divided by the logits", node)
         cap = _soft_cap(node, args[1 - other], number, module)
         if cap is not None:
-            if factor != 1.0 or anchor.softcap:
+            if factor != 1.0 or anchor.softcap or anchor.temperatures:
                 return Stop("the logits are scaled outside the soft cap", node)
             anchor.softcap, inner = cap
             return inner, 1.0
         return args[1 - other], factor * (number if node.target in _MULS else 1.0 / number)
-    if anchor.softcap:
-        return Stop("a bias or mask inside the soft cap is not understood", node)
+    if anchor.softcap or anchor.temperatures:
+        what = "the soft cap" if anchor.softcap else "a scale by a tensor"
+        return Stop(f"a bias or mask inside {what} is not understood", node)
     if node.target in _ADDS:
         side = _added_side(args)
         if side is None:
@@ -222,7 +236,7 @@ def _one_step(
         if is_score(args[1]):
             return _masked(anchor, node, args[1], args[0], args[2], anchor.keep, module)
         return _masked(anchor, node, args[2], args[0], args[1], anchor.dropped, module)
-    if node.target in (aten.maximum.default, aten.clamp_min.default, aten.clamp.default):
+    if node.target in _BOUNDS:
         bound = _number(args[1], module)
         if bound is not None and bound <= -1e30 and (len(args) < 3 or args[2] is None):
             if anchor.added or anchor.filled is not None or factor != 1.0:
@@ -230,6 +244,19 @@ def _one_step(
             anchor.floor = bound
             return args[0], factor
     return Stop(f"`{node.target}` between the scores and the softmax is not understood", node)
+
+
+def _tempered(
+    anchor: Anchor, node: fx.Node, score: Any, tensor: Any
+) -> tuple[fx.Node, float] | Stop:
+    """A scale of its own per head or query, which the queries can carry."""
+    value = tensor.meta.get("val") if isinstance(tensor, fx.Node) else None
+    if not isinstance(value, Tensor) or not is_score(score):
+        return Stop("the logits are scaled by a tensor", node)
+    if value.dim() and not same_size(value.shape[-1], 1):
+        return Stop("the logits are scaled by a tensor that differs between keys", node)
+    anchor.temperatures.append((tensor, node.target in _DIVS))
+    return score, 1.0
 
 
 def _masked(
@@ -247,7 +274,11 @@ def _masked(
             "the logits are replaced by something that is not a large negative number", node
         )
     if anchor.added and number != -math.inf:
-        return Stop(f"a bias or mask is added to logits already replaced by {number:g}", node)
+        if number > _ABSORBING or anchor.floor is not None or anchor.lowest not in (None, number):
+            return Stop(f"a bias or mask is added to logits already replaced by {number:g}", node)
+        anchor.lowered.append((condition, into is anchor.dropped))
+        anchor.lowest = number
+        return score, 1.0
     if anchor.floor is not None:
         number = max(number, anchor.floor)
     if anchor.filled not in (None, number):
@@ -328,8 +359,7 @@ def is_score(value: Any) -> bool:
         known = (
             *CROSSED, *_MULS, *_DIVS, *_ADDS, aten.sub.Tensor,
             aten.tanh.default, aten.masked_fill.Scalar, aten.masked_fill.Tensor,
-            aten.masked_fill_.Scalar, aten.maximum.default, aten.clamp_min.default,
-            aten.clamp.default,
+            aten.masked_fill_.Scalar, *_BOUNDS,
         )  # fmt: skip
         if value.target not in known:
             return False

@@ -87,8 +87,10 @@ class _Maker:
     def query(self) -> fx.Node:
         """Q as [batch, heads, S, head_dim]; a multiplication by a number right before it joins the
         scale."""
-        node = self._ordered(self.anchor.q, 0)
-        return self.split(self._unscaled(node))
+        node = self._unscaled(self._ordered(self.anchor.q, 0))
+        for tensor, divides in self.anchor.temperatures:
+            node = self.call(aten.div.Tensor if divides else aten.mul.Tensor, node, tensor)
+        return self.split(node)
 
     def keys(self) -> fx.Node:
         """K as [batch, kv_heads, T, head_dim]."""
@@ -118,10 +120,29 @@ class _Maker:
             one = self._scores(node)
             one = one if factor == 1.0 else self.call(aten.mul.Tensor, one, factor)
             bias = one if bias is None else self.call(aten.add.Tensor, bias, one)
+        if self.anchor.lowered:
+            assert bias is not None
+            bias = self.call(aten.add.Tensor, bias, self._lowered(bias.meta["val"].dtype))
         if bias is not None and self.anchor.floor is not None:
             bias = self.call(aten.clamp_min.default, bias, self.anchor.floor)
         if bias is not None:
             names, nodes = ["bias"], [bias]
+        return self._joined(names, nodes)
+
+    def _lowered(self, dtype: torch.dtype) -> fx.Node:
+        """What replaces logits as a term of the sum: the lowest number where they are replaced."""
+        found: fx.Node | None = None
+        for condition, dropped in self.anchor.lowered:
+            one = self._scores(condition)
+            one = one if dropped else self.call(aten.logical_not.default, one)
+            found = one if found is None else self.call(aten.logical_or.default, found, one)
+        assert found is not None
+        zeros = self.program.call(
+            aten.zeros_like.default, (found,), before=self.anchor.out, dtype=dtype
+        )
+        return self.call(aten.masked_fill.Scalar, zeros, found, self.anchor.lowest)
+
+    def _joined(self, names: list[str], nodes: list[fx.Node]) -> tuple[list[str], list[fx.Node]]:
         keep: fx.Node | None = None
         parts = [self._scores(node) for node in self.anchor.keep]
         parts += [self.call(aten.logical_not.default, self._scores(n)) for n in self.anchor.dropped]

@@ -1,14 +1,12 @@
-"""The facts of one raised attention: its projections, channel maps, rotary embedding and position
-encoding."""
+"""The facts of one raised attention: its projections, channel maps and rotary embedding."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from attnopt.compiler.layout import same_size
 from attnopt.compiler.program import Program
 from attnopt.compiler.raising.evaluate import Unknown
 from attnopt.compiler.raising.index_probe import (
@@ -131,63 +129,3 @@ def _output(program: Program, attention: fx.Node, sizes: dict[str, int]) -> Outp
     made = found[0]
     index = output_channels(program, attention, made.source, sizes)
     return OutputPath(made.node.name, made.weight, made.bias, made.layout, index)
-
-
-def absolute_positions(program: Program) -> str:
-    """ "learned" or "sinusoidal" when a position-dependent table is added to the tokens, else
-    "none"."""
-    for node in program.graph.nodes:
-        if node.target is not torch.ops.aten.add.Tensor or len(node.all_input_nodes) != 2:
-            continue
-        for table, tokens in (node.all_input_nodes, reversed(node.all_input_nodes)):
-            kind = _table(program, table, tokens)
-            if kind:
-                return kind
-    return "none"
-
-
-def _table(program: Program, table: fx.Node, tokens: fx.Node) -> str:
-    value, other = table.meta.get("val"), tokens.meta.get("val")
-    if not isinstance(value, Tensor) or not isinstance(other, Tensor) or other.dim() != 3:
-        return ""
-    if not value.is_floating_point() or value.dim() not in (2, 3):
-        return ""
-    if not (
-        same_size(value.shape[-1], other.shape[-1]) and same_size(value.shape[-2], other.shape[1])
-    ):
-        return ""
-    if _reads_data(table) or not _reads_data(tokens):
-        return ""
-    if _parameters(program, table):
-        return "learned"
-    return "sinusoidal"
-
-
-def _reads_data(node: fx.Node) -> bool:
-    """Whether a node depends on the values (not only the sizes) of float or token inputs."""
-    seen: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        top = stack.pop()
-        if top in seen or isinstance(top.meta.get("val"), (torch.SymInt, int)):
-            continue
-        seen.add(top)
-        if top.op == "placeholder" and "position" not in top.name and "mask" not in top.name:
-            return True
-        stack.extend(top.all_input_nodes)
-    return False
-
-
-def _parameters(program: Program, node: fx.Node) -> bool:
-    seen: set[fx.Node] = set()
-    stack = [node]
-    names = {name for name, _ in program.module.named_parameters()}
-    while stack:
-        top = stack.pop()
-        if top in seen:
-            continue
-        seen.add(top)
-        if top.op == "get_attr" and str(top.target) in names:
-            return True
-        stack.extend(top.all_input_nodes)
-    return False

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
+from torch.utils._sympy.functions import FloorDiv
 
 from attnopt.compiler.layout import same_size
 from attnopt.compiler.program import Program
@@ -47,8 +48,11 @@ class Linearised:
         self.normed = False
 
     def shape(self) -> list[int]:
-        """The shape of the projection's output."""
-        return [concrete(size, self.sizes) for size in self.source.node.meta["val"].shape]
+        """The shape of the projection's output. Raises Unknown where nothing is left of it."""
+        made = [concrete(size, self.sizes) for size in self.source.node.meta["val"].shape]
+        if any(size < 1 for size in made):
+            raise Unknown(f"`{self.source.node.name}` is empty at the sizes of the probe")
+        return made
 
     def at(self, y: Tensor) -> Evaluator:
         """An evaluator with the projection's output given."""
@@ -191,11 +195,25 @@ def output_channels(
 
 def small_sizes(program: Program) -> dict[str, int]:
     """Small sizes for a probe: 2 for batch symbols (first dims of inputs), about 5 for the
-    others."""
+    others; what is divided (an image into patches) stays as it is in the example."""
     sizes: dict[str, int] = {}
+    divided = _divided(program)
     for dims in program.dynamic.values():
         for dim, symbol in dims.items():
-            if symbol.isidentifier():
+            if symbol.isidentifier() and symbol not in divided:
                 sizes.setdefault(symbol, 2 if dim == 0 else 5 + len(sizes))
     example = example_sizes(program)
     return {symbol: min(size, example.get(symbol, size)) for symbol, size in sizes.items()}
+
+
+def _divided(program: Program) -> set[str]:
+    """The size symbols that occur in a quotient."""
+    found: set[str] = set()
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        sizes: tuple[Any, ...] = tuple(value.shape) if isinstance(value, Tensor) else ()
+        for size in sizes:
+            if isinstance(size, torch.SymInt):
+                for part in size.node.expr.atoms(FloorDiv):
+                    found |= {str(symbol) for symbol in part.free_symbols}
+    return found

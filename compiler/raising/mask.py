@@ -88,6 +88,7 @@ class _Probe:
         self.fills: set[Fill] = set()
         self.soft = 0.0
         self.lowest = 0
+        self.sum = ""
 
     def prove(self, named: dict[str, fx.Node]) -> MaskFacts:
         rest: fx.Node | None = None
@@ -106,6 +107,8 @@ class _Probe:
             raise Unknown(
                 f"it drops keys by {self.soft:g}, which leaves a query without keys its scores"
             )
+        if self.sum and (padding is not None or not self._never_empty(mask)):
+            raise Unknown(f"`{self.sum}` adds two lowest numbers, which is below the lowest")
         facts = MaskFacts(mask, fill=next(iter(self.fills), "-inf"))
         if padding is not None:
             facts = replace(facts, padding=padding.datum.name, test=_test(padding))
@@ -187,7 +190,7 @@ class _Probe:
         counts.append(self.lowest)
         rest = self._bias(node.args[1 - place])  # type: ignore[arg-type]
         if counts[0] < counts[1] < self.lowest:
-            raise Unknown(f"`{node.name}` adds two lowest numbers, which is below the lowest")
+            self.sum = node.name  # two lowest numbers are -inf, one alone is not
         return rest
 
     def _drop(self, x: Expression) -> None:

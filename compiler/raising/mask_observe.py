@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from attnopt.compiler.program import Program
+from attnopt.compiler.raising.absolute import reads_data
 from attnopt.compiler.raising.evaluate import (
     Evaluator,
     Unknown,
@@ -46,23 +47,40 @@ def observe(
 
 
 def bias_kind(program: Program, attention: fx.Node, node: fx.Node) -> str:
-    """ "alibi" (linear in j - i), "relative-bias" (a function of j - i) or "tensor", per head, as
-    seen at one length.
+    """ "alibi" (linear in j, where a number per query makes no difference), "relative-bias" (a
+    function of j - i, or of the two distances on a grid) or "tensor", per head, as seen at one
+    length.
     """
-    length = LENGTHS[1]
+    if reads_data(node):
+        return "tensor"
     try:
-        value = Evaluator(program, small_sizes(program, attention, length))(node)
+        value = Evaluator(program, small_sizes(program, attention, LENGTHS[1]))(node)
     except Unknown:
         return "tensor"
-    if value.dim() < 2 or value.shape[-2] < 3 or value.shape[-1] < 3:
+    if value.dim() < 2 or value.shape[-1] < 3:
         return "tensor"
     value = torch.where(value <= DROPPED, float("nan"), value.double())
-    if not _same(value[..., 1:, 1:], value[..., :-1, :-1]):
-        return "tensor"
     ramps = value[..., 1:] - value[..., :-1]
-    first = ramps[..., 1:2, 0:1] if value.dim() > 1 else ramps
-    linear = _same(ramps, first.expand_as(ramps)) and bool((first != 0).any())
-    return "alibi" if linear else "relative-bias"
+    slopes = ramps[..., -1:, :1].expand_as(ramps)
+    if _same(ramps, torch.where(ramps.isnan(), ramps, slopes)) and bool(slopes.abs().sum() > 0):
+        return "alibi"
+    if value.shape[-2] < 3 or value.shape[-2] != value.shape[-1]:
+        return "tensor"
+    # A token of the whole image may come before those of the grid.
+    grids = (value, value[..., 1:, 1:]) if value.shape[-1] > 4 else (value,)
+    return "relative-bias" if any(_on_grid(each) for each in grids) else "tensor"
+
+
+def _on_grid(value: Tensor) -> bool:
+    """Whether `[.., S, S]` depends on the distance of query and key alone, for some width of a grid
+    that they lie on row by row."""
+    length = value.shape[-1]
+    for width in (w for w in range(1, length + 1) if length % w == 0):
+        laid = value.unflatten(-1, (-1, width)).unflatten(-3, (-1, width))  # [.., y, x, y', x']
+        down = _same(laid[..., 1:, :, 1:, :], laid[..., :-1, :, :-1, :])
+        if down and _same(laid[..., 1:, :, 1:], laid[..., :-1, :, :-1]):
+            return True
+    return False
 
 
 def drops(program: Program, attention: fx.Node, node: fx.Node) -> bool:

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from torch import fx
 
 from attnopt.compiler.program import Program
+from attnopt.compiler.raising.absolute import absolute_positions
 from attnopt.compiler.raising.anchor import Anchor, anchors
 from attnopt.compiler.raising.blocks import sublayers
 from attnopt.compiler.raising.canonical import heads_of_rank3, place
 from attnopt.compiler.raising.crossing import Stop
-from attnopt.compiler.raising.facts import Facts, absolute_positions, probe
+from attnopt.compiler.raising.facts import Facts, probe
 from attnopt.compiler.raising.mask import classify
 from attnopt.compiler.raising.mask_facts import MaskFacts
 from attnopt.compiler.raising.projections import below
@@ -51,13 +52,14 @@ def raise_program(program: Program, leave: Mapping[str, str] | None = None) -> P
 def _heads3(anchor: Anchor) -> int | None:
     if anchor.q.meta["val"].dim() != 3:
         return None
-    heads = heads_of_rank3(anchor)
-    if heads is not None:
-        return heads
+    # The batch may hold windows besides, so the output projection is asked first.
+    known = heads_of_rank3(anchor)
     after = below(anchor.out)
     v_dim = int(anchor.v.meta["val"].shape[-1])
     width = int(after[0].source.meta["val"].shape[-1]) if len(after) == 1 else 0
-    return width // v_dim if width and width % v_dim == 0 else None
+    if width and width % v_dim == 0 and (known is None or known % (width // v_dim) == 0):
+        return width // v_dim
+    return known
 
 
 def _site(program: Program, id: str, anchor: Anchor, node: fx.Node, absolute: str) -> Site:
@@ -77,7 +79,7 @@ def _site(program: Program, id: str, anchor: Anchor, node: fx.Node, absolute: st
 
 def _position(facts: Facts, mask: MaskFacts, absolute: str) -> str:
     if facts.rotary is not None:
-        return f"rotary({facts.rotary.spelling}, {facts.rotary.dims} dims)"
+        return str(facts.rotary)
     if "rotary" in facts.missing:
         return "unknown"
     for bias in ("relative-bias", "alibi"):

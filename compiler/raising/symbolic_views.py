@@ -26,18 +26,32 @@ _RESHAPES = {"view", "reshape", "unsafe_view", "flatten", "unflatten", "view_as"
 
 
 def size_form(size: Any) -> Affine:
-    """A size, symbolic or not, as an affine form in the size symbols. Raises Unknown for products
-    of symbols.
+    """A size, symbolic or not, as an affine form in the size symbols.
+
+    A product or quotient of symbols (patches of an image) is one more unknown size. Raises Unknown
+    where it may be negative.
     """
     if not isinstance(size, torch.SymInt):
         return Affine((), int(size))
     total = Affine()
     for symbol, coefficient in size.node.expr.as_coefficients_dict().items():
-        if not coefficient.is_Integer or not (symbol.is_Symbol or symbol == 1):
-            raise Unknown(f"size `{size.node.expr}` is not a sum of symbols")
+        if not coefficient.is_Integer or not (symbol == 1 or _never_negative(symbol)):
+            raise Unknown(f"size `{size.node.expr}` is not a sum of sizes")
         term = Affine((), 1) if symbol == 1 else Affine(((str(symbol), 1),))
         total = total.plus(term, int(coefficient))
     return total
+
+
+def _never_negative(expression: Any) -> bool:
+    """Whether an expression is built from sizes by products and whole quotients alone."""
+    if expression.is_Symbol or (expression.is_Integer and expression >= 0):
+        return True
+    built = expression.is_Mul or type(expression).__name__ == "FloorDiv"
+    if expression.is_Pow:
+        return bool(expression.exp.is_Integer and expression.exp > 0) and _never_negative(
+            expression.base
+        )
+    return built and all(_never_negative(part) for part in expression.args)
 
 
 def broadcast(shape: Sequence[Any], index: Index) -> Index:

@@ -180,6 +180,8 @@ def _search(folder: Path, *more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-P", "-c", script, *files, *ASKED, *more],
         cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # Shells start jobs in the background with Ctrl-C ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 

@@ -59,7 +59,7 @@ def test_a_shifted_mask_is_caught() -> None:
 
 
 def test_what_is_not_understood_is_said() -> None:
-    """A per-position temperature on the logits stops the walk, and the miss names it."""
+    """A temperature per key on the logits stops the walk, and the miss names it."""
 
     class Tempered(nn.Module):
         def __init__(self) -> None:
@@ -69,7 +69,7 @@ def test_what_is_not_understood_is_said() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             q, k, v = (p.unflatten(-1, (4, 16)).transpose(1, 2) for p in self.qkv(x).chunk(3, -1))
             scores = q @ k.transpose(-1, -2)
-            made: torch.Tensor = (scores * scores.mean(-1, keepdim=True)).softmax(-1) @ v
+            made: torch.Tensor = (scores * scores.mean(-2, keepdim=True)).softmax(-1) @ v
             return made
 
     program = _raised(Tempered().eval(), {"x": torch.randn(2, 9, 64)}, "tempered")

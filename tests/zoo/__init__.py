@@ -1,0 +1,1 @@
+"""Random tiny models of the architectures that the coverage table lists."""
