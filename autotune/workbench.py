@@ -144,8 +144,8 @@ class Workbench:
     def apply(self, plan: Plan, verify: bool = True) -> Built:
         """Apply a plan as it stands; shared beginnings of plans are applied once.
 
-        Inside the search `verify` is off: the exact rewrites were compared on the exact plan, and
-        are again on the winner.
+        Inside the search `verify` is off: the exact rewrites of the opening are always compared,
+        those behind it on the exact plan, and again on the winner.
         """
         first = opening(plan)
         program, outcomes = self._opening(plan.steps[:first])

@@ -140,16 +140,16 @@ class _Counter(fx.Interpreter):
         outputs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
         if n.target is _SDPA:
             flops = _sdpa_flops(*self.fetch_args_kwargs_from_env(n))
-        moved = _moved(inputs, outputs) + self._score_bytes(n, inputs)
+        moved = _moved(inputs, outputs) + self._score_bytes(n)
         dtype = outputs[0].dtype if outputs else None
         self.nodes[n.name] = NodeCost(flops, moved, dtype, n.target in (_SDPA, ATTENTION))
         return result
 
-    def _score_bytes(self, n: fx.Node, inputs: list[Tensor]) -> float:
+    def _score_bytes(self, n: fx.Node) -> float:
         """The score matrix goes through memory in the reference backend alone."""
         if n.target is not ATTENTION or parse_spec(str(n.args[4])).backend != "reference":
             return 0.0
-        q, k = inputs[0], inputs[1]
+        q, k = (self.env[node] for node in n.args[:2])  # type: ignore[index]
         scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
         return float(_SCORE_PASSES * scores * q.element_size())
 

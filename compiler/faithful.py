@@ -6,7 +6,8 @@ so itself is refused. Everything later is compared with the raised program alone
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def faithful(loaded: Loaded, traced: Program, raised: Program) -> Program:
     if all(_apart(raised, batch, outputs) <= allowed for batch, outputs in given):
         # Half precision hides what a wider dtype shows of the sites.
         half = own_dtype(traced).itemsize < 4 and _size(traced) <= LIMITS[torch.float32]
-        return _without_wrong_sites(traced, raised) if half else raised
+        return _without_wrong_sites(traced, raised, given) if half else raised
     for batch, outputs in given:
         error = _apart(traced, batch, outputs)
         if error > allowed:
@@ -56,7 +57,7 @@ def faithful(loaded: Loaded, traced: Program, raised: Program) -> Program:
                 help="a forward pass that draws random numbers, keeps state between calls or "
                 "branches on sizes cannot be traced",
             )
-    return _without_wrong_sites(traced, raised)
+    return _without_wrong_sites(traced, raised, given)
 
 
 def _given(loaded: Loaded, traced: Program) -> Iterator[tuple[Batch, Any]]:
@@ -102,28 +103,32 @@ def _numbers(expected: Tensor, actual: Tensor) -> tuple[Tensor, Tensor]:
     return expected.masked_fill(free, 0), actual.masked_fill(free, 0)
 
 
-def _without_wrong_sites(traced: Program, raised: Program) -> Program:
+def _without_wrong_sites(
+    traced: Program, raised: Program, given: Sequence[tuple[Batch, Any]]
+) -> Program:
     """Raise each attention alone, and leave those that differ as they were traced."""
-    if _off(traced, raised) is None:
+    if _off(traced, raised, given) is None:
         return raised
     found = anchors(traced.graph, traced.module)
     names = [anchor.out.name for anchor in found if isinstance(anchor, Anchor)]
     wrong: dict[str, str] = {}
     for name in names:
         alone = raise_program(traced, dict.fromkeys(set(names) - {name}, ""))
-        error = _off(traced, alone)
+        error = _off(traced, alone, given)
         if error is not None:
             wrong[name] = f"its raised form computes something else (difference {error:.1e})"
     kept = raise_program(traced, wrong)
-    error = _off(traced, kept)
+    error = _off(traced, kept, given)
     if error is None:
         return kept
     reason = f"the raised forms together compute something else (difference {error:.1e})"
     return raise_program(traced, dict.fromkeys(names, reason) | wrong)
 
 
-def _off(traced: Program, raised: Program) -> float | None:
-    """The difference where it is more than rounding."""
+def _off(traced: Program, raised: Program, given: Sequence[tuple[Batch, Any]]) -> float | None:
+    """The difference where it is more than rounding; infinite where it does not run as it is."""
+    if any(math.isinf(_apart(raised, batch, outputs)) for batch, outputs in given):
+        return math.inf
     result = compare(traced, raised)
     return None if result.error <= ROUNDING.get(result.dtype, 1e-3) else result.error
 

@@ -35,10 +35,11 @@ def apply_plan(
     What the opening of the plan leaves is the original that later steps are fitted to.
     """
     outcomes: list[Outcome] = []
+    opened = opening(plan)
     for i, step in enumerate(plan.steps):
         if progress is not None:
             progress(step.rewrite)
-        if i == opening(plan):
+        if i == opened:
             notes = replace(notes, original=program)
         program, done = apply_pass(program, read_pass(step.rewrite), step.targets, notes)
         outcomes += done

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from attnopt.compiler.errors import Problem
@@ -52,12 +52,14 @@ def trace(loaded: Loaded) -> Program:
     )
 
 
-def _export(module: torch.nn.Module, example: Batch) -> torch.export.ExportedProgram:
+def _export(module: nn.Module, example: Batch) -> torch.export.ExportedProgram:
     failure: Exception | None = None
-    attempts = [_every_dim, _first_dim, _no_dim]
+    convolves = any(isinstance(m, (nn.Conv2d, nn.Conv3d)) for m in module.modules())
+    every = _not_images if convolves else _every_dim
+    attempts = [every, _first_dim, _no_dim]
     if _one_batch(example):
         batch = torch.export.Dim("batch", min=1)
-        attempts.insert(0, lambda value: _every_dim(value, batch))
+        attempts.insert(0, lambda value: every(value, batch))
     for shapes in attempts:
         dynamic = (
             pytree.tree_map(shapes, example.args),
@@ -122,6 +124,33 @@ def writes(node: fx.Node) -> bool:
     return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
 
 
+def without_own_writes(graph: fx.Graph) -> None:
+    """Turn writes into values that nothing else reads afterwards into new values, in place."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        if not writes(node) or not isinstance(node.args[0], fx.Node):
+            continue
+        written, packet = node.args[0], node.target.overloadpacket
+        plain = getattr(aten, packet.__name__.removesuffix("_"), None)
+        plain = getattr(plain, node.target._overloadname, None)
+        others = [user for user in written.users if user is not node]
+        later = any(order[user] > order[node] or _aliases(user) for user in others)
+        fresh = written.op == "call_function" and not _aliases(written)
+        if plain is not None and fresh and not later:
+            node.target = plain
+
+
+def _aliases(node: fx.Node) -> bool:
+    """Whether a node's value may share memory with one of its inputs."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return True
+    composite = node.target in (
+        aten.reshape.default, aten.contiguous.default, aten.flatten.using_ints, *_CASTS,
+    )  # fmt: skip
+    return composite or any(result.alias_info is not None for result in schema.returns)
+
+
 def _by_signature(dynamic: tuple[Any, dict[str, Any]]) -> Any:
     args, kwargs = dynamic
     if not args:
@@ -129,7 +158,7 @@ def _by_signature(dynamic: tuple[Any, dict[str, Any]]) -> Any:
     return args if not kwargs else (*args, *kwargs.values())
 
 
-def _two_rows(module: torch.nn.Module, example: Batch) -> Batch:
+def _two_rows(module: nn.Module, example: Batch) -> Batch:
     """The example with its rows doubled when it has one: a size of 1 would be traced as a
     constant."""
     leaves = pytree.tree_leaves((example.args, dict(example.kwargs)))
@@ -153,13 +182,18 @@ def _one_batch(example: Batch) -> bool:
 
 
 def _every_dim(value: Any, first: Any = torch.export.Dim.AUTO) -> Any:
-    """The batch and all lengths; of images and the like, the batch alone: their size goes through
-    strides, patches and windows, which takes minutes to trace as symbols."""
+    """The batch and all lengths."""
     if not isinstance(value, Tensor) or not value.dim():
         return None
-    if value.dim() >= 4 and value.is_floating_point():
-        return {0: first}
     return {0: first} | dict.fromkeys(range(1, value.dim()), torch.export.Dim.AUTO)
+
+
+def _not_images(value: Any, first: Any = torch.export.Dim.AUTO) -> Any:
+    """The same, but of images the batch alone: their size goes through strides, patches and
+    windows, which takes minutes to trace as symbols."""
+    if isinstance(value, Tensor) and value.dim() >= 4 and value.is_floating_point():
+        return {0: first}
+    return _every_dim(value, first)
 
 
 def _first_dim(value: Any) -> Any:
@@ -182,9 +216,9 @@ def slow_paths() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def normalise(module: fx.GraphModule) -> None:
+def normalise(module: fx.GraphModule, fold_views: bool = True) -> None:
     """Inline no-grad regions; drop shape assertions, inactive dropout and casts that change
-    nothing.
+    nothing; make views of parameters parameters, unless told not to.
 
     In place.
     """
@@ -204,7 +238,8 @@ def normalise(module: fx.GraphModule) -> None:
             graph.erase_node(node)
         elif node.target is aten.view.default:
             node.target = aten.reshape.default  # a rewrite may change strides, never shapes
-    _fold_parameter_views(module)
+    if fold_views:
+        _fold_parameter_views(module)
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     module.delete_all_unused_submodules()
     graph.lint()
@@ -224,7 +259,7 @@ def _fold_parameter_views(module: fx.GraphModule) -> None:
         parts = value if isinstance(value, (list, tuple)) else [value]
         for i, part in enumerate(parts):
             name = f"{node.all_input_nodes[0].target}__{node.name}_{i}".replace(".", "__")
-            module.register_parameter(name, torch.nn.Parameter(part.detach(), requires_grad=False))
+            module.register_parameter(name, nn.Parameter(part.detach(), requires_grad=False))
             readers = [u for u in node.users if u.args[1] == i] if part is not value else [node]
             for reader in readers:
                 with module.graph.inserting_before(reader):

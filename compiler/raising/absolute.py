@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from attnopt.compiler.layout import same_size
 from attnopt.compiler.program import Program
+from attnopt.compiler.raising.anchor import is_score
 from attnopt.compiler.raising.evaluate import Evaluator, Unknown, example_input
 from attnopt.compiler.raising.index_probe import small_sizes
 
@@ -45,8 +46,13 @@ def _looked_up(program: Program) -> str:
             positions = run(index)
         except Unknown:
             continue
-        row = positions if positions.dim() == 1 else positions.flatten(0, -2)[0]
-        if len(row) > 1 and bool((row[1:] != row[:-1]).all()):
+        if positions.dim() not in (1, 2) or positions.numel() == 0:
+            continue
+        rows = positions.reshape(-1, positions.shape[-1])
+        # The same for every sequence: buckets of distances differ between rows.
+        if bool((rows == rows[0]).all()) and bool((rows[:, 1:] != rows[:, :-1]).all()):
+            if rows.shape[1] < 2:
+                continue
             return "learned" if _parameters(program, table) else "sinusoidal"
     return "none"
 
@@ -61,8 +67,9 @@ def _one_token(program: Program) -> dict[str, Tensor]:
         if node.op != "placeholder" or not isinstance(value, Tensor) or value.is_floating_point():
             continue
         given = Evaluator(program, sizes)(node)
-        if "position" not in node.name:
-            found[node.name] = torch.ones_like(given) * int(example_input(program, node).max())
+        example = example_input(program, node)
+        if "position" not in node.name and example.numel():
+            found[node.name] = torch.full_like(given, example.max().item())
     return found
 
 
@@ -74,6 +81,8 @@ def _table(program: Program, table: fx.Node, tokens: fx.Node) -> str:
     if rank not in (3, 4) or not value.is_floating_point() or value.dim() not in (rank - 1, rank):
         return ""
     if not all(same_size(value.shape[n], other.shape[n]) for n in range(-1, -rank, -1)):
+        return ""
+    if rank == 4 and is_score(tokens):
         return ""
     if reads_data(table) or not reads_data(tokens):
         return ""

@@ -200,10 +200,10 @@ def _one_step(
     if node.target in (*_MULS, *_DIVS):
         other = 1 if is_score(args[0]) else 0
         number = _number(args[other], module)
+        if other == 0 and node.target in _DIVS:
+            return Stop("something is divided by the logits", node)
         if number is None:
             return _tempered(anchor, node, args[1 - other], args[other])
-        if other == 0 and node.target in _DIVS:
-            return Stop("a number is divided by the logits", node)
         cap = _soft_cap(node, args[1 - other], number, module)
         if cap is not None:
             if factor != 1.0 or anchor.softcap or anchor.temperatures:
@@ -214,6 +214,8 @@ def _one_step(
     if anchor.softcap or anchor.temperatures:
         what = "the soft cap" if anchor.softcap else "a scale by a tensor"
         return Stop(f"a bias or mask inside {what} is not understood", node)
+    if anchor.lowered and node.target in (*_ADDS, aten.sub.Tensor):
+        return Stop(f"a bias is added to logits before {anchor.lowest:g} replaces some", node)
     if node.target in _ADDS:
         side = _added_side(args)
         if side is None:
@@ -255,6 +257,8 @@ def _tempered(
         return Stop("the logits are scaled by a tensor", node)
     if value.dim() and not same_size(value.shape[-1], 1):
         return Stop("the logits are scaled by a tensor that differs between keys", node)
+    if torch.promote_types(value.dtype, score.meta["val"].dtype) != score.meta["val"].dtype:
+        return Stop(f"the logits are scaled by a tensor of {value.dtype}", node)
     anchor.temperatures.append((tensor, node.target in _DIVS))
     return score, 1.0
 
@@ -273,8 +277,13 @@ def _masked(
         return Stop(
             "the logits are replaced by something that is not a large negative number", node
         )
+    if anchor.lowered and number != anchor.lowest:
+        return Stop(f"some logits are replaced by {number:g}, others by {anchor.lowest:g}", node)
     if anchor.added and number != -math.inf:
-        if number > _ABSORBING or anchor.floor is not None or anchor.lowest not in (None, number):
+        # The lowest number and what is added are joined into one term in their own dtype.
+        dtypes = {added.meta["val"].dtype for added, _ in anchor.added}
+        narrow = dtypes != {node.meta["val"].dtype}
+        if number > _ABSORBING or anchor.floor is not None or narrow:
             return Stop(f"a bias or mask is added to logits already replaced by {number:g}", node)
         anchor.lowered.append((condition, into is anchor.dropped))
         anchor.lowest = number
@@ -317,6 +326,8 @@ def _scores(anchor: Anchor, node: fx.Node, factor: float) -> Anchor | Stop:
     if node.target is aten.baddbmm.default:
         beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
         if beta != 0:
+            if anchor.lowered:
+                return Stop("a bias is added to logits before others replace them", node)
             anchor.added.append((args[0], factor * float(beta)))  # type: ignore[arg-type]
         factor *= float(alpha)  # type: ignore[arg-type]
         args = args[1:]

@@ -44,6 +44,13 @@ def place(program: Program, anchor: Anchor, heads3: int | None) -> fx.Node | Sto
         return Stop("the head count or head_dim depends on the input", anchor.q)
     if heads[0] % heads[1] or heads[1] != heads[2]:  # type: ignore[operator]
         return Stop(f"{heads[0]} query heads over {heads[1]}/{heads[2]} key/value heads", anchor.q)
+    for tensor, _ in anchor.temperatures:
+        if not _fits(tensor, q):
+            shape = list(tensor.meta["val"].shape)
+            return Stop(
+                f"a temperature {shape} has other axes than batch, heads and queries", tensor
+            )
+    q = maker.tempered(q)
     names, extras = maker.extras()
     for extra in extras:
         if not _fits(extra, q):
@@ -66,7 +73,8 @@ def place(program: Program, anchor: Anchor, heads3: int | None) -> fx.Node | Sto
 
 
 def _fits(extra: fx.Node, q: fx.Node) -> bool:
-    """Whether the axes of a mask or bias before queries and keys are q's batch and heads, or 1."""
+    """Whether the axes of a mask, bias or temperature before queries and keys are q's batch and
+    heads, or 1."""
     leading = list(extra.meta["val"].shape)[:-2]
     wanted = list(q.meta["val"].shape)[:2]
     return len(leading) <= 2 and all(
@@ -87,10 +95,13 @@ class _Maker:
     def query(self) -> fx.Node:
         """Q as [batch, heads, S, head_dim]; a multiplication by a number right before it joins the
         scale."""
-        node = self._unscaled(self._ordered(self.anchor.q, 0))
+        return self.split(self._unscaled(self._ordered(self.anchor.q, 0)))
+
+    def tempered(self, q: fx.Node) -> fx.Node:
+        """Q as [batch, heads, S, head_dim] with the temperatures, all of which fit it."""
         for tensor, divides in self.anchor.temperatures:
-            node = self.call(aten.div.Tensor if divides else aten.mul.Tensor, node, tensor)
-        return self.split(node)
+            q = self.call(aten.div.Tensor if divides else aten.mul.Tensor, q, tensor)
+        return q
 
     def keys(self) -> fx.Node:
         """K as [batch, kv_heads, T, head_dim]."""

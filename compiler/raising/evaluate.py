@@ -66,13 +66,13 @@ class Evaluator:
         return self.values[node]
 
     def _run(self, node: fx.Node) -> Any:
+        size = self._size(node)
+        if size is not None:
+            return size
         if node.op == "placeholder":
             return self._input(node)
         if node.op == "get_attr":
             return _parameter(attribute(self.program.module, str(node.target)))
-        size = self._size(node)
-        if size is not None:
-            return size
         if node.op != "call_function":
             raise Unknown(f"`{node.name}` is a {node.op}")
         self._check_size(node)

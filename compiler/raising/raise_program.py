@@ -21,11 +21,14 @@ from attnopt.compiler.site import Site, Unraised
 from attnopt.compiler.spec import parse_spec
 
 
-def raise_program(program: Program, leave: Mapping[str, str] | None = None) -> Program:
+def raise_program(
+    program: Program, leave: Mapping[str, str] | None = None, facts: bool = True
+) -> Program:
     """A copy with every understood attention as the canonical op, its sites, misses and residual
     sublayers recorded.
 
-    `leave` maps the last node of an attention to the reason why it stays as it is.
+    `leave` maps the last node of an attention to the reason why it stays as it is. Without `facts`
+    the sites have no projections and no position encoding, and there are no sublayers.
     """
     raised = program.copy()
     placed: list[tuple[Anchor, fx.Node]] = []
@@ -40,11 +43,16 @@ def raise_program(program: Program, leave: Mapping[str, str] | None = None) -> P
             assert isinstance(found, Anchor)
             placed.append((found, answer))
     raised.clean()
+    raised.unraised = tuple(unraised)
+    if not facts:
+        pairs = enumerate(placed)
+        raised.sites = tuple(_bare_site(raised, f"s{i}", *pair) for i, pair in pairs)
+        return raised
     absolute = absolute_positions(raised)
     sites = [
         _site(raised, f"s{i}", anchor, node, absolute) for i, (anchor, node) in enumerate(placed)
     ]
-    raised.sites, raised.unraised = tuple(sites), tuple(unraised)
+    raised.sites = tuple(sites)
     raised.sublayers = sublayers(raised)
     return raised
 
@@ -57,9 +65,10 @@ def _heads3(anchor: Anchor) -> int | None:
     after = below(anchor.out)
     v_dim = int(anchor.v.meta["val"].shape[-1])
     width = int(after[0].source.meta["val"].shape[-1]) if len(after) == 1 else 0
-    if width and width % v_dim == 0 and (known is None or known % (width // v_dim) == 0):
-        return width // v_dim
-    return known
+    heads = width // v_dim if width % v_dim == 0 else 0
+    if heads > 1 and (known is None or known % heads == 0):
+        return heads
+    return known or heads or None
 
 
 def _site(program: Program, id: str, anchor: Anchor, node: fx.Node, absolute: str) -> Site:
@@ -77,6 +86,15 @@ def _site(program: Program, id: str, anchor: Anchor, node: fx.Node, absolute: st
     )  # fmt: skip
 
 
+def _bare_site(program: Program, id: str, anchor: Anchor, node: fx.Node) -> Site:
+    spec = parse_spec(str(node.args[4]))
+    module, source = place_of(program, node)
+    return Site(
+        id=id, node=node.name, module=module, source=source, spec=spec, kv_heads=spec.kv_heads,
+        mask_certainty="observed", spelling=anchor.spelling,
+    )  # fmt: skip
+
+
 def _position(facts: Facts, mask: MaskFacts, absolute: str) -> str:
     if facts.rotary is not None:
         return str(facts.rotary)
@@ -85,8 +103,9 @@ def _position(facts: Facts, mask: MaskFacts, absolute: str) -> str:
     for bias in ("relative-bias", "alibi"):
         if bias in mask.text:
             return bias
-    # Logits that are added and not understood may hold positions.
-    return "unknown" if absolute == "none" and mask.bias else absolute
+    # Logits that are added, or operands that could not be probed, may hold positions.
+    unseen = mask.bias or "q" in facts.missing or "k" in facts.missing
+    return "unknown" if absolute == "none" and unseen else absolute
 
 
 def _unraised(program: Program, stop: Stop) -> Unraised:

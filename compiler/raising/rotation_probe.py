@@ -9,7 +9,6 @@ partial rotary come out alike.
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -77,74 +76,107 @@ def _size(held: Linearised, size: int | torch.SymInt) -> int:
 
 def _gridded(value: Tensor) -> tuple[Tensor, Tensor]:
     """Pairs `[n, 2]` and the angles `[n]` at the first position that turns, for `[probes, seq,
-    dim]` whose pairs turn by the row or the column of each position alone."""
-    start = value[:, 0]
-    moved = [p for p in range(1, value.shape[1]) if not torch.equal(value[:, p], start)]
-    _, _, partner = _fit(start, value[:, moved[0]])
-    pairs = [(a, int(b)) for a, b in enumerate(partner) if a < b and int(partner[b]) == a]
-    angles = torch.zeros(value.shape[1], len(pairs), dtype=torch.float64)
-    own = start.square().sum(0)
-    for n, (a, b) in enumerate(pairs):
-        for p in moved:
-            turned = value[:, p]
-            size = own[a] + own[b]
-            cos = (start[:, a] @ turned[:, a] + start[:, b] @ turned[:, b]) / size
-            sin = (start[:, a] @ turned[:, b] - start[:, b] @ turned[:, a]) / size
-            back = torch.stack((cos * turned[:, a] + sin * turned[:, b],
-                                cos * turned[:, b] - sin * turned[:, a]))  # fmt: skip
-            off = (back - start[:, [a, b]].T).abs().max()
-            if float(off) > 1e-3 * float(start.abs().max()):
-                raise Unknown("the position changes the operand, and not by turning pairs of dims")
-            angles[p, n] = torch.atan2(sin, cos)
-    kinds = [len(torch.unique((angles[moved, n] * 1e4).round())) for n in range(len(pairs))]
-    if not pairs or any(2 * kind > len(moved) for kind in kinds):
-        raise Unknown("the rotation is linear in the position neither of a sequence nor of a grid")
-    return torch.tensor(pairs), angles[moved[0]]
+    dim]` whose pairs turn by the row or the column of a grid alone, with some tokens before it."""
+    start, length = value[:, 0], value.shape[1]
+    pairs = _pairs(start, [value[:, p] for p in range(1, length)])
+    angles = torch.stack([_angles(start, value[:, p], pairs) for p in range(length)])
+    turning = (angles.abs() > _CLOSE).any(dim=1).nonzero()
+    for prefix in range(int(turning[0]) + 1):
+        if _on_grid(torch.polar(torch.ones_like(angles[prefix:]), angles[prefix:])):
+            return torch.tensor(pairs), angles[int(turning[0])]
+    raise Unknown("the rotation is linear in the position neither of a sequence nor of a grid")
+
+
+def _on_grid(turns: Tensor) -> bool:
+    """Whether each column of `[positions, pairs]` depends on the row or on the column of a grid
+    alone, some on each."""
+    count = len(turns)
+    for width in (w for w in range(2, count // 2 + 1) if count % w == 0):
+        laid = turns.unflatten(0, (-1, width))
+        by_row = ((laid - laid[:, :1]).abs() < _CLOSE).all(1).all(0)
+        by_column = ((laid - laid[:1]).abs() < _CLOSE).all(1).all(0)
+        if bool((by_row | by_column).all()) and bool(by_row.any()) and bool(by_column.any()):
+            return True
+    return False
 
 
 def _linear(value: Tensor) -> tuple[Tensor, Tensor]:
-    """Pairs `[n, 2]` and frequencies `[n]` that turn position 0 into 1 and, twice, into 2, for
+    """Pairs `[n, 2]` and frequencies `[n]` by which position 0 turns into p, p times, for
     `[probes, seq, dim]`."""
-    start, one, two = (value[:, p] for p in (0, 1, 2))
-    cos1, sin1, partner = _fit(start, one)
-    still = (one - start).abs().amax(0) < 1e-9 * float(start.abs().max())
-    angle1 = torch.atan2(-sin1, cos1)
-    pairs, frequencies = [], []
+    start, length = value[:, 0], value.shape[1]
+    pairs = _pairs(start, [value[:, p] for p in range(1, length)])
+    first = _angles(start, value[:, 1], pairs)
+    ordered = [(a, b) if theta > 0 else (b, a) for (a, b), theta in zip(pairs, first, strict=True)]
+    frequencies = first.abs()
+    for p in range(2, length):
+        seen, expected = _angles(start, value[:, p], ordered), p * frequencies
+        if float((torch.polar(torch.ones_like(seen), seen - expected) - 1).abs().max()) > 1e-3:
+            raise _NotLinear("the rotation is not linear in the position")
+    return torch.tensor(ordered), frequencies
+
+
+def _pairs(start: Tensor, others: list[Tensor]) -> list[tuple[int, int]]:
+    """The pairs of dims of `[probes, dim]` that turn into each of the others; every other dim stays
+    as it is. Raises `_NotLinear` when something else happens to a dim."""
+    scale = float(start.abs().max())
+    moved = [other for other in others if float((other - start).abs().max()) > 1e-9 * scale]
+    if not moved:
+        raise _NotLinear("the position does not change the operand of some heads")
+    partner = sum(_left(start, other) for other in moved).argmin(dim=1)  # type: ignore[union-attr]
+    still = torch.stack([(o - start).abs().amax(0) for o in moved]).amax(0) <= 1e-9 * scale
+    found = []
     for a in range(start.shape[1]):
         b = int(partner[a])
-        if still[a] or a > b:
+        if still[a]:
             continue
-        if int(partner[b]) != a:
+        if still[b] or int(partner[b]) != a:
             raise _NotLinear("the position changes the operand, and not by turning pairs of dims")
-        theta = float(angle1[a])
-        pair, theta = ((a, b), theta) if theta > 0 else ((b, a), -theta)
-        expected = start[:, pair[0]] * math.cos(2 * theta) - start[:, pair[1]] * math.sin(2 * theta)
-        if float((expected - two[:, pair[0]]).abs().max()) > 1e-3 * float(start.abs().max()):
-            raise _NotLinear("the rotation is not linear in the position")
-        pairs.append(pair)
-        frequencies.append(theta)
-    if not pairs:
+        if a < b:
+            found.append((a, b))
+    for other in moved:
+        _angles(start, other, found)
+    return found
+
+
+def _angles(start: Tensor, turned: Tensor, pairs: list[tuple[int, int]]) -> Tensor:
+    """By how much each pair turns, radians `[pairs]`. Raises `_NotLinear` when it does not only
+    turn."""
+    a, b = torch.tensor(pairs).T
+    size = (start[:, a].square() + start[:, b].square()).sum(0)
+    # The small angles are in the change, not in the value.
+    cos = (
+        1
+        + (start[:, a] * (turned - start)[:, a] + start[:, b] * (turned - start)[:, b]).sum(0)
+        / size
+    )
+    sin = (start[:, a] * (turned - start)[:, b] - start[:, b] * (turned - start)[:, a]).sum(
+        0
+    ) / size
+    expected = torch.cat(
+        (cos * start[:, a] - sin * start[:, b], sin * start[:, a] + cos * start[:, b]), dim=1
+    )
+    off = (expected - torch.cat((turned[:, a], turned[:, b]), dim=1)).abs().max()
+    stretched = (cos.square() + sin.square() - 1).abs().max()
+    if float(off) > 1e-3 * float(start.abs().max()) or float(stretched) > 1e-3:
         raise _NotLinear("the position changes the operand, and not by turning pairs of dims")
-    return torch.tensor(pairs), torch.tensor(frequencies, dtype=torch.float64)
+    return torch.atan2(sin, cos)
 
 
-def _fit(start: Tensor, turned: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Least squares of each dim a of `turned` on (a, b) of `start`, over all b: cos, sin factor and
-    the best b, each [dim]. What is fitted is the change, which may be tiny beside the value."""
+def _left(start: Tensor, turned: Tensor) -> Tensor:
+    """What is left of the change of dim a after least squares on (a, b) of `start`, as a share of
+    the change, `[dim, dim]`; infinite on the diagonal, 0 for a dim that stays."""
     change = turned - start
-    gram = start.T @ start
-    own, cross = gram.diagonal(), gram
+    own, gram = start.square().sum(0), start.T @ start
     at_own = (start * change).sum(0)
     at_other = change.T @ start  # [a, b]: sum over probes of change_a * start_b
-    det = own[:, None] * own[None, :] - cross**2
-    det = det.fill_diagonal_(1.0)
-    cos = (at_own[:, None] * own[None, :] - at_other * cross) / det
-    sin = (at_other * own[:, None] - at_own[:, None] * cross) / det
-    left = (change**2).sum(0)[:, None] - cos * at_own[:, None] - sin * at_other
-    left = left.fill_diagonal_(float("inf"))
-    partner = left.argmin(dim=1)
-    rows = torch.arange(len(partner))
-    return 1.0 + cos[rows, partner], sin[rows, partner], partner
+    det = (own[:, None] * own[None, :] - gram**2).fill_diagonal_(1.0)
+    cos = (at_own[:, None] * own[None, :] - at_other * gram) / det
+    sin = (at_other * own[:, None] - at_own[:, None] * gram) / det
+    size = change.square().sum(0)
+    left = size[:, None] - cos * at_own[:, None] - sin * at_other
+    share = left / size.clamp(min=1e-300)[:, None]
+    share[size <= 1e-18 * float(start.square().sum())] = 0.0
+    return share.fill_diagonal_(float("inf"))
 
 
 def _spelling(pairs: Tensor) -> Literal["half", "interleaved", "other"]:

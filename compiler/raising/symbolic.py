@@ -258,7 +258,7 @@ class Symbolic:
         shape, times = node.args[0].meta["val"].shape, list(node.args[1])  # type: ignore[union-attr,arg-type]
         kept = index[len(times) - len(shape) :]
         one = [isinstance(size, int) and size == 1 for size in shape]
-        if not all(o or t == 1 for o, t in zip(one, times[-len(shape) :], strict=True)):
+        if not all(o or t == 1 for o, t in zip(one, times[len(times) - len(shape) :], strict=True)):
             raise Unknown("it repeats an axis that is longer than 1")
         return self.at(
             node.args[0], tuple(Affine() if o else at for o, at in zip(one, kept, strict=True))

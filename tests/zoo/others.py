@@ -152,7 +152,7 @@ DIFFUSERS = (
 )  # fmt: skip
 
 
-def _x(spelling_flash: bool = True, **settings: Any) -> Callable[[str], nn.Module]:
+def _x(**settings: Any) -> Callable[[str], nn.Module]:
     def build(spelling: str) -> nn.Module:
         import x_transformers
 

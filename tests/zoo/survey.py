@@ -14,9 +14,8 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -57,9 +56,8 @@ class Row:
     error: float = 0.0
     dtype: str = "float64"
     reasons: tuple[str, ...] = ()
-    certain: bool = True
     problem: str = ""
-    failed: tuple[str, ...] = field(default=())
+    failed: tuple[str, ...] = ()
 
     @property
     def exact(self) -> bool:
@@ -94,9 +92,9 @@ def survey(architecture: Architecture, spelling: str) -> Row:
     try:
         model, program = read(architecture, spelling)
     except Problem as problem:
-        return _with(bare, problem=f"{problem.what}: {problem.why}")
+        return replace(bare, problem=f"{problem.what}: {problem.why}")
     except ImportError as missing:
-        return _with(bare, problem=f"not installed: {missing.name}")
+        return replace(bare, problem=f"not installed: {missing.name}")
     error, failed = 0.0, list[str]()
     for batch, length in architecture.shapes:
         inputs = cast(architecture, batch, length)
@@ -108,15 +106,10 @@ def survey(architecture: Architecture, spelling: str) -> Row:
             failed.append(f"{batch} x {length}: {str(refusal).splitlines()[0]}")
             continue
         error = max(error, difference([expected], [actual]))
-    return _with(
+    return replace(
         bare, found=len(program.sites), facts=tuple(dict.fromkeys(_facts(program))), error=error,
         reasons=tuple(dict.fromkeys(_reasons(program))), failed=tuple(failed),
-        certain=all(site.mask_certainty != "observed" for site in program.sites),
     )  # fmt: skip
-
-
-def _with(row: Row, **changes: Any) -> Row:
-    return Row(**{**row.__dict__, **changes})
 
 
 def _facts(program: Program) -> Iterator[str]:
@@ -186,6 +179,8 @@ def main(arguments: list[str] | None = None) -> int:
         if chosen.only.lower() in architecture.name.lower()
         for spelling in architecture.spellings
     ]
+    if not cases:
+        parser.error(f"no architecture has {chosen.only!r} in its name")
     rows: list[Row] = []
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(chosen.jobs, mp_context=context) as pool:

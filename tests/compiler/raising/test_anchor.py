@@ -79,6 +79,20 @@ EXACT: dict[str, Weights] = {
     ),
     "dropout asleep": lambda s, r: nn.functional.dropout(s.softmax(-1), 0.3, training=False),
     "wider and back": lambda s, r: s.double().softmax(-1).to(s.dtype),
+    "lowest before a bias": lambda s, r: (s.masked_fill(causal(s), _LOWEST) + distances(s)).softmax(
+        -1
+    ),
+    "lowest twice before a bias": lambda s, r: (
+        torch.where(dropped(r), _LOWEST, s.masked_fill(causal(s), _LOWEST)) + distances(s)
+    ).softmax(-1),
+    "temperature of a head": lambda s, r: (
+        s * torch.tensor([0.5, 2.0], dtype=s.dtype).view(2, 1, 1)
+    ).softmax(-1),
+    "temperature of a query": lambda s, r: (
+        (s / (1 + torch.arange(s.shape[-2], dtype=s.dtype))[:, None])
+        .masked_fill(dropped(r), _LOWEST)
+        .softmax(-1)
+    ),
 }
 
 
@@ -129,6 +143,34 @@ STOPS: dict[str, tuple[Weights, str]] = {
     "bias after a fill": (
         lambda s, r: (s.masked_fill(causal(s), -1e9) + distances(s)).softmax(-1),
         "a bias or mask is added to logits already replaced by -1e+09",
+    ),
+    "bias below a lowest number": (
+        lambda s, r: ((s + distances(s)).masked_fill(dropped(r), _LOWEST) + distances(s)).softmax(
+            -1
+        ),
+        "a bias is added to logits before",
+    ),
+    "fill below a lowest number": (
+        lambda s, r: (
+            s.masked_fill(causal(s), -torch.inf).masked_fill(dropped(r), _LOWEST) + distances(s)
+        ).softmax(-1),
+        "some logits are replaced by -inf, others by",
+    ),
+    "narrow bias after a lowest number": (
+        lambda s, r: (s.masked_fill(causal(s), _LOWEST) + distances(s).bfloat16()).softmax(-1),
+        "a bias or mask is added to logits already replaced",
+    ),
+    "temperature of a key": (
+        lambda s, r: (s * torch.arange(s.shape[-1], dtype=s.dtype)).softmax(-1),
+        "differs between keys",
+    ),
+    "bias under a temperature": (
+        lambda s, r: ((s + distances(s)) * torch.ones(2, 1, 1, dtype=s.dtype)).softmax(-1),
+        "inside a scale by a tensor",
+    ),
+    "the divisor": (
+        lambda s, r: (torch.ones(2, 1, 1, dtype=s.dtype) / s).softmax(-1),
+        "divided by the logits",
     ),
     "sinks": (
         lambda s, r: torch.cat([s, 0 * s[..., :1]], -1).softmax(-1)[..., :-1],
@@ -204,3 +246,44 @@ def test_keys_without_a_batch_are_a_miss(fused: bool) -> None:
     program = raised(Memory(), {"x": torch.randn(2, 5, 8)})
     (miss,) = program.unraised
     assert "have rank 3" in miss.reason
+
+
+def test_a_wider_temperature_is_a_miss() -> None:
+    weights: Weights = lambda s, r: (s * torch.ones(2, 1, 1)).softmax(-1).to(s.dtype)  # noqa: E731
+    given = inputs(2, 8)
+    program = raised(Attention(weights).bfloat16(), {**given, "x": given["x"].bfloat16()})
+    (miss,) = program.unraised
+    assert "scaled by a tensor of torch.float32" in miss.reason
+
+
+class Joined(nn.Module):
+    """Heads folded into the batch, with one projection for all heads behind the attention."""
+
+    def __init__(self, temperature: bool) -> None:
+        super().__init__()
+        self.qkv, self.out, self.temperature = nn.Linear(8, 24), nn.Linear(4, 4), temperature
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            p.unflatten(2, (2, 4)).transpose(1, 2).flatten(0, 1) for p in self.qkv(x).chunk(3, -1)
+        )
+        scores = q @ k.transpose(-1, -2)
+        if self.temperature:
+            split = scores.unflatten(0, (-1, 2)) * torch.ones(2, 1, 1, dtype=x.dtype)
+            scores = split.flatten(0, 1)
+        made: Tensor = self.out(scores.softmax(-1) @ v)
+        return made
+
+
+@pytest.mark.parametrize("temperature", [False, True])
+def test_heads_in_the_batch_are_counted_where_each_has_its_own_projection(
+    temperature: bool,
+) -> None:
+    model = Joined(temperature).double()
+    given = {"x": torch.randn(3, 8, 8, dtype=torch.float64)}
+    program = raised(model, given)
+    with torch.no_grad():
+        assert_close(program(**given), model(**given), "heads in the batch")
+    if not temperature:
+        (site,) = program.sites
+        assert site.spec.heads == 2 and site.q and site.k and site.v
