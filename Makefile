@@ -3,6 +3,7 @@
 #   make demo       optimize a real pretrained model and show what it cost
 #   make test       the whole test suite           make test-fast   without the slow tests
 #   make bench      the figures of the README      make lint        ruff and mypy
+#   make coverage   docs/coverage.md: what raising finds in the architectures of tests/zoo
 #   make clean      remove the virtual environment and build outputs
 #
 # PYTHON=python3.12   the interpreter to use; another one makes the environment anew
@@ -22,7 +23,7 @@ DEV_STAMP := $(STAMP)-dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST := $(BIN)/python -P -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: demo test test-fast bench lint clean
+.PHONY: demo test test-fast bench coverage lint clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -36,6 +37,9 @@ test-fast: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+coverage: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo.survey --jobs $(JOBS) --out docs/coverage.md $(ARGS)
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .

@@ -183,7 +183,8 @@ def _vit(file: str, kind: str, **settings: Any) -> Callable[[str], nn.Module]:
 
     def build(spelling: str) -> nn.Module:
         root = importlib.util.find_spec("vit_pytorch")
-        assert root is not None and root.submodule_search_locations
+        if root is None or not root.submodule_search_locations:
+            raise ModuleNotFoundError("vit-pytorch", name="vit_pytorch")
         path = Path(root.submodule_search_locations[0]) / f"{file}.py"
         spec = importlib.util.spec_from_file_location(f"vit_pytorch_{file}", path)
         assert spec is not None and spec.loader is not None
