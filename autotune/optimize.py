@@ -130,9 +130,11 @@ def run(
     return replace(result, folder=str(folder))
 
 
-def require_sites(program: Program) -> None:
-    """Raise `NothingFound` with the nearest miss when no attention was raised."""
+def require_sites(program: Program, coverage: float = 0.0) -> None:
+    """Raise `NothingFound` with the nearest miss when no attention was raised, or a smaller share
+    of them than `coverage` (0 to 1)."""
     if program.sites:
+        _require_coverage(program, coverage)
         return
     if not program.unraised:
         raise NothingFound(
@@ -143,6 +145,19 @@ def require_sites(program: Program) -> None:
     near = program.unraised[0]
     raise NothingFound(
         "A203", f"none of {len(program.unraised)} attentions of {program.name} was understood",
+        where=" ".join(filter(None, (near.module, near.source))),
+        why=f"{near.reason} (node `{near.node}`)", help=near.help,
+    )  # fmt: skip
+
+
+def _require_coverage(program: Program, share: float) -> None:
+    raised, missed = len(program.sites), len(program.unraised)
+    if raised >= share * (raised + missed):
+        return
+    near = program.unraised[0]
+    raise NothingFound(
+        "A206",
+        f"{raised} of {raised + missed} attentions were understood, {share:.0%} are required",
         where=" ".join(filter(None, (near.module, near.source))),
         why=f"{near.reason} (node `{near.node}`)", help=near.help,
     )  # fmt: skip

@@ -127,6 +127,17 @@ def parse_share(text: str) -> float:
     return float(match.group(1)) / (100.0 if match.group(2) else 1.0)
 
 
+def parse_coverage(text: str) -> float:
+    """`100%` or `0.9` as a fraction from 0 to 1.
+
+    Raises `Problem` A410.
+    """
+    share = parse_share(text)
+    if not 0.0 <= share <= 1.0:
+        raise Problem("A410", f"{text} is no share of all attentions", help="at most 100%")
+    return share
+
+
 def parse_seconds(text: str) -> float:
     """`90`, `90s`, `10m` or `1.5h` in seconds.
 

@@ -19,6 +19,12 @@ def inspect(
     time: Annotated[
         bool, typer.Option("--time/--no-time", help="Measure each attention's share of the time.")
     ] = True,
+    require_coverage: Annotated[
+        str | None,
+        typer.Option(
+            help="Exit with 3 when a smaller share of the attentions is understood: 100%."
+        ),
+    ] = None,
     text: options.Text = None,
     inputs: options.Inputs = None,
     batch: options.Batch = None,
@@ -31,8 +37,10 @@ def inspect(
     json: options.Json = False,
 ) -> int:
     """List every attention of MODEL with its facts; needs no weights."""
+    from attnopt.autotune.request import parse_coverage
     from attnopt.cli.progress import Progress
 
+    coverage = 0.0 if require_coverage is None else parse_coverage(require_coverage)
     with Progress("inspect", quiet=json) as bar:
         bar("starting torch", 0.0)
         options.set_threads(threads)
@@ -45,20 +53,20 @@ def inspect(
             progress=bar,
         )  # fmt: skip
     if json:
-        return _document(found)
+        return _document(found, coverage)
     _draw(found)
-    require_sites(found.program)
+    require_sites(found.program, coverage)
     return 0
 
 
-def _document(found: Inspection) -> int:
-    """The rows, and the problem beside them when nothing was understood."""
+def _document(found: Inspection, coverage: float) -> int:
+    """The rows, and the problem beside them when too little was understood."""
     from attnopt.autotune.optimize import require_sites
 
     told: dict[str, Any] = found.as_json()
     code = 0
     try:
-        require_sites(found.program)
+        require_sites(found.program, coverage)
     except NothingFound as problem:
         told, code = {**told, "error": problem.as_json()}, problem.exit_code
     document(told)

@@ -33,7 +33,7 @@ def reference(
 
 def weights(q: Tensor, k: Tensor, extras: Sequence[Tensor], spec: AttentionSpec) -> Tensor:
     """The softmax weights `[batch, heads, S, T]` of the definition; zeros in a row that reads no
-    key (fill "-inf")."""
+    key (fill "-inf"). Sinks take their share of each row."""
     logits = torch.matmul(q, _repeat(k, spec.group).transpose(-1, -2)) * spec.scale
     if spec.softcap:
         logits = torch.tanh(logits / spec.softcap) * spec.softcap
@@ -43,13 +43,14 @@ def weights(q: Tensor, k: Tensor, extras: Sequence[Tensor], spec: AttentionSpec)
     if spec.softmax32:
         logits = logits.float()
     keep = kept(q, k, extras, spec)
-    if spec.fill == "min":
-        if keep is not None:
-            logits = logits.masked_fill(~keep, torch.finfo(logits.dtype).min)
-        return logits.softmax(-1)
     if keep is not None:
-        logits = logits.masked_fill(~keep, float("-inf"))
-    if keep is None and bias is None:
+        lowest = torch.finfo(logits.dtype).min if spec.fill == "min" else float("-inf")
+        logits = logits.masked_fill(~keep, lowest)
+    sinks = extra(extras, spec, "sinks")
+    if sinks is not None:
+        column = sinks.to(logits.dtype).expand(*logits.shape[:-1], 1)
+        return torch.cat((logits, column), -1).softmax(-1)[..., :-1]
+    if spec.fill == "min" or (keep is None and bias is None):
         return logits.softmax(-1)
     empty = (logits == float("-inf")).all(-1, keepdim=True)
     return logits.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
@@ -58,7 +59,8 @@ def weights(q: Tensor, k: Tensor, extras: Sequence[Tensor], spec: AttentionSpec)
 def sdpa(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: AttentionSpec) -> Tensor:
     """Torch's fused scaled_dot_product_attention.
 
-    It has no soft cap: `runs_on_sdpa` says so beforehand. Run eagerly on a CPU, a padding that
+    It has no soft cap: `runs_on_sdpa` says so beforehand. Sinks become a key and a value of zeros
+    whose bias is the sink. Run eagerly on a CPU, a padding that
     drops nothing is left out, so that a causal mask stays a flag.
     """
     grouped = spec.group > 1
@@ -76,6 +78,10 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: Attent
         # reads no key it would leave the scores, so these are made equal.
         empty = (mask <= torch.finfo(torch.float16).min).all(-1, keepdim=True)
         q = q.masked_fill(empty, 0.0)
+    sinks = extra(extras, spec, "sinks")
+    if sinks is not None:
+        mask = _with_sinks(q, k, mask, sinks)
+        k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, scale=spec.scale, enable_gqa=grouped
     )
@@ -150,6 +156,17 @@ def _sdpa_mask(
     lowest = torch.finfo(q.dtype).min if spec.fill == "min" else float("-inf")
     base = torch.zeros((), dtype=q.dtype, device=q.device) if bias is None else bias.to(q.dtype)
     return torch.where(keep, base, torch.full((), lowest, dtype=q.dtype, device=q.device))
+
+
+def _with_sinks(q: Tensor, k: Tensor, mask: Tensor | None, sinks: Tensor) -> Tensor:
+    """The mask as logits `[batch, heads, S, T + 1]` to add, the sinks in the last column."""
+    shape = (*q.shape[:3], k.shape[2])
+    if mask is None:
+        mask = q.new_zeros(())
+    elif mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))
+    column = sinks.to(q.dtype).expand(*shape[:3], 1)
+    return torch.cat((mask.to(q.dtype).expand(shape), column), -1)
 
 
 def _repeat(x: Tensor, times: int) -> Tensor:

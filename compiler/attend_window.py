@@ -55,6 +55,8 @@ def why_not(spec: AttentionSpec) -> str:
     """Empty when `chunked` computes this spec; otherwise the reason why not."""
     if spec.mask.kind != "window":
         return f"the mask is {spec.mask.kind}, not a window"
+    if "sinks" in spec.extras:
+        return "its blocks have no room for sink logits"
     return ""
 
 

@@ -111,7 +111,7 @@ def inspect_loaded(loaded: Loaded, *, time: bool = True, progress: Progress) -> 
         measured = profile(program, repeats=REPEATS, progress=progress)
     rows = [_site(site, counted, measured) for site in program.sites]
     rows += [_unraised(f"u{i}", found) for i, found in enumerate(program.unraised)]
-    fixed = tuple(f"{words}: it could not be made dynamic" for words in program.fixed)
+    fixed = tuple(f"{words} in this trace" for words in program.fixed)
     return Inspection(
         program,
         tuple(rows),

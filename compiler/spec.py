@@ -27,7 +27,7 @@ from attnopt.compiler.errors import Problem
 
 MaskKind = Literal["full", "causal", "window"]
 Fill = Literal["-inf", "min"]
-EXTRAS = ("bias", "keep", "padding")
+EXTRAS = ("bias", "keep", "padding", "sinks")
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ class AttentionSpec:
     """One attention as a value; see the module docstring for the meaning of each field.
 
     `extras` names the tensors of the op's list argument in order: `bias` (float, broadcastable to
-    [batch, heads, S, T]), `keep` (bool, same), `padding` (bool [batch, T], True for a real key).
+    [batch, heads, S, T]), `keep` (bool, same), `padding` (bool [batch, T], True for a real key),
+    `sinks` (float, broadcastable to [batch, heads, S, 1]: one more logit per row, of no key).
     `softcap` 0 means none. `fill` says what a dropped logit becomes: "-inf" (a query with no key
     gives zeros, as torch's SDPA does) or "min" (the dtype's lowest finite number: a query with no
     key gives the mean over all keys, as additive masks in eager spellings do).

@@ -289,6 +289,8 @@ def _attention(node: fx.Node, a: dict[str, Any], t: Tokenwise) -> Form | str:
         )
     if not t.equal(padding, t.padding):
         return f"attention `{node.name}` has another padding mask than the first one"
+    if "sinks" in extras:
+        return f"attention `{node.name}` has sink logits, which its packed form has not"
     if any(n in t.layouts for n in extras.values()):
         return f"attention `{node.name}` has a mask or bias computed from the tokens"
     wanted = [

@@ -24,7 +24,7 @@ from attnopt.compiler.program import Program
 from attnopt.compiler.raising.mask import classify
 from attnopt.compiler.raising.mask_facts import MaskFacts, Test
 from attnopt.compiler.site import Site
-from attnopt.compiler.spec import AttentionSpec
+from attnopt.compiler.spec import AttentionSpec, parse_spec
 
 aten = torch.ops.aten
 _SCALAR = {
@@ -49,7 +49,7 @@ class SimplifyMask(Pass):
         """
         node = program.node(target.node)
         spec = program.spec(target)
-        if not set(spec.extras) - {"padding"}:
+        if not set(spec.extras) - {"padding", "sinks"}:
             return Miss("no mask tensor is read", at=target.node)
         facts = classify(program, node)
         at = facts.at if facts.at and program.has(facts.at) else target.node
@@ -75,7 +75,15 @@ def simplified(spec: AttentionSpec, facts: MaskFacts, self_attention: bool) -> A
     Where no query can lose all its keys the two fills are the same function, and "-inf" is taken.
     """
     assert facts.mask is not None
-    extras = (("bias",) if facts.bias else ()) + (("padding",) if facts.padding else ())
+    extras = tuple(
+        name
+        for name, there in (
+            ("bias", facts.bias),
+            ("padding", facts.padding is not None),
+            ("sinks", "sinks" in spec.extras),
+        )
+        if there
+    )
     never_empty = facts.padding is None and (facts.mask.kind != "window" or self_attention)
     fill = "-inf" if never_empty else facts.fill
     return spec.with_(mask=facts.mask, extras=extras, fill=fill)
@@ -91,11 +99,14 @@ def _same(node: fx.Node, spec: AttentionSpec, made: AttentionSpec, facts: MaskFa
 def _apply(program: Program, name: str, spec: AttentionSpec, facts: MaskFacts) -> None:
     node = program.node(name)
     extras: list[fx.Node] = []
+    given: Any = node.args[3]
+    sinks = [x for x, kind in zip(given, parse_spec(str(node.args[4])).extras, strict=True)
+             if kind == "sinks"]  # fmt: skip
     if facts.rest is not None:
         extras.append(program.node(facts.rest))
     if facts.padding is not None:
         extras.append(_padding(program, node, program.node(facts.padding), facts.test))
-    node.args = (*node.args[:3], extras, spec.text)
+    node.args = (*node.args[:3], [*extras, *sinks], spec.text)
 
 
 def _padding(program: Program, attention: fx.Node, source: fx.Node, test: Test) -> fx.Node:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from attnopt.compiler import attend, text
-from attnopt.compiler.attend_window import logits_per_query
+from attnopt.compiler.attend_window import logits_per_query, why_not
 from attnopt.compiler.contract import Edit, Exactness, Miss, Notes, Pass, choice
 from attnopt.compiler.grams import real
 from attnopt.compiler.program import Batch, Program
@@ -103,7 +103,7 @@ class SlidingWindow(Pass):
         if self.backend != "auto":
             return self.backend
         dense = "reference" if attend.runs_on_sdpa(spec) else "sdpa"
-        if {"keep", "bias"} & set(spec.extras):
+        if {"keep", "bias"} & set(spec.extras) or why_not(spec.with_(mask=mask)):
             return dense  # such an extra spans all queries and keys; blocks would gather it
         return "chunked" if logits_per_query(mask) <= _PAYS * longest else dense
 

@@ -10,6 +10,7 @@ the walk meets something that it does not know, the answer is a `Stop` that name
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -46,6 +47,7 @@ class Anchor:
     are the conditions (and what they are where a key is not read) under which a logit is replaced
     by `lowest` before something is added to it: a number that absorbs any score. `temperatures` are
     tensors `[.., heads, S, 1]` (broadcast) that the scores are multiplied by, or divided by (True).
+    `sinks` `[.., heads, S, 1]` is one more logit of each row, whose weight is cut off again.
     """
 
     spelling: Literal["sdpa", "eager"]
@@ -66,6 +68,7 @@ class Anchor:
     lowered: list[tuple[fx.Node, bool]] = field(default_factory=list)
     lowest: float | None = None
     temperatures: list[tuple[fx.Node, bool]] = field(default_factory=list)
+    sinks: fx.Node | None = None
     einsum: tuple[str, str] | None = None
 
     @property
@@ -117,26 +120,34 @@ def _eager(softmax: fx.Node, module: torch.nn.Module) -> Anchor | Stop:
     dim = softmax.args[1]
     if dim not in (-1, softmax.meta["val"].dim() - 1):
         return Stop(f"the softmax runs over dim {dim}, not over the keys", softmax)
-    node, _, values = product
+    node, cut, values = product
     anchor = Anchor("eager", node, softmax, softmax, values, True)
     if node.target is aten.einsum.default:
         return Stop("attention written with einsum on the value side", node, "use matmul")
     found = _up(anchor, softmax, module)
+    if isinstance(found, Anchor) and cut != (found.sinks is not None):
+        return Stop("logits are joined to the scores, or weights cut off, but not both", softmax)
     if isinstance(found, Anchor):
         single = softmax.meta["val"].dtype == torch.float32
         found.softmax32 = single and found.q.meta["val"].dtype != torch.float32
     return found
 
 
-def _product_below(softmax: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | Stop:
-    node = softmax
+def _product_below(softmax: fx.Node) -> tuple[fx.Node, bool, fx.Node] | Stop:
+    """The product with values, whether the weight of the last key is cut off before, and the
+    values."""
+    node, cut = softmax, False
     while True:
         for user in node.users:
             if user.target in _PRODUCTS and user.target is not aten.baddbmm.default:
                 args: Any = user.args
                 pair = args[:2] if user.target is not aten.einsum.default else args[1]
                 if pair[0] is node and isinstance(pair[1], fx.Node) and pair[1].op != "get_attr":
-                    return user, node, pair[1]
+                    return user, cut, pair[1]
+        cuts = [u for u in node.users if _cuts_last(u)]
+        if cuts and not cut:
+            node, cut = cuts[0], True
+            continue
         onwards = [u for u in node.users if u.target in CROSSED]
         if not onwards:
             return _no_product(softmax)
@@ -144,6 +155,16 @@ def _product_below(softmax: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | Stop:
         stop = crossing(node)
         if stop is not None:
             return replace(stop, attention=_scored(softmax))
+
+
+def _cuts_last(node: fx.Node) -> bool:
+    """Whether a node is `x[..., :-1]`."""
+    if node.target is not aten.slice.Tensor:
+        return False
+    given: list[Any] = [*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :]]
+    dim, start, end, step = given
+    last = node.meta["val"].dim() - 1
+    return bool(dim in (-1, last) and start in (None, 0) and end == -1 and step in (None, 1))
 
 
 def _no_product(softmax: fx.Node) -> Stop:
@@ -174,8 +195,16 @@ def _scored(node: Any) -> bool:
 
 def _up(anchor: Anchor, softmax: fx.Node, module: torch.nn.Module) -> Anchor | Stop:
     """Walk from the softmax to q k^T, collecting what is done to the logits on the way."""
-    node: Any = softmax.args[0]
+    node: Any = _unshifted(softmax.args[0])
     factor = 1.0
+    if isinstance(node, fx.Node) and node.target is aten.cat.default:
+        parts: Any = node.args[0]
+        last = node.meta["val"].dim() - 1
+        along = node.args[1] if len(node.args) > 1 else 0
+        fits = len(parts) == 2 and along in (-1, last)
+        if not fits or not is_score(parts[0]) or not same_size(parts[1].meta["val"].shape[-1], 1):
+            return Stop("other logits are joined to the scores (attention sinks)", node)
+        node, anchor.sinks = parts
     while True:
         if not isinstance(node, fx.Node) or node.op != "call_function":
             return Stop("the logits do not come from a product of q and k", softmax)
@@ -191,6 +220,22 @@ def _up(anchor: Anchor, softmax: fx.Node, module: torch.nn.Module) -> Anchor | S
         if isinstance(step, Stop):
             return step
         node, factor = step
+
+
+def _unshifted(node: Any) -> Any:
+    """Without the row's maximum taken off, which a softmax does not see."""
+    if not isinstance(node, fx.Node) or node.target is not aten.sub.Tensor:
+        return node
+    whole, most = node.args[:2]
+    if isinstance(most, fx.Node) and most.target is operator.getitem and most.args[1] == 0:
+        most = most.args[0]
+    rows = isinstance(most, fx.Node) and most.target in (aten.max.dim, aten.amax.default)
+    if not isinstance(most, fx.Node) or not rows or len(most.args) < 2:
+        return node
+    dims = most.args[1] if isinstance(most.args[1], (list, tuple)) else [most.args[1]]
+    last, keeps = node.meta["val"].dim() - 1, len(most.args) > 2 and most.args[2]
+    along = len(dims) == 1 and dims[0] in (-1, last)
+    return whole if most.args[0] is whole and along and keeps else node
 
 
 def _one_step(

@@ -161,6 +161,8 @@ class _Maker:
             keep = part if keep is None else self.call(aten.logical_and.default, keep, part)
         if keep is not None:
             names, nodes = [*names, "keep"], [*nodes, keep]
+        if self.anchor.sinks is not None:
+            names, nodes = [*names, "sinks"], [*nodes, self._scores(self.anchor.sinks)]
         return names, nodes
 
     def _scores(self, node: fx.Node) -> fx.Node:

@@ -265,8 +265,10 @@ def _test(padding: Padding) -> Test:
 
 
 def _extras(attention: fx.Node, spec: AttentionSpec) -> dict[str, fx.Node]:
+    """The extras that make the mask; sinks are no part of it."""
     nodes = attention.args[3]
-    return dict(zip(spec.extras, nodes, strict=True))  # type: ignore[arg-type]
+    named: dict[str, fx.Node] = dict(zip(spec.extras, nodes, strict=True))  # type: ignore[arg-type]
+    return {name: node for name, node in named.items() if name != "sinks"}
 
 
 def _shape(attention: fx.Node, operand: int) -> torch.Size:

@@ -100,6 +100,36 @@ def test_what_was_not_understood_is_a_row_and_an_error(command: Command, tmp_pat
     assert drawn.code == 3 and row["reason"] in " ".join(drawn.err.split())
 
 
+def test_a_share_of_the_attentions_may_be_required(command: Command, tmp_path: Path) -> None:
+    model, inputs = save_encoder(tmp_path)
+    whole = ["attnopt", "inspect", model, "--inputs", inputs, "--no-time", "--json"]
+    assert command(*whole, "--require-coverage", "100%").code == 0
+    ended = command(*whole, "--require-coverage", "101%")
+    assert ended.code == 1 and ended.error["code"] == "A410"
+
+
+def test_a_coverage_that_is_missed_names_the_nearest_miss() -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(8, 24)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = (p.unflatten(2, (2, 4)).transpose(1, 2) for p in self.qkv(x).chunk(3, -1))
+            known = nn.functional.scaled_dot_product_attention(q, k, v)
+            odd: torch.Tensor = (q @ k.transpose(-1, -2)).tanh().exp().softmax(-1) @ v
+            return known + odd
+
+    found = attnopt.inspect(Half().eval(), torch.randn(2, 5, 8), time=False)
+    assert (found.raised, len(found.sites)) == (1, 2)
+    from attnopt.autotune.optimize import require_sites
+    from attnopt.compiler.errors import NothingFound
+
+    require_sites(found.program, 0.5)
+    with pytest.raises(NothingFound, match="1 of 2 attentions were understood, 100% are required"):
+        require_sites(found.program, 1.0)
+
+
 def test_a_model_without_weights(command: Command, tmp_path: Path) -> None:
     found = command("attnopt", "inspect", _bare(tmp_path / "bare", **SMALL), "--json").json
     assert found["raised"] == 3 and found["seconds"] is None

@@ -55,6 +55,25 @@ def test_equals_the_reference_under_every_mask(mask: Mask, padding: str, fill: s
     assert_close(attend.sdpa(q, k, v, extras, spec), attend.reference(q, k, v, extras, spec))
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "chunked"])
+@pytest.mark.parametrize("fill", ["-inf", "min"])
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("mask", [FULL, CAUSAL, Mask("window", left=3, sink=1)])
+def test_sinks_take_their_share(mask: Mask, padding: str, fill: str, backend: str) -> None:
+    spec = SPEC.with_(mask=mask, extras=("padding", "sinks"), fill=fill)
+    q, k, v = one_attention(SPEC).example.args[:3]
+    extras = [PADDINGS[padding], torch.randn(6, 1, 1, dtype=q.dtype)]
+    expected = attend.reference(q, k, v, extras, spec)
+    assert_close(attend.BACKENDS[backend](q, k, v, extras, spec), expected)
+    kept = attend.kept(q, k, extras, spec)
+    assert kept is not None
+    logits = q @ k.repeat_interleave(3, 1).transpose(-1, -2) * spec.scale
+    lowest = torch.finfo(q.dtype).min if fill == "min" else -torch.inf
+    weights = logits.masked_fill(~kept, lowest).exp()
+    shares = weights / (weights.sum(-1, keepdim=True) + extras[1].exp())
+    assert_close(expected, shares @ v.repeat_interleave(3, 1))
+
+
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("extra", ["padding", "bias"])
 def test_a_row_without_keys_is_their_mean_in_half_precision(half: torch.dtype, extra: str) -> None:

@@ -60,6 +60,19 @@ def dropped(real: Tensor) -> Tensor:
     return ~real[:, None, None, :]
 
 
+def sinks(scores: Tensor) -> Tensor:
+    """A learned logit per head, as one more column."""
+    return (
+        torch.tensor([0.5, -1.0], dtype=scores.dtype)
+        .view(1, 2, 1, 1)
+        .expand(scores.shape[0], -1, scores.shape[2], 1)
+    )
+
+
+def less_most(logits: Tensor) -> Tensor:
+    return logits - logits.max(-1, keepdim=True).values
+
+
 def bias(real: Tensor) -> Tensor:
     return torch.zeros(real.shape, dtype=torch.float64)[:, None, None].masked_fill(
         dropped(real), -torch.inf
@@ -85,6 +98,11 @@ EXACT: dict[str, Weights] = {
     "lowest twice before a bias": lambda s, r: (
         torch.where(dropped(r), _LOWEST, s.masked_fill(causal(s), _LOWEST)) + distances(s)
     ).softmax(-1),
+    "sinks": lambda s, r: torch.cat([s, sinks(s)], -1).softmax(-1)[..., :-1],
+    "sinks under the maximum": lambda s, r: less_most(
+        torch.cat([s.masked_fill(dropped(r), _LOWEST), sinks(s)], -1)
+    ).softmax(-1)[..., :-1],
+    "maximum taken off": lambda s, r: (s - s.amax(-1, keepdim=True)).softmax(-1),
     "temperature of a head": lambda s, r: (
         s * torch.tensor([0.5, 2.0], dtype=s.dtype).view(2, 1, 1)
     ).softmax(-1),
@@ -172,13 +190,17 @@ STOPS: dict[str, tuple[Weights, str]] = {
         lambda s, r: (torch.ones(2, 1, 1, dtype=s.dtype) / s).softmax(-1),
         "divided by the logits",
     ),
-    "sinks": (
-        lambda s, r: torch.cat([s, 0 * s[..., :1]], -1).softmax(-1)[..., :-1],
+    "two sinks": (
+        lambda s, r: torch.cat([s, 0 * s[..., :2]], -1).softmax(-1)[..., :-2],
         "attention sinks",
     ),
-    "sinks under the maximum": (
-        lambda s, r: torch.cat([s, 0 * s[..., :1]], -1).sub(s.amax()).softmax(-1)[..., :-1],
+    "a sink whose weight is kept": (
+        lambda s, r: torch.cat([s[..., :-1], 0 * s[..., :1]], -1).softmax(-1),
         "attention sinks",
+    ),
+    "sinks under another maximum": (
+        lambda s, r: torch.cat([s, 0 * s[..., :1]], -1).sub(s.amax()).softmax(-1)[..., :-1],
+        "not understood",
     ),
     "mask of five axes": (
         lambda s, r: (

@@ -10,6 +10,10 @@ from tests.zoo.survey import ALL, survey
 CASES = {
     ("GPT-Neo", "eager"): ("causal (proved), learned", "window(left=6) (proved), learned"),
     ("ImageGPT", "eager"): ("causal (proved), learned",),
+    ("GPT-OSS (sinks)", "eager"): (
+        "window(left=6) (proved), rotary(half, 16 dims)",
+        "causal (proved), rotary(half, 16 dims)",
+    ),
     ("GPT-J", "eager"): ("causal (proved), rotary(interleaved, 8 dims)",),
     ("Apertus", "sdpa"): ("causal (proved), rotary(half, 16 dims)",),
     ("MPT (ALiBi)", "eager"): ("causal+alibi (proved), alibi",),
