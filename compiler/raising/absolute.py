@@ -11,9 +11,9 @@ from torch import Tensor, fx
 
 from attnopt.compiler.layout import same_size
 from attnopt.compiler.program import Program
-from attnopt.compiler.raising.anchor import is_score
 from attnopt.compiler.raising.evaluate import Evaluator, Unknown, example_input
 from attnopt.compiler.raising.index_probe import small_sizes
+from attnopt.compiler.raising.logits import is_score
 
 aten = torch.ops.aten
 
