@@ -21,7 +21,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo.source import UnspecializedParamBufferSource
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -180,6 +179,8 @@ def _read(graph: fx.GraphModule, inputs: Sequence[Any]) -> tuple[Program, dict[s
 
 def _is_weight(holder: fx.Node, value: Any) -> bool:
     """Whether an input of Dynamo's graph is a parameter or buffer of a module."""
+    from torch._dynamo.source import UnspecializedParamBufferSource  # loads all of Dynamo
+
     if isinstance(value, torch.nn.Parameter):
         return True
     source: Any = getattr(holder.meta.get("grapharg"), "source", None)
