@@ -139,7 +139,13 @@ def _reasons(program: Program) -> Iterator[str]:
 def _one(at: tuple[int, str]) -> Row:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    return survey(ALL[at[0]], at[1])
+    architecture, spelling = ALL[at[0]], at[1]
+    try:
+        return survey(architecture, spelling)
+    except Exception as error:  # noqa: BLE001  (a library may fail in any way; the table tells it)
+        said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        return Row(architecture.name, architecture.library, spelling, 0, architecture.sites,
+                   problem=said)  # fmt: skip
 
 
 def table(rows: Sequence[Row]) -> str:
