@@ -61,12 +61,12 @@ def worthwhile(limit: float) -> bool:
 
 
 def singles(bench: Workbench, kind: type[Pass], seconds: float) -> list[Single]:
-    """Measure a pass with its default options at each of its targets alone, until `seconds` are
-    spent.
+    """Measure a pass, as its `sketch`, at each of its targets alone on a part of the heldout data,
+    until `seconds` are spent.
 
     Targets that the time did not reach get an infinite drop and say so.
     """
-    rewrite = kind()
+    rewrite = kind.sketch()
     begun = time.monotonic()
     found: list[Single] = []
     targets = [target_id(target) for target in rewrite.targets(bench.program)]
@@ -87,7 +87,7 @@ def _alone(bench: Workbench, rewrite: Pass, id: str) -> Single:
         missed = [o.reason for o in outcomes if o.rewrite == rewrite.text and not o.applied]
         if missed:
             return {"drop": None, "reason": missed[0]}
-        accuracy = bench.drop([step])
+        accuracy = bench.drop([step], sketch=True)
         return {"drop": accuracy.drop if accuracy.feasible else None, "reason": accuracy.reason}
 
     known = bench.journal.get(f"alone {step}", measure)

@@ -31,6 +31,7 @@ from attnopt.compiler.program import Program
 Progress = Callable[[str, float], None]
 CANDIDATE = "candidate"
 KEPT_PROGRAMS = 64
+SKETCH_SHARE = 3  # one in so many held-out batches orders single rewrites
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,8 @@ class Workbench:
         self.seed, self.progress = seed, progress or (lambda what, share: None)
         self.notes = Notes(program, data.calibration, data.heldout, device, seed)
         self.searching = Teacher(original, data.heldout, task)
+        few = -(-len(data.heldout) // SKETCH_SHARE)
+        self.sketching = Teacher(original, data.heldout[:few], task)
         self.judging = Teacher(original, data.evaluation, task)
         named = json.dumps(
             {**(scope or {}), "data": _digest(data), "seed": seed}, sort_keys=True, default=str
@@ -176,11 +179,13 @@ class Workbench:
             self._opened[steps] = (made, tuple(outcomes))
         return self._opened[steps]
 
-    def drop(self, steps: list[Step]) -> Accuracy:
-        """Accuracy on the heldout data, from the journal where it was measured before."""
-        key = "heldout " + _key(self.compose(steps))
+    def drop(self, steps: list[Step], sketch: bool = False) -> Accuracy:
+        """Accuracy on the heldout data (a third of it for a sketch), from the journal where it was
+        measured before."""
+        key = f"{'sketch' if sketch else 'heldout'} {_key(self.compose(steps))}"
+        teacher = self.sketching if sketch else self.searching
         found = self.journal.get(
-            key, lambda: self._drop(self.build(steps, verify=False), self.searching).as_json()
+            key, lambda: self._drop(self.build(steps, verify=False), teacher).as_json()
         )
         return Accuracy.from_json(found)
 

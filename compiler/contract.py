@@ -142,6 +142,12 @@ class Pass(ABC):
         return text.dump(self)
 
     @classmethod
+    def sketch(cls) -> Pass:
+        """The pass that stands for it where only the order of its targets is wanted: its defaults,
+        unless other options tell the same much faster."""
+        return cls()
+
+    @classmethod
     def space(cls) -> dict[str, tuple[Any, ...]]:
         """The search space: for each option declared by `choice`, its values."""
         fields = getattr(cls, "__dataclass_fields__", {})

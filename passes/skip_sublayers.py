@@ -66,6 +66,11 @@ class SkipSublayers(Pass):
     method: str = choice("delete", "linear", "best", default="best")
     against: str = choice("branch", "residual", default="residual")
 
+    @classmethod
+    def sketch(cls) -> Pass:
+        """Deletion alone, which fits nothing."""
+        return cls(method="delete")
+
     def rewrite(self, target: Sublayer, program: Program, notes: Notes) -> Edit | Miss:
         """The edit that takes one sublayer out, or why it stays."""
         try:
