@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -24,6 +25,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from attnopt.compiler.backend_plan import GraphInputs, SavedPlan, of_module
 from attnopt.compiler.contract import Notes, read_pass
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.lower import lower
@@ -44,12 +46,15 @@ _log = logging.getLogger("attnopt.backend")
 class Options:
     """`torch.compile(..., backend="attnopt", options={...})`.
 
-    `check` compares the rewritten graph with the one as given, once per compilation, on the inputs
-    at hand. `inductor` holds options for Inductor itself (see `torch._inductor.list_options()`).
+    `check` compares the exactly rewritten graph with the one as given, once per compilation, on the
+    inputs at hand. `inductor` holds options for Inductor itself (see
+    `torch._inductor.list_options()`). `plan` is the folder of a finished run, or the plan.json in
+    it: its approximate steps are made as well, fitted on the batches that the run kept.
     """
 
     check: bool = True
     inductor: Mapping[str, Any] | None = None
+    plan: str | Path | None = None
 
     @staticmethod
     def read(options: Mapping[str, Any] | None) -> Options:
@@ -68,6 +73,8 @@ class Options:
             raise Problem("A212", f"the option `check` is True or False, not {made.check!r}")
         if made.inductor is not None and not isinstance(made.inductor, Mapping):
             raise Problem("A212", f"the option `inductor` is a mapping, not {made.inductor!r}")
+        if made.plan is not None and not isinstance(made.plan, (str, Path)):
+            raise Problem("A212", f"the option `plan` is a path, not {made.plan!r}")
         return made
 
 
@@ -76,14 +83,15 @@ def attnopt(
 ) -> Callable[..., Any]:
     """The backend that `torch.compile` calls with each graph and its inputs.
 
-    Raises `Problem` A212 on unknown options.
+    Raises `Problem` A212 on unknown options, and those of `SavedPlan` where a plan cannot be used.
     """
     from torch._inductor.compile_fx import compile_fx
 
     chosen = Options.read(options)
+    saved = None if chosen.plan is None else SavedPlan.read(chosen.plan)
     # Sizes as they are now: computing with symbols here would fix them.
     numbers = [x.node.hint if isinstance(x, torch.SymInt) else x for x in inputs]
-    rewritten = _rewritten(graph, numbers, chosen)
+    rewritten = _rewritten(graph, numbers, chosen.check, saved)
     module, watched = (graph, []) if rewritten is None else rewritten
     patches = dict(chosen.inductor) if chosen.inductor else None
     compiled: Any = compile_fx(module, list(inputs), config_patches=patches)
@@ -91,25 +99,37 @@ def attnopt(
 
 
 def _rewritten(
-    graph: fx.GraphModule, inputs: Sequence[Any], options: Options
+    graph: fx.GraphModule, inputs: Sequence[Any], check: bool = True, saved: SavedPlan | None = None
 ) -> tuple[fx.GraphModule, list[int]] | None:
-    """The graph with its attentions rewritten, and which inputs are buffers that masks were read
-    from; None where the graph stays as it is."""
+    """The graph with its attentions rewritten, and the places of the inputs whose values went into
+    it; None where the graph stays as it is, which no plan allows."""
     try:
-        program, lifted = _read(graph, inputs)
+        program, lifted = _read(graph, inputs, facts=saved is not None)
         if not program.attentions():
             return None
         watched = _read_by_masks(program, graph, lifted)
-        lowered = _with_inputs(lower(_applied(program)), graph, lifted)
+        program = _applied(program)
+        lowered = _with_inputs(lower(program), graph, lifted)
     except (Problem, *RUN_ERRORS, NotImplementedError) as error:
-        _left(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        _left(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}", saved)
         return None
-    if options.check:
-        wrong = _wrong(graph, lowered, inputs)
-        if wrong:
-            _left(wrong)
-            return None
-    return lowered, watched
+    wrong = _wrong(graph, lowered, inputs) if check else ""
+    if wrong:
+        _left(wrong, saved)
+        return None
+    if saved is None:
+        return lowered, watched
+    made = saved.applied(program, GraphInputs(graph, lifted.values(), inputs))
+    fitted = _fitted(program, made, lifted)
+    kept = {name: holder for name, holder in lifted.items() if holder not in fitted}
+    watched += [at for at, name in enumerate(_holders(graph)) if name in fitted]
+    return _with_inputs(lower(made), graph, lifted, kept), sorted(set(watched))
+
+
+def _fitted(before: Program, after: Program, lifted: Mapping[str, str]) -> set[str]:
+    """The names of the inputs whose weights a fit has replaced."""
+    read = {str(node.target) for node in after.graph.nodes if node.op == "get_attr"} & lifted.keys()
+    return {lifted[name] for name in read if after.weight(name) is not before.weight(name)}
 
 
 def _guarded(
@@ -127,7 +147,10 @@ def _guarded(
         if all(args[at] is then() and _version(args[at]) == version for at, then, version in known):
             return compiled(*args)
         if not said:
-            _log.warning("a buffer that holds a mask has changed: the graph runs as it was given")
+            _log.warning(
+                "a buffer that holds a mask, or a weight that was replaced by a fitted one, has "
+                "changed: the graph runs as it was given"
+            )
             said = True
         return graph(*args)
 
@@ -138,11 +161,18 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _left(why: str) -> None:
+def _left(why: str, saved: SavedPlan | None) -> None:
+    """Tell why a graph is compiled as it was given. Raises `Problem` A213 where a plan was to be
+    applied to it."""
+    if saved is not None:
+        raise Problem("A213", "the plan cannot be applied to this graph",
+                      where=str(saved.home), why=why)  # fmt: skip
     _log.warning("attnopt left a graph as it is, Inductor compiles it alone: %s", why)
 
 
-def _read(graph: fx.GraphModule, inputs: Sequence[Any]) -> tuple[Program, dict[str, str]]:
+def _read(
+    graph: fx.GraphModule, inputs: Sequence[Any], facts: bool
+) -> tuple[Program, dict[str, str]]:
     """The graph of ATen operators, raised, and attribute name -> input name of the weights."""
     holders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     fakes = [node.meta.get("example_value", x) for node, x in zip(holders, inputs, strict=True)]
@@ -174,24 +204,19 @@ def _read(graph: fx.GraphModule, inputs: Sequence[Any]) -> tuple[Program, dict[s
         traced.graph.erase_node(node)
         lifted[name] = holder.name
     normalise(traced, fold_views=False)
-    return raise_program(Program(traced, Batch(tuple(rest))), facts=False), lifted
+    return raise_program(Program(traced, Batch(tuple(rest))), facts=facts), lifted
 
 
 def _is_weight(holder: fx.Node, value: Any) -> bool:
     """Whether an input of Dynamo's graph is a parameter or buffer of a module."""
-    from torch._dynamo.source import UnspecializedParamBufferSource  # loads all of Dynamo
-
     if isinstance(value, torch.nn.Parameter):
         return True
-    source: Any = getattr(holder.meta.get("grapharg"), "source", None)
-    while source is not None and not isinstance(source, UnspecializedParamBufferSource):
-        source = getattr(source, "base", None)
-    return isinstance(value, Tensor) and source is not None
+    return isinstance(value, Tensor) and of_module(holder, "UnspecializedParamBufferSource")
 
 
 def _read_by_masks(program: Program, graph: fx.GraphModule, lifted: Mapping[str, str]) -> list[int]:
     """The places of the inputs that are buffers above a mask or bias."""
-    places = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
+    places = _holders(graph)
     seen: set[fx.Node] = set()
     stack = [extra for node in program.attentions() for extra in cast(list[fx.Node], node.args[3])]
     while stack:
@@ -214,18 +239,29 @@ def _applied(program: Program) -> Program:
     return program
 
 
+def _holders(graph: fx.GraphModule) -> list[str]:
+    """The names of the graph's inputs, in order."""
+    return [node.name for node in graph.graph.nodes if node.op == "placeholder"]
+
+
 def _with_inputs(
-    module: fx.GraphModule, graph: fx.GraphModule, lifted: Mapping[str, str]
+    module: fx.GraphModule,
+    graph: fx.GraphModule,
+    lifted: Mapping[str, str],
+    kept: Mapping[str, str] | None = None,
 ) -> fx.GraphModule:
-    """The module with its weights as inputs again, all in the order of Dynamo's graph."""
+    """The module with its weights as inputs again, all in the order of Dynamo's graph; those that
+    are not among the `kept` stay constants, and their inputs are not read."""
     weights = {holder: name for name, holder in lifted.items()}
     rest = iter([node for node in module.graph.nodes if node.op == "placeholder"])
     last: fx.Node | None = None
-    for holder in [node for node in graph.graph.nodes if node.op == "placeholder"]:
+    for holder in _holders(graph):
         # Before nothing in particular is at the beginning.
         with module.graph.inserting_after(last) if last else module.graph.inserting_before():
-            given = last = module.graph.placeholder(holder.name)
-        name = weights.get(holder.name)
+            given = last = module.graph.placeholder(holder)
+        name = weights.get(holder)
+        if name is not None and kept is not None and name not in kept:
+            continue
         olds = [next(rest)] if name is None else _readers(module, name)
         for old in olds:
             given.meta = dict(old.meta)

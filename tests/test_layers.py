@@ -23,6 +23,7 @@ _LAYER_OF = {  # the longest prefix decides
     "compiler.inspect": "flow",
     "compiler.pipeline": "flow",
     "compiler.backend": "flow",
+    "compiler.backend_plan": "flow",
     "autotune": "flow",
     "cli": "commands",
 }

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from attnopt.compiler import backend
-from attnopt.compiler.backend import Options
 from attnopt.compiler.raising.anchor import SOFTMAX
 from tests.families import FAMILIES, Nano
 from tests.tolerance import assert_close
@@ -33,7 +32,7 @@ class Watching:
 
     def __call__(self, graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         numbers = [x.node.hint if isinstance(x, torch.SymInt) else x for x in inputs]
-        found = backend._rewritten(graph, numbers, Options())
+        found = backend._rewritten(graph, numbers)
         self.made.append(found[0] if found else None)
         return found[0].forward if found else graph.forward
 
