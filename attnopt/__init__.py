@@ -7,6 +7,7 @@ command line:
 - ``load(folder)`` gives the optimized program of a finished run, callable like the model.
 - ``apply(plan, model)`` rebuilds an optimized model from a saved plan, without searching.
 - ``inspect(model)`` lists every attention site with its facts, or the reason it was left alone.
+- ``register_hf()`` makes ``from_pretrained(..., attn_implementation="attnopt")`` known.
 - ``Problem`` is the one exception meant for users: what went wrong, where, and how to mend it.
 """
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from attnopt.autotune.replay import apply as apply
     from attnopt.compiler.artifact import load as load
     from attnopt.compiler.errors import Problem as Problem
+    from attnopt.compiler.hf_attention import register_hf as register_hf
     from attnopt.compiler.inspect import inspect as inspect
 
 __version__ = "0.1.0"
@@ -30,9 +32,10 @@ _HOME = {
     "inspect": "attnopt.compiler.inspect",
     "load": "attnopt.compiler.artifact",
     "optimize": "attnopt.autotune.optimize",
+    "register_hf": "attnopt.compiler.hf_attention",
 }
 
-__all__ = ["Problem", "__version__", "apply", "inspect", "load", "optimize"]
+__all__ = ["Problem", "__version__", "apply", "inspect", "load", "optimize", "register_hf"]
 
 
 def __getattr__(name: str) -> object:

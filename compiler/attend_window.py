@@ -29,6 +29,7 @@ from attnopt.compiler.spec import FULL, AttentionSpec, Mask
 
 # Rows of a block: below, calls are too small; above, too many masked logits are computed.
 SMALLEST, LARGEST = 32, 128
+_PAYS = 0.5  # share of the dense logits below which blocks are worth their gathered keys
 
 
 def block_size(left: int) -> int:
@@ -58,6 +59,16 @@ def why_not(spec: AttentionSpec) -> str:
     if "sinks" in spec.extras:
         return "its blocks have no room for sink logits"
     return ""
+
+
+def pays(spec: AttentionSpec, length: int) -> bool:
+    """Whether blocks are expected to be faster than all logits, at this many keys.
+
+    A `keep` or `bias` spans all queries and keys, and blocks would have to gather it.
+    """
+    if why_not(spec) or {"keep", "bias"} & set(spec.extras):
+        return False
+    return logits_per_query(spec.mask) <= _PAYS * length
 
 
 def chunked(

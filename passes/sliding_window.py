@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from attnopt.compiler import attend, text
-from attnopt.compiler.attend_window import logits_per_query, why_not
+from attnopt.compiler.attend_window import pays
 from attnopt.compiler.contract import Edit, Exactness, Miss, Notes, Pass, choice
 from attnopt.compiler.grams import real
 from attnopt.compiler.program import Batch, Program
@@ -32,8 +32,6 @@ from attnopt.compiler.reproject import same
 from attnopt.compiler.site import Site
 from attnopt.compiler.spec import AttentionSpec, Mask, parse_spec
 from attnopt.compiler.split_heads import split_heads
-
-_PAYS = 0.5  # share of the dense logits below which blocks are worth their gathered keys
 
 
 @dataclass(frozen=True)
@@ -103,9 +101,7 @@ class SlidingWindow(Pass):
         if self.backend != "auto":
             return self.backend
         dense = "reference" if attend.runs_on_sdpa(spec) else "sdpa"
-        if {"keep", "bias"} & set(spec.extras) or why_not(spec.with_(mask=mask)):
-            return dense  # such an extra spans all queries and keys; blocks would gather it
-        return "chunked" if logits_per_query(mask) <= _PAYS * longest else dense
+        return "chunked" if pays(spec.with_(mask=mask), longest) else dense
 
     def _chosen(self, site: Site, mass: Tensor | None) -> list[int] | Miss:
         everyone = list(range(site.kv_heads))

@@ -16,7 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
+from attnopt.compiler.raising import einsum
 from attnopt.compiler.raising.crossing import CROSSED, Stop, active_dropout, crossing
+from attnopt.compiler.raising.einsum import Axes
 from attnopt.compiler.raising.logits import PRODUCTS, up
 from attnopt.compiler.spec import CAUSAL, FULL, Fill, Mask
 
@@ -37,6 +39,7 @@ class Anchor:
     by `lowest` before something is added to it: a number that absorbs any score. `temperatures` are
     tensors `[.., heads, S, 1]` (broadcast) that the scores are multiplied by, or divided by (True).
     `sinks` `[.., heads, S, 1]` is one more logit of each row, whose weight is cut off again.
+    `q_axes` to `out_axes` say how the axes of an einsum's operands and result lie.
     """
 
     spelling: Literal["sdpa", "eager"]
@@ -58,7 +61,10 @@ class Anchor:
     lowest: float | None = None
     temperatures: list[tuple[fx.Node, bool]] = field(default_factory=list)
     sinks: fx.Node | None = None
-    einsum: tuple[str, str] | None = None
+    q_axes: Axes | None = None
+    k_axes: Axes | None = None
+    v_axes: Axes | None = None
+    out_axes: Axes | None = None
 
     @property
     def fill(self) -> Fill:
@@ -109,10 +115,13 @@ def _eager(softmax: fx.Node, module: torch.nn.Module) -> Anchor | Stop:
     dim = softmax.args[1]
     if dim not in (-1, softmax.meta["val"].dim() - 1):
         return Stop(f"the softmax runs over dim {dim}, not over the keys", softmax)
-    node, cut, values = product
-    anchor = Anchor("eager", node, softmax, softmax, values, True)
-    if node.target is aten.einsum.default:
-        return Stop("attention written with einsum on the value side", node, "use matmul")
+    node, cut, weights = product
+    anchor = Anchor("eager", node, softmax, softmax, einsum.operands(node)[1], True)
+    if node.target is einsum.EINSUM:
+        taken = einsum.values(node, weights)
+        if isinstance(taken, Stop):
+            return taken
+        anchor.v, anchor.v_axes, anchor.out_axes = taken
     found = up(anchor, softmax, module)
     if isinstance(found, Anchor) and cut != (found.sinks is not None):
         return Stop("logits are joined to the scores, or weights cut off, but not both", softmax)
@@ -124,15 +133,20 @@ def _eager(softmax: fx.Node, module: torch.nn.Module) -> Anchor | Stop:
 
 def _product_below(softmax: fx.Node) -> tuple[fx.Node, bool, fx.Node] | Stop:
     """The product with values, whether the weight of the last key is cut off before, and the
-    values."""
+    weights that it takes."""
     node, cut = softmax, False
     while True:
         for user in node.users:
             if user.target in PRODUCTS and user.target is not aten.baddbmm.default:
-                args: Any = user.args
-                pair = args[:2] if user.target is not aten.einsum.default else args[1]
-                if pair[0] is node and isinstance(pair[1], fx.Node) and pair[1].op != "get_attr":
-                    return user, cut, pair[1]
+                pair = einsum.operands(user)
+                if len(pair) != 2 or any(getattr(x, "op", "get_attr") == "get_attr" for x in pair):
+                    continue
+                if pair[0] is node or user.target is einsum.EINSUM:
+                    return user, cut, node
+        mixed = [u for u in node.users if u.target is einsum.EINSUM and einsum.mixes(u) is node]
+        if mixed:
+            reason = "a parameter mixes the heads' weights before the values (talking heads)"
+            return Stop(reason, mixed[0], attention=_scored(softmax))
         cuts = [u for u in node.users if _cuts_last(u)]
         if cuts and not cut:
             node, cut = cuts[0], True
@@ -170,13 +184,16 @@ def _no_product(softmax: fx.Node) -> Stop:
 
 
 def _scored(node: Any) -> bool:
-    """Whether a softmax's input comes, over elementwise steps and joins, from a product of two
-    activations."""
+    """Whether a softmax's input comes, over elementwise steps, joins and mixtures of heads, from a
+    product of two activations."""
     for _ in range(12):
         node = node.args[0] if isinstance(node, fx.Node) and node.args else None
         node = node[0] if isinstance(node, (list, tuple)) and node else node
+        while isinstance(node, fx.Node) and node.target in PRODUCTS:
+            pair = einsum.operands(node)
+            if all(isinstance(x, fx.Node) and x.op != "get_attr" for x in pair):
+                return True
+            node = einsum.mixes(node)
         if not isinstance(node, fx.Node) or node.op != "call_function":
             return False
-        if node.target in PRODUCTS:
-            return all(isinstance(a, fx.Node) and a.op != "get_attr" for a in node.args[:2])
     return False

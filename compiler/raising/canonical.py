@@ -12,6 +12,7 @@ from attnopt.compiler.ops import ATTENTION
 from attnopt.compiler.program import Program
 from attnopt.compiler.raising.anchor import Anchor
 from attnopt.compiler.raising.crossing import Stop
+from attnopt.compiler.raising.einsum import Axes
 from attnopt.compiler.spec import AttentionSpec
 
 aten = torch.ops.aten
@@ -27,9 +28,9 @@ def place(program: Program, anchor: Anchor, heads3: int | None) -> fx.Node | Sto
     rank = anchor.q.meta["val"].dim()
     if rank not in (3, 4):
         return Stop(f"q has rank {rank}; [batch, heads, seq, head_dim] was expected", anchor.q)
-    for node in (anchor.keys, anchor.v):
-        if node.meta["val"].dim() != rank:
-            other = node.meta["val"].dim()
+    for node, axes in ((anchor.keys, anchor.k_axes), (anchor.v, anchor.v_axes)):
+        other = len(axes.target) if axes else node.meta["val"].dim()
+        if other != rank:
             return Stop(f"q has rank {rank}, keys or values have rank {other}", node)
     if rank == 3 and heads3 is None:
         return Stop("batch and heads are one axis, and the head count could not be found", anchor.q)
@@ -63,6 +64,7 @@ def place(program: Program, anchor: Anchor, heads3: int | None) -> fx.Node | Sto
     )  # fmt: skip
     node = program.call(ATTENTION, (q, k, v, extras, spec.text), before=anchor.out)
     result = node if rank == 4 else maker.call(aten.flatten.using_ints, node, 0, 1)
+    result = maker.ordered(result, anchor.out_axes)
     if wide != narrow:
         result = maker.call(aten.to.dtype, result, narrow)
     for key in _COPIED:
@@ -95,7 +97,7 @@ class _Maker:
     def query(self) -> fx.Node:
         """Q as [batch, heads, S, head_dim]; a multiplication by a number right before it joins the
         scale."""
-        return self.split(self._unscaled(self._ordered(self.anchor.q, 0)))
+        return self.split(self._unscaled(self.ordered(self.anchor.q, self.anchor.q_axes)))
 
     def tempered(self, q: fx.Node) -> fx.Node:
         """Q as [batch, heads, S, head_dim] with the temperatures, all of which fit it."""
@@ -105,14 +107,15 @@ class _Maker:
 
     def keys(self) -> fx.Node:
         """K as [batch, kv_heads, T, head_dim]."""
-        node = self._ordered(self.anchor.keys, 1)
+        node = self.ordered(self.anchor.keys, self.anchor.k_axes)
         if self.anchor.transposed:
             node = self._untransposed(self._unscaled(node))
         return self.split(self._unscaled(node))
 
     def values(self) -> fx.Node:
         """V as [batch, kv_heads, T, v_dim], in q's dtype: scores may be wider than values."""
-        v, dtype = self.anchor.v, self.anchor.q.meta["val"].dtype
+        v = self.ordered(self.anchor.v, self.anchor.v_axes)
+        dtype = self.anchor.q.meta["val"].dtype
         wide = v if v.meta["val"].dtype == dtype else self.call(aten.to.dtype, v, dtype)
         return self.split(wide)
 
@@ -174,11 +177,9 @@ class _Maker:
             return self.call(aten.unsqueeze.default, node, 0)
         return self.call(aten.unflatten.int, node, 0, [-1, self.heads])
 
-    def _ordered(self, node: fx.Node, which: int) -> fx.Node:
-        if self.anchor.einsum is None:
-            return node
-        source, _, target = self.anchor.einsum[which].partition("->")
-        return self.call(aten.permute.default, node, [source.index(letter) for letter in target])
+    def ordered(self, node: fx.Node, axes: Axes | None) -> fx.Node:
+        """An operand of an einsum with its axes in order; others as they are."""
+        return node if axes is None else axes.moved(node, self.call)
 
     def _unscaled(self, node: fx.Node) -> fx.Node:
         if self.anchor.spelling == "sdpa" or node.target not in (aten.mul.Tensor, aten.div.Tensor):

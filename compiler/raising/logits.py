@@ -14,13 +14,14 @@ from torch import Tensor, fx
 
 from attnopt.compiler.layout import same_size
 from attnopt.compiler.program import attribute
+from attnopt.compiler.raising import einsum
 from attnopt.compiler.raising.crossing import CASTS, CROSSED, SAME, Stop, crossing
 
 if TYPE_CHECKING:
     from attnopt.compiler.raising.anchor import Anchor
 
 aten = torch.ops.aten
-PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
+PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, einsum.EINSUM)
 _ADDS = (aten.add.Tensor, aten.add_.Tensor)
 _MULS = (aten.mul.Tensor, aten.mul_.Tensor)
 _DIVS = (aten.div.Tensor, aten.div_.Tensor)
@@ -204,8 +205,14 @@ def _soft_cap(node: fx.Node, tanh: Any, cap: float, module: Any) -> tuple[float,
 
 def _scores(anchor: Anchor, node: fx.Node, factor: float) -> Anchor | Stop:
     args: Any = node.args
-    if node.target is aten.einsum.default:
-        return _einsum_scores(anchor, node, factor)
+    if node.target is einsum.EINSUM:
+        axes = einsum.scores(node)
+        if isinstance(axes, Stop):
+            return axes
+        anchor.q_axes, anchor.k_axes = axes
+        anchor.q, anchor.keys = einsum.operands(node)
+        anchor.transposed, anchor.scale = False, factor
+        return anchor
     if node.target is aten.baddbmm.default:
         beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
         if beta != 0:
@@ -219,23 +226,6 @@ def _scores(anchor: Anchor, node: fx.Node, factor: float) -> Anchor | Stop:
             "the scores are a product with a parameter, not of q and k", node, attention=False
         )
     anchor.q, anchor.keys, anchor.scale = args[0], args[1], factor
-    return anchor
-
-
-def _einsum_scores(anchor: Anchor, node: fx.Node, factor: float) -> Anchor | Stop:
-    equation = str(node.args[0]).replace(" ", "")
-    operands: Any = node.args[1]
-    inputs, _, out = equation.partition("->")
-    left, _, right = inputs.partition(",")
-    batch, s, t = out[:-2], out[-2:-1], out[-1:]
-    if len(operands) != 2 or len(left) != len(out) or len(right) != len(out):
-        return Stop(f"einsum `{equation}` is not a product of q and k per head", node)
-    depth = (set(left) & set(right)) - set(out)
-    if len(depth) != 1 or s not in left or t not in right:
-        return Stop(f"einsum `{equation}` is not a product of q and k per head", node)
-    d = depth.pop()
-    anchor.q, anchor.keys, anchor.transposed, anchor.scale = operands[0], operands[1], False, factor
-    anchor.einsum = (f"{left}->{batch}{s}{d}", f"{right}->{batch}{t}{d}")
     return anchor
 
 

@@ -172,7 +172,9 @@ X_TRANSFORMERS = (
     Architecture("x-transformers encoder", "x-transformers", _x(kind="Encoder"), ids, 2),
     Architecture("x-transformers rotary", "x-transformers", _x(rotary_pos_emb=True), ids, 2),
     Architecture("x-transformers ALiBi", "x-transformers", _x(alibi_pos_bias=True), ids, 2),
-    Architecture("x-transformers relative bias", "x-transformers", _x(rel_pos_bias=True), ids, 2),
+    Architecture(
+        "x-transformers relative bias", "x-transformers", _x(rel_pos_bias=True), ids, 2, ("eager",)
+    ),
     Architecture("x-transformers grouped", "x-transformers", _x(attn_kv_heads=2), ids, 2),
     Architecture("x-transformers qk norm", "x-transformers", _x(attn_qk_norm=True), ids, 2),
 )
