@@ -67,7 +67,7 @@ def compare(before: Program, after: Program, valid_only: bool = False) -> Compar
         runs = _runs(before, dtype)
         if runs is None:
             continue
-        outputs = _outputs(after if dtype is own else _in(after, dtype), runs.batches)
+        outputs = _outputs(_as(after, dtype, own), runs.batches)
         if outputs is None and dtype is not own:
             continue
         worst = math.inf
@@ -98,7 +98,7 @@ def _runs(program: Program, dtype: torch.dtype) -> _Runs | None:
     known = _LAST.get(program.module)
     if known is not None and known.dtype is dtype:
         return known
-    cast = program if dtype is own_dtype(program) else _in(program, dtype)
+    cast = _as(program, dtype, own_dtype(program))
     batches, outputs = list[Batch](), list[Any]()
     for batch in variations(program, None if cast is program else dtype):
         try:
@@ -240,6 +240,11 @@ def _padded(mask: Tensor, test: Test) -> Iterator[Tensor]:
     for keep in (right, right.flip(1)):
         real = torch.where(_real(mask, test), mask, samples[says][0])
         yield torch.where(keep, real, samples[~says][0])
+
+
+def _as(program: Program, dtype: torch.dtype, own: torch.dtype) -> Program:
+    """The program in a dtype; in its own it is itself, unless parts of it may be narrower."""
+    return program if dtype is own and own is not torch.float64 else _in(program, dtype)
 
 
 def _in(program: Program, dtype: torch.dtype) -> Program:

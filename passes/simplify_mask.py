@@ -53,8 +53,10 @@ class SimplifyMask(Pass):
             return Miss("no mask tensor is read", at=target.node)
         facts = classify(program, node)
         at = facts.at if facts.at and program.has(facts.at) else target.node
-        if facts.mask is None:
+        if facts.reason and facts.mask is None:
             return Miss(f"the mask is a tensor of no class: {facts.reason}", at=at)
+        if facts.mask is None or facts.relations:
+            return Miss(f"the mask is {facts.text}, which stays a tensor", at=at)
         if facts.certainty != "proved":
             return Miss(f"the mask looks like {facts.text}, not proved: {facts.reason}", at=at)
         made = simplified(spec, facts, self_attention=_square(node))

@@ -107,6 +107,8 @@ class SkipSublayers(Pass):
         """The best map per target, the one of `against` first."""
         if not notes.calibration:
             return Miss("a linear map needs calibration data", target.branch, "give --text FILE")
+        if isinstance(program.node(target.entry).meta["val"].shape[-1], torch.SymInt):
+            return Miss("the channels of its stream are not on the last axis", target.entry)
         sources = _sources(program, target)
         width = int(program.node(target.branch).meta["val"].shape[-1])
         dear = _too_dear(program, target, width)

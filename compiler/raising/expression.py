@@ -28,13 +28,14 @@ LEAVES = (
 @dataclass(frozen=True)
 class Datum:
     """One value of an input tensor, unknown at compile time: input name, index expressions, truth
-    value or number, whole or real.
+    value or number, whole or real. A `computed` one is an element of the node with that name.
     """
 
     name: str
     index: tuple[Affine, ...]
     is_bool: bool
     is_real: bool = False
+    computed: bool = False
 
 
 Variable = str | Datum

@@ -26,8 +26,9 @@ from attnopt.compiler.raising.expression import (
     variable,
     where,
 )
-from attnopt.compiler.raising.mask_class import Classless, Padding, decide, keep_of
+from attnopt.compiler.raising.mask_class import Classless, Padding, decide, keep_of, prefix
 from attnopt.compiler.raising.mask_facts import MaskFacts, Test, mask_text
+from attnopt.compiler.raising.mask_relation import related
 from attnopt.compiler.raising.symbolic import Symbolic, name_of
 from attnopt.compiler.raising.symbolic_views import size_form
 from attnopt.compiler.spec import AttentionSpec, Fill, Mask, parse_spec
@@ -72,6 +73,8 @@ def _classify(
     kind = ""
     if facts.rest is not None:
         kind = mask_observe.bias_kind(program, attention, program.node(facts.rest))
+    if facts.mask is None:  # understood, and none of the classes that a spec names
+        return replace(facts, text="+".join((facts.text, *([kind] if kind else []))))
     return replace(facts, text=mask_text(facts, kind))
 
 
@@ -102,14 +105,24 @@ class _Probe:
             rest = self._bias(named["bias"])
         if len(self.fills) > 1:
             raise Unknown("it drops some keys by -inf and others by the lowest number")
-        mask, padding = decide(both(*self.conditions), self.sizes)
+        keep, relations = related(both(*self.conditions))
+        besides = [relation.holds for relation in relations]
+        words = tuple(str(relation) for relation in relations)
+        try:
+            mask, padding = decide(keep, self.sizes, besides)
+        except Classless:
+            found = prefix(keep, self.sizes, besides)
+            if found is None:
+                raise
+            text = "+".join((found[0], *words, *(["padding"] if found[1] else [])))
+            return MaskFacts(None, bias=rest is not None, text=text, relations=words)
         if self.soft and (padding is not None or not self._never_empty(mask)):
             raise Unknown(
                 f"it drops keys by {self.soft:g}, which leaves a query without keys its scores"
             )
         if self.sum and (padding is not None or not self._never_empty(mask)):
             raise Unknown(f"`{self.sum}` adds two lowest numbers, which is below the lowest")
-        facts = MaskFacts(mask, fill=next(iter(self.fills), "-inf"))
+        facts = MaskFacts(mask, fill=next(iter(self.fills), "-inf"), relations=words)
         if padding is not None:
             facts = replace(facts, padding=padding.datum.name, test=_test(padding))
         return replace(facts, bias=rest is not None, rest=rest.name if rest is not None else None)

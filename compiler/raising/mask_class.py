@@ -77,9 +77,11 @@ def keep_of(mask: Mask) -> Condition:
     return both(causal, near) if mask.causal else near
 
 
-def decide(keep: Condition, sizes: tuple[Affine, Affine]) -> tuple[Mask, Padding | None]:
-    """The mask class and the padding that together equal `keep`, proved. Raises Classless, or
-    Unknown with what stands in the way of a decision.
+def decide(
+    keep: Condition, sizes: tuple[Affine, Affine], besides: Sequence[Condition] = ()
+) -> tuple[Mask, Padding | None]:
+    """The mask class and the padding that equal `keep` together with the conditions `besides`,
+    proved. Raises Classless, or Unknown with what stands in the way of a decision.
 
     `sizes` are the numbers of queries and keys as affine forms: i < sizes[0] and j < sizes[1] are
     known.
@@ -87,9 +89,29 @@ def decide(keep: Condition, sizes: tuple[Affine, Affine]) -> tuple[Mask, Padding
     for padding in (None, *_paddings(keep)):
         dropped = [] if padding is None else [_reads(padding)]
         for mask in candidates(keep):
-            if agree(keep, both(keep_of(mask), *dropped), sizes):
+            if agree(keep, both(keep_of(mask), *dropped, *besides), sizes):
                 return mask, padding
     raise Classless("it is none of full, causal, window and window with sinks, padded or not")
+
+
+def prefix(
+    keep: Condition, sizes: tuple[Affine, Affine], besides: Sequence[Condition] = ()
+) -> tuple[str, Padding | None] | None:
+    """The keys that every query reads in a mask that is causal for all others, as "prefix(8)" or
+    "prefix(input)", and the padding, proved; or None."""
+    tests = [(f"prefix({p.datum.name})", _reads(p)) for p in _paddings(keep)]
+    for atom in atoms(keep):
+        if {name for name, _ in atom.form.terms} == {"j"}:
+            for end in (abs(atom.form.constant) + d for d in (0, 1)):
+                near = Compare("lt", variable("j").plus(Affine((), -end)))
+                tests.append((f"prefix({end})", near))
+    for padding in (None, *_paddings(keep)):
+        dropped = [] if padding is None else [_reads(padding)]
+        for word, test in tests:
+            open_to = Logic("or", (keep_of(CAUSAL), test))
+            if agree(keep, both(open_to, *dropped, *besides), sizes):
+                return word, padding
+    return None
 
 
 def candidates(keep: Expression) -> list[Mask]:
@@ -164,6 +186,8 @@ def _paddings(keep: Condition) -> list[Padding]:
             continue
         ((datum, coefficient),) = atom.form.terms
         if abs(coefficient) != 1 or not isinstance(datum, Datum):
+            continue
+        if datum.computed:
             continue
         flipped = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le"}
         op = atom.op if coefficient == 1 else flipped.get(atom.op, atom.op)

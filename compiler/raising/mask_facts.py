@@ -27,10 +27,11 @@ class Test:
 class MaskFacts:
     """What the mask of one attention is, its spec's own mask included.
 
-    `mask` is the class, None when there is none. `padding` names the input that drops keys, read
-    through `test`. `fill` says what dropped logits become. `bias` says that real-valued logits are
-    added besides, by the node `rest`. "proved" holds for every length and input; "observed" was
-    seen at a few. `reason` and `at` say what stood in the way of a proof.
+    `mask` is the class, None when there is none. `relations` say what query and key have in common
+    besides: "document(ids)", "chunk(8)", "order(position_ids)". `padding` names the input that
+    drops keys, read through `test`. `fill` says what dropped logits become. `bias` says that
+    real-valued logits are added besides, by the node `rest`. "proved" holds for every length and
+    input; "observed" was seen at a few. `reason` and `at` say what stood in the way of a proof.
     """
 
     mask: Mask | None
@@ -43,6 +44,7 @@ class MaskFacts:
     at: str = ""
     test: Test = Test()
     rest: str | None = None
+    relations: tuple[str, ...] = ()
 
 
 def mask_text(facts: MaskFacts, kind: str) -> str:
@@ -50,6 +52,7 @@ def mask_text(facts: MaskFacts, kind: str) -> str:
     if facts.mask is None:
         return kind or "tensor"
     parts = [] if facts.mask == FULL else [text.dump_value(facts.mask)]
+    parts += facts.relations
     parts += ["padding"] if facts.padding is not None else []
     parts += [kind] if kind else []
     return "+".join(parts) or "full"

@@ -39,6 +39,8 @@ from attnopt.compiler.raising.expression import (
     variable,
     where,
 )
+from attnopt.compiler.raising.mask_relation import chunk
+from attnopt.compiler.raising.symbolic_casts import cast_to, holds
 from attnopt.compiler.raising.symbolic_views import Index, size_form
 
 _LOGIC = {"and": "and", "or": "or", "xor": "xor"}
@@ -47,7 +49,6 @@ _CASTS = {"to", "to_copy", "type_as", "float", "int", "long"}
 _FILLED = {
     "ones": 1, "zeros": 0, "new_ones": 1, "new_zeros": 0, "ones_like": 1, "zeros_like": 0,
 }  # fmt: skip
-_HALF = (torch.float16, torch.bfloat16)
 
 
 def name_of(node: fx.Node) -> str:
@@ -117,7 +118,7 @@ class Symbolic:
         if name in _CASTS:
             return self._cast(node, index)
         if name in _FILLED:
-            return _cast_to(number(_FILLED[name]), node.meta["val"].dtype)
+            return cast_to(number(_FILLED[name]), node.meta["val"].dtype)
         moved = symbolic_views.moved(node, name, index, self.extents)
         if moved is not None:
             return self.at(node.args[0], moved)
@@ -144,7 +145,7 @@ class Symbolic:
             raise Unknown(f"`{first.name}` is overwritten while others read it")
         index = symbolic_views.broadcast(first.meta["val"].shape, index)
         if name_of(first) in _FILLED:
-            return _cast_to(number(_FILLED[name_of(first)]), first.meta["val"].dtype)
+            return cast_to(number(_FILLED[name_of(first)]), first.meta["val"].dtype)
         if name_of(first) in ("full", "full_like", "new_full"):
             return self._filled(first, index)
         raise Unknown(f"`{first.name}` is overwritten in place")
@@ -169,9 +170,9 @@ class Symbolic:
     def _cast(self, node: fx.Node, index: Index) -> Expression:
         x, dtype = self.at(node.args[0], index), node.meta["val"].dtype
         before: torch.dtype = node.args[0].meta["val"].dtype  # type: ignore[union-attr]
-        if not _holds(dtype, before) and any(_reads(leaf) for leaf in leaves(x)):
+        if not holds(dtype, before) and any(_reads(leaf) for leaf in leaves(x)):
             raise Unknown(f"values of an input are rounded or cut from {before} to {dtype}")
-        return _cast_to(x, dtype)
+        return cast_to(x, dtype)
 
     def _op_bool(self, node: fx.Node, index: Index) -> Expression:
         return truth(self.at(node.args[0], index))
@@ -189,7 +190,7 @@ class Symbolic:
             raise Unknown("its factor is not a number")
         if node.meta["val"].dtype == torch.bool:
             return logic("or", left, right)
-        return _cast_to(add(left, right, sign * times), node.meta["val"].dtype)
+        return cast_to(add(left, right, sign * times), node.meta["val"].dtype)
 
     def _op_rsub(self, node: fx.Node, index: Index) -> Expression:
         return add(self.at(node.args[1], index), self.at(node.args[0], index), -1)
@@ -198,7 +199,7 @@ class Symbolic:
         left, right = self._through(node, index), self.at(node.args[1], index)
         if node.meta["val"].dtype == torch.bool:
             return both(left, right)
-        return _cast_to(multiply(left, right), node.meta["val"].dtype)
+        return cast_to(multiply(left, right), node.meta["val"].dtype)
 
     def _op_neg(self, node: fx.Node, index: Index) -> Expression:
         return multiply(number(-1), self.at(node.args[0], index))
@@ -219,23 +220,38 @@ class Symbolic:
 
     _op_clamp_min = _op_maximum
 
+    def _op_floor_divide(self, node: fx.Node, index: Index) -> Expression:
+        size = node.args[1]
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise Unknown("it divides by no plain number")
+        return map_leaves(lambda leaf: _chunk(leaf, size), numeric(self.at(node.args[0], index)))
+
+    def _op_div(self, node: fx.Node, index: Index) -> Expression:
+        if node.kwargs.get("rounding_mode") == "floor":
+            return self._op_floor_divide(node, index)
+        if node.kwargs.get("rounding_mode") or not isinstance(node.args[1], (int, float)):
+            raise Unknown("it divides by no plain number")
+        by = float(node.args[1])
+        x = numeric(self.at(node.args[0], index))
+        return cast_to(map_leaves(lambda a: _quotient(a, by), x), node.meta["val"].dtype)
+
     def _op_where(self, node: fx.Node, index: Index) -> Expression:
         condition, yes, no = (self.at(node.args[n], index) for n in (0, 1, 2))
-        return _cast_to(_choose(condition, yes, no), node.meta["val"].dtype)
+        return cast_to(_choose(condition, yes, no), node.meta["val"].dtype)
 
     def _op_masked_fill(self, node: fx.Node, index: Index) -> Expression:
         filled = self.at(node.args[2], ())
         made = _choose(self.at(node.args[1], index), filled, self._through(node, index))
-        return _cast_to(made, node.meta["val"].dtype)
+        return cast_to(made, node.meta["val"].dtype)
 
     def _filled(self, node: fx.Node, index: Index) -> Expression:
         value = node.args[1] if len(node.args) > 1 else node.kwargs.get("fill_value")
-        return _cast_to(self.at(value, ()), node.meta["val"].dtype)
+        return cast_to(self.at(value, ()), node.meta["val"].dtype)
 
     _op_full = _op_full_like = _op_new_full = _filled
 
     def _op_scalar_tensor(self, node: fx.Node, index: Index) -> Expression:
-        return _cast_to(self.at(node.args[0], ()), node.meta["val"].dtype)
+        return cast_to(self.at(node.args[0], ()), node.meta["val"].dtype)
 
     def _op_arange(self, node: fx.Node, index: Index) -> Expression:
         first = node.args[0] if len(node.args) > 1 else 0
@@ -251,7 +267,7 @@ class Symbolic:
     def _triangle(self, node: fx.Node, index: Index, op: str) -> Expression:
         diagonal = self.at(node.args[1] if len(node.args) > 1 else 0, ())
         inside = compare(op, add(index[-1], index[-2], -1), diagonal)
-        nothing = _cast_to(number(0), node.meta["val"].dtype)
+        nothing = cast_to(number(0), node.meta["val"].dtype)
         return _choose(inside, self._through(node, index), nothing)
 
     def _op_repeat(self, node: fx.Node, index: Index) -> Expression:
@@ -293,9 +309,13 @@ class Symbolic:
         dim = _dim(node, 1, len(index))
         self._fresh += 1
         summand = self.at(node.args[0], _replaced(index, dim, variable(f"sum{self._fresh}")))
-        value = constant_value(numeric(summand))
+        try:
+            value = constant_value(numeric(summand))
+        except Unknown:
+            value = None
         if not isinstance(value, int):
-            raise Unknown("it sums what changes along the axis")
+            real = node.meta["val"].dtype.is_floating_point
+            return variable(Datum(node.name, index, False, real, computed=True))
         return index[dim].plus(Affine((), 1)).scaled(value)
 
     def _op_index(self, node: fx.Node, index: Index) -> Expression:
@@ -325,38 +345,24 @@ class Symbolic:
         return made
 
 
+def _chunk(leaf: Expression, size: int) -> Expression:
+    if not isinstance(leaf, Affine):
+        raise Unknown("a real number is divided")
+    return chunk(leaf, size) if leaf.terms else Affine((), leaf.constant // size)
+
+
+def _quotient(leaf: Expression, by: float) -> Expression:
+    if isinstance(leaf, Affine) and not leaf.terms:
+        leaf = Const(leaf.constant)
+    if not isinstance(leaf, Const) or not by:
+        raise Unknown("a position is divided into real numbers")
+    return Const(leaf.value / by)
+
+
 def _choose(condition: Expression, yes: Expression, no: Expression) -> Expression:
     if is_condition(yes) != is_condition(no):
         yes, no = numeric(yes), numeric(no)
     return where(condition, yes, no)
-
-
-def _cast_to(x: Expression, dtype: torch.dtype) -> Expression:
-    if dtype == torch.bool:
-        return truth(x)
-    return map_leaves(lambda leaf: _cast_leaf(leaf, dtype), numeric(x))
-
-
-def _cast_leaf(x: Expression, dtype: torch.dtype) -> Expression:
-    if isinstance(x, Affine) and (x.terms or not dtype.is_floating_point):
-        if dtype in _HALF:
-            raise Unknown("positions are rounded to half precision")
-        return x
-    value = x.constant if isinstance(x, Affine) else x.value  # type: ignore[union-attr]
-    cast = torch.tensor(value, dtype=torch.float64).to(dtype).item()
-    return Const(float(cast)) if dtype.is_floating_point else number(int(cast))
-
-
-def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
-    """Whether a cast from `narrow` to `wide` keeps values in order and apart, near 0 at least."""
-    if torch.bool in (wide, narrow):
-        return True
-    if wide.is_floating_point:
-        return not narrow.is_floating_point or wide.itemsize >= narrow.itemsize
-    if narrow.is_floating_point:
-        return False
-    a, b = torch.iinfo(wide), torch.iinfo(narrow)
-    return a.min <= b.min and b.max <= a.max
 
 
 def _reads(leaf: Expression) -> bool:

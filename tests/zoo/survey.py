@@ -107,9 +107,9 @@ def survey(architecture: Architecture, spelling: str) -> Row:
     except ImportError as missing:
         return replace(bare, problem=f"{_NOT_INSTALLED}: {missing.name}")
     error, failed = 0.0, list[str]()
-    held = _held(architecture, program)
+    stuck = held(architecture, program)
     for batch, length in architecture.shapes:
-        length = architecture.shapes[0][1] if held else length
+        length = architecture.shapes[0][1] if stuck else length
         inputs = cast(architecture, batch, length)
         with torch.no_grad():
             expected = model(**inputs)
@@ -121,7 +121,7 @@ def survey(architecture: Architecture, spelling: str) -> Row:
         error = max(error, difference([expected], [actual]))
     return replace(
         bare, found=len(program.sites), facts=tuple(dict.fromkeys(_facts(program))), error=error,
-        reasons=tuple(dict.fromkeys((*held, *_reasons(program)))), failed=tuple(failed),
+        reasons=tuple(dict.fromkeys((*stuck, *_reasons(program)))), failed=tuple(failed),
     )  # fmt: skip
 
 
@@ -131,7 +131,7 @@ def _facts(program: Program) -> Iterator[str]:
         yield f"{heads} heads, {site.mask} ({site.mask_certainty}), {site.position}"
 
 
-def _held(architecture: Architecture, program: Program) -> list[str]:
+def held(architecture: Architecture, program: Program) -> list[str]:
     """What the trace holds fast of the sizes that are tried: the library has made a number of
     it."""
     small, other = (cast(architecture, *shape) for shape in architecture.shapes[:2])

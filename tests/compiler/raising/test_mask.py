@@ -240,12 +240,6 @@ def test_a_lie_in_a_buffer_is_not_causal() -> None:
     assert "band" in facts.reason
 
 
-def test_values_between_documents_are_a_tensor() -> None:
-    facts = facts_of(masked(lambda m, x, a: a[:, None, :, None] == a[:, None, None, :]))
-    assert facts.mask is None or facts.certainty == "observed"
-    assert "attention_mask" in facts.reason
-
-
 def test_two_lowest_numbers_are_not_one() -> None:
     def spelling(m: Masked, x: Tensor, a: Tensor) -> Tensor:
         i, j = ij(x)
