@@ -25,6 +25,13 @@ def inspect(
             help="Exit with 3 when a smaller share of the attentions is understood: 100%."
         ),
     ] = None,
+    why: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SITE",
+            help="Explain one attention at its source line: an id (s0, u0) or a module path.",
+        ),
+    ] = None,
     text: options.Text = None,
     inputs: options.Inputs = None,
     batch: options.Batch = None,
@@ -48,14 +55,29 @@ def inspect(
         from attnopt.compiler.inspect import inspect as look
 
         found = look(
-            model, time=time, inputs=inputs, text=text, batch=batch, length=length,
+            model, time=time and why is None, inputs=inputs, text=text, batch=batch, length=length,
             allow_globals=tuple(allow_global or ()), trust=trust, attention=attention, dtype=dtype,
             progress=bar,
         )  # fmt: skip
+    if why is not None:
+        return _explain(found, why, json)
     if json:
         return _document(found, coverage)
     _draw(found)
     require_sites(found.program, coverage)
+    return 0
+
+
+def _explain(found: Inspection, wanted: str, json: bool) -> int:
+    """Answer `--why`; that it was answered is success, whatever the answer."""
+    from attnopt.cli.draw_why import explanation
+    from attnopt.compiler.why import explain
+
+    told = explain(found, wanted)
+    if json:
+        document(told.as_json())
+    else:
+        explanation(told)
     return 0
 
 

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.intake.loaded import Loaded
 from attnopt.compiler.program import Batch, Program, attribute
+from attnopt.compiler.stack import every_call
 
 aten = torch.ops.aten
 _INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
@@ -66,7 +67,7 @@ def _export(module: nn.Module, example: Batch) -> torch.export.ExportedProgram:
             pytree.tree_map(shapes, dict(example.kwargs)),
         )
         try:
-            with slow_paths():
+            with slow_paths(), every_call():
                 return torch.export.export(
                     module,
                     example.args,

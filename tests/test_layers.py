@@ -21,6 +21,8 @@ _LAYER_OF = {  # the longest prefix decides
     "passes": "rewrites",
     "codegen": "rewrites",
     "compiler.inspect": "flow",
+    "compiler.why": "flow",
+    "compiler.lock": "flow",
     "compiler.pipeline": "flow",
     "compiler.backend": "flow",
     "autotune": "flow",

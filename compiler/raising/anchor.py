@@ -37,6 +37,7 @@ class Anchor:
     by `lowest` before something is added to it: a number that absorbs any score. `temperatures` are
     tensors `[.., heads, S, 1]` (broadcast) that the scores are multiplied by, or divided by (True).
     `sinks` `[.., heads, S, 1]` is one more logit of each row, whose weight is cut off again.
+    `passed` are the nodes that the walk understood, in its order.
     """
 
     spelling: Literal["sdpa", "eager"]
@@ -59,6 +60,7 @@ class Anchor:
     temperatures: list[tuple[fx.Node, bool]] = field(default_factory=list)
     sinks: fx.Node | None = None
     einsum: tuple[str, str] | None = None
+    passed: list[fx.Node] = field(default_factory=list)
 
     @property
     def fill(self) -> Fill:
@@ -103,14 +105,21 @@ def _fused(node: fx.Node) -> Anchor | Stop:
 
 
 def _eager(softmax: fx.Node, module: torch.nn.Module) -> Anchor | Stop:
-    product = _product_below(softmax)
+    passed = [softmax]
+    answer = _around(softmax, module, passed)
+    return answer if isinstance(answer, Anchor) else replace(answer, passed=tuple(passed))
+
+
+def _around(softmax: fx.Node, module: torch.nn.Module, passed: list[fx.Node]) -> Anchor | Stop:
+    """The attention around a softmax; what is understood on the way is appended to `passed`."""
+    product = _product_below(softmax, passed)
     if isinstance(product, Stop):
         return product
     dim = softmax.args[1]
     if dim not in (-1, softmax.meta["val"].dim() - 1):
         return Stop(f"the softmax runs over dim {dim}, not over the keys", softmax)
     node, cut, values = product
-    anchor = Anchor("eager", node, softmax, softmax, values, True)
+    anchor = Anchor("eager", node, softmax, softmax, values, True, passed=passed)
     if node.target is aten.einsum.default:
         return Stop("attention written with einsum on the value side", node, "use matmul")
     found = up(anchor, softmax, module)
@@ -122,7 +131,7 @@ def _eager(softmax: fx.Node, module: torch.nn.Module) -> Anchor | Stop:
     return found
 
 
-def _product_below(softmax: fx.Node) -> tuple[fx.Node, bool, fx.Node] | Stop:
+def _product_below(softmax: fx.Node, passed: list[fx.Node]) -> tuple[fx.Node, bool, fx.Node] | Stop:
     """The product with values, whether the weight of the last key is cut off before, and the
     values."""
     node, cut = softmax, False
@@ -132,10 +141,12 @@ def _product_below(softmax: fx.Node) -> tuple[fx.Node, bool, fx.Node] | Stop:
                 args: Any = user.args
                 pair = args[:2] if user.target is not aten.einsum.default else args[1]
                 if pair[0] is node and isinstance(pair[1], fx.Node) and pair[1].op != "get_attr":
+                    passed.append(user)
                     return user, cut, pair[1]
         cuts = [u for u in node.users if _cuts_last(u)]
         if cuts and not cut:
             node, cut = cuts[0], True
+            passed.append(node)
             continue
         onwards = [u for u in node.users if u.target in CROSSED]
         if not onwards:
@@ -144,6 +155,7 @@ def _product_below(softmax: fx.Node) -> tuple[fx.Node, bool, fx.Node] | Stop:
         stop = crossing(node)
         if stop is not None:
             return replace(stop, attention=_scored(softmax))
+        passed.append(node)
 
 
 def _cuts_last(node: fx.Node) -> bool:
