@@ -78,6 +78,7 @@ def _facts(row: Mapping[str, Any]) -> Text:
         ("scale", f"{scale:.6g}" if isinstance(scale, (int, float)) else ""),
         ("mask", f"{row['mask']} ({row['mask_certainty']})"),
         ("position", str(row["position"])),
+        ("spec", str(row["spec"])),
         ("spelling", f"{row['spelling']}{', norms on q and k' if row['qk_norm'] else ''}"),
     )
     lines = [Text.assemble((f"  {name:<10}", _DIM), said) for name, said in facts if said]

@@ -16,6 +16,7 @@ from attnopt.compiler.contract import Exactness, Miss, Notes, Pass
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.excerpt import Excerpt, excerpt, inside_torch
 from attnopt.compiler.inspect import Inspection
+from attnopt.compiler.intake.weightless import is_weightless
 from attnopt.compiler.nearest_miss import mend, steps, written
 from attnopt.compiler.pipeline import apply_pass
 from attnopt.compiler.plan import Outcome
@@ -96,7 +97,7 @@ def explain(found: Inspection, wanted: str) -> Explanation:
     told = [_not_found(program, site, fact, why) for fact, why in site.missing.items()]
     if not told:
         node = program.node(site.node)
-        notes = (written(node), f"found: {', '.join(_found(site))}", *_in_torch(node))
+        notes = (written(node), f"found: {', '.join(_found(program, site))}", *_in_torch(node))
         what = f"attention {site.id} ({site.module}) is understood"
         told.append(Diagnostic("note", "", what, site.node, excerpt(node), notes))
     shown = {site.node, *(diagnostic.node for diagnostic in told)}
@@ -129,7 +130,7 @@ def _row(found: Inspection, wanted: str) -> dict[str, Any]:
 
 
 def _weightless(found: Inspection) -> bool:
-    return any(p.is_meta for p in found.program.module.parameters())
+    return any(is_weightless(weight) for weight in found.program.module.parameters())
 
 
 def _left_alone(program: Program, found: Unraised, row: dict[str, Any]) -> Diagnostic:
@@ -149,25 +150,27 @@ def _not_found(program: Program, site: Site, fact: str, why: str) -> Diagnostic:
     guilty = named[0] if named else operands.get(fact, program.node(site.node))
     assert isinstance(guilty, fx.Node)
     notes = [written(node) for node in named or [guilty]]
+    found = "proved" if fact == "mask" else "found"
     if fact == "mask":
         seen = (
             f"the mask looks like `{site.mask}` at the sizes that were tried, which proves nothing"
         )
         notes.append(seen if site.mask != "tensor" else "it stays a tensor, of no known class")
     else:
-        notes.append(f"found: {', '.join(_found(site)) or 'nothing of q, k, v and out'}")
+        notes.append(f"found: {', '.join(_found(program, site)) or 'nothing of q, k, v and out'}")
     return Diagnostic(
         "warning", "A211",
-        f"{fact} of attention {site.id} ({site.module}) was not found: {why}",
+        f"{fact} of attention {site.id} ({site.module}) was not {found}: {why}",
         guilty.name, excerpt(guilty), (*notes, *_in_torch(guilty)), _HELP.get(fact, _PROJECTION),
     )  # fmt: skip
 
 
-def _found(site: Site) -> Iterator[str]:
+def _found(program: Program, site: Site) -> Iterator[str]:
     """The projections that were found."""
     for name, path in (("q", site.q), ("k", site.k), ("v", site.v), ("out", site.out)):
         if path is not None:
-            yield f"{name} from `{path.weight}`" if name != "out" else f"out into `{path.weight}`"
+            way = "into" if name == "out" else "from"
+            yield f"{name} {way} `{path.weight.removeprefix(program.prefix)}`"
 
 
 def _refused(site: Site, outcome: Outcome, node: fx.Node) -> Diagnostic:

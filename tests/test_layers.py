@@ -23,6 +23,7 @@ _LAYER_OF = {  # the longest prefix decides
     "compiler.inspect": "flow",
     "compiler.why": "flow",
     "compiler.lock": "flow",
+    "compiler.drawing": "flow",
     "compiler.pipeline": "flow",
     "compiler.backend": "flow",
     "autotune": "flow",
