@@ -22,6 +22,7 @@ from attnopt.compiler.regions import sublayer_nodes
 from attnopt.compiler.site import Site, Sublayer, Unraised
 
 INPUTS = -1  # the model's inputs, as a source of a block
+_BEFORE = -2  # the block before, whichever that is
 _LONGEST = 8  # blocks in a pattern that repeats, such as five local layers and a global one
 
 
@@ -37,8 +38,10 @@ class Card:
 
     @property
     def title(self) -> str:
-        """Its id, or the first and last of many."""
-        return self.ids[0] if len(self.ids) == 1 else f"{self.ids[0]} … {self.ids[-1]}"
+        """Its id, or some of many."""
+        if len(self.ids) <= 3:
+            return ", ".join(self.ids)
+        return f"{self.ids[0]}, {self.ids[1]} … {self.ids[-1]} ({len(self.ids)})"
 
 
 @dataclass(frozen=True)
@@ -63,31 +66,41 @@ class Step:
 
 @dataclass(frozen=True)
 class Block:
-    """A block of the model. `sources` are the positions of the blocks whose results it reads."""
+    """A block of the model.
+
+    `stream` is the position of the block that its stream comes from, or `INPUTS`, and `reads` are
+    the positions of others whose results its attentions read. `stem` says what the inputs pass
+    before they are a stream.
+    """
 
     steps: tuple[Step, ...]
-    sources: tuple[int, ...] = ()
+    stream: int = INPUTS
+    reads: tuple[int, ...] = ()
+    stem: str = ""
 
 
 @dataclass(frozen=True)
 class Fold:
     """A pattern of blocks that is there `times` times in a row, from block `first` to `last`.
 
-    `sources` are positions of folds, or `INPUTS`.
+    `stream`, `reads` and `stem` are as of a block, with positions of folds.
     """
 
     blocks: tuple[Block, ...]
     times: int
     first: int
     last: int
-    sources: tuple[int, ...] = ()
+    stream: int = INPUTS
+    reads: tuple[int, ...] = ()
+    stem: str = ""
 
     @property
     def title(self) -> str:
         """Which blocks, and how many times."""
-        span = f"block {self.first}" if self.first == self.last else f"{self.first} to {self.last}"
-        whole = span if self.first == self.last else f"blocks {span}"
-        return f"{whole} × {self.times}" if self.times > 1 else whole
+        if self.first == self.last:
+            return f"block {self.first}"
+        pattern = f"these {len(self.blocks)}" if len(self.blocks) > 1 else "this"
+        return f"blocks {self.first} to {self.last}: {pattern} × {self.times}"
 
 
 @dataclass(frozen=True)
@@ -157,19 +170,18 @@ class _Reader:
     ) -> Block:
         if card is not None:
             step = Step((Branch("attention", card.module, (card,)),), residual=False)
-            return Block(
-                (step,), self._sources(at, [self.nodes[node]] if node in self.nodes else [])
-            )
-        steps, starts = [], list[fx.Node]()
+            return Block((step,), *self._from(at, self.nodes[node]))
+        steps = list[Step]()
         for entry, group in groupby(layers, key=lambda layer: layer.entry):
             branches = tuple(self._branch(layer, unraised.get(layer.id, {})) for layer in group)
-            on_stream, start = self._on_stream(entry)
-            steps.append(Step(branches, on_stream))
-            starts += start
-        for layer in layers:
-            attentions = [self.nodes[self.program.site(id).node] for id in layer.sites]
-            starts += [k for node in attentions if isinstance(k := node.args[1], fx.Node)]
-        return Block(tuple(steps), self._sources(at, starts))
+            steps.append(Step(branches, self._on_stream(entry) if steps else ""))
+        stream, _, stem = self._from(at, self.nodes[layers[0].entry])
+        if stream != INPUTS:
+            steps[0], stem = replace(steps[0], before=stem), ""
+        attentions = [self.nodes[self.program.site(id).node] for s in layers for id in s.sites]
+        keys = [k for attention in attentions if isinstance(k := attention.args[1], fx.Node)]
+        reads = tuple(sorted(self._above(keys)[1] - {at, stream}))
+        return Block(tuple(steps), stream, reads, stem)
 
     def _branch(self, layer: Sublayer, unraised: dict[str, Card]) -> Branch:
         names = sublayer_nodes(self.program, layer)
@@ -180,19 +192,19 @@ class _Reader:
         cards = (*(self.cards[id] for id in layer.sites), *unraised.values())
         return Branch(layer.kind, layer.module, cards, rest)
 
-    def _on_stream(self, entry: str) -> tuple[str, list[fx.Node]]:
-        """What stands between the last sum and a sublayer, and where the stream comes from."""
-        start = self.nodes[entry]
-        between, _ = self._above([start])
-        names = sorted({operator(node) for node in between if node.op == "call_function"})
-        if entry in self.ends or not names:
-            return "", [start]
-        return (names[0] if len(names) == 1 else _count(len(between), "operator")), [start]
+    def _from(self, at: int, start: fx.Node) -> tuple[int, tuple[int, ...], str]:
+        """Where a block's stream comes from, what else it reads, and what is done to it before."""
+        sources = sorted(self._above([start])[1] - {at})
+        stream = sources[-1] if sources else INPUTS
+        return stream, tuple(sources[:-1]), self._on_stream(start.name)
 
-    def _sources(self, at: int, starts: Sequence[fx.Node]) -> tuple[int, ...]:
-        """The blocks whose results are read, without the block itself."""
-        _, found = self._above(starts)
-        return tuple(sorted({*found} - {at})) or (INPUTS,)
+    def _on_stream(self, entry: str) -> str:
+        """What stands between the last sum, or the inputs, and a sublayer."""
+        between = [n for n in self._above([self.nodes[entry]])[0] if n.op == "call_function"]
+        names = {operator(node) for node in between}
+        if entry in self.ends or not names:
+            return ""
+        return names.pop() if len(names) == 1 else _count(len(between), "operator")
 
     def _above(self, starts: Iterable[fx.Node]) -> tuple[list[fx.Node], set[int]]:
         """The nodes above some up to the nearest ends of blocks, and those blocks."""
@@ -240,25 +252,31 @@ def _folded(blocks: Sequence[Block]) -> Iterator[Fold]:
         end = at + length * times
         groups = [blocks[at + i : end : length] for i in range(length)]
         position |= dict.fromkeys(range(at, end), made)
-        sources = {position.get(s, INPUTS) for group in groups for b in group for s in b.sources}
-        merged = tuple(_merged(group) for group in groups)
-        kept = tuple(sorted(sources - {made})) or (INPUTS,)
-        yield Fold(merged, times, at, end - 1, kept)
+        reads = {position[s] for group in groups for b in group for s in b.reads} - {made}
+        first, merged = blocks[at], tuple(_merged(group) for group in groups)
+        yield Fold(
+            merged, times, at, end - 1, position[first.stream], tuple(sorted(reads)), first.stem
+        )
         at, made = end, made + 1
 
 
 def _repeats(alike: Sequence[Block], at: int, length: int) -> int:
-    """How many times the pattern that starts here is there in a row."""
-    pattern, times = alike[at : at + length], 1
+    """How many times the pattern that starts here is there in a row, each reading the one
+    before."""
+    pattern = list(alike[at : at + length])
+    if len(pattern) < length:
+        return 0
+    pattern[0] = replace(pattern[0], stream=_BEFORE, stem="")
+    times = 1
     while alike[at + times * length : at + (times + 1) * length] == pattern:
         times += 1
-    return times if len(pattern) == length else 0
+    return times
 
 
 def _alike(block: Block, at: int) -> Block:
     """A block without what numbers it: equal for blocks that are drawn as one."""
-    sources = tuple(s - at if s == at - 1 else s for s in block.sources)
-    return replace(block, steps=tuple(map(_plain_step, block.steps)), sources=sources)
+    stream = _BEFORE if block.stream == at - 1 != INPUTS else block.stream
+    return replace(block, steps=tuple(map(_plain_step, block.steps)), stream=stream)
 
 
 def _plain_step(step: Step) -> Step:

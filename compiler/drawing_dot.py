@@ -24,9 +24,11 @@ def dot(drawn: Drawing) -> str:
     lines.append(f"  n_in [label={inputs}];")
     ends = {INPUTS: "n_in"}
     for at, fold in enumerate(drawn.folds):
-        made = list(_fold(at, fold, [ends.get(s, "n_in") for s in fold.sources], numbers))
-        ends[at] = made.pop()
+        made = list(_fold(at, fold, ends[fold.stream], numbers))
+        end = made.pop()
         lines += made
+        lines += [f"  {ends[s]} -> {end} [style=dashed, lhead=cluster_f{at}];" for s in fold.reads]
+        ends[at] = end
     lines.append('  n_out [label="outputs"];')
     lines.append(f"  {ends[len(drawn.folds) - 1]} -> n_out;")
     return _HEAD + "\n".join(lines) + "\n}\n"
@@ -38,31 +40,33 @@ def quoted(text: str) -> str:
     return f'"{escaped}"'
 
 
-def _fold(at: int, fold: Fold, sources: list[str], numbers: count[int]) -> Iterator[str]:
+def _fold(at: int, fold: Fold, source: str, numbers: count[int]) -> Iterator[str]:
     """The lines of a fold, and last the name of the node that it ends in."""
+    if fold.stem:
+        yield f"  n_stem{at} [label={quoted(fold.stem)}, shape=plaintext, style=solid];"
+        yield f"  {source} -> n_stem{at};"
+        source = f"n_stem{at}"
     yield f"  subgraph cluster_f{at} {{ label={quoted(fold.title)}; fontname=Helvetica;"
-    edges, heads = list[str](), sources
+    edges, head = list[str](), source
     for number, block in enumerate(fold.blocks):
         for place, step in enumerate(block.steps):
             name = f"{at}_{number}_{place}"
-            yield from _step(name, step, heads, edges, numbers)
-            heads = [f"n_end{name}"]
+            yield from _step(name, step, head, edges, numbers)
+            head = f"n_end{name}"
     yield "  }"
     yield from edges
-    yield heads[0]
+    yield head
 
 
-def _step(
-    name: str, step: Step, heads: list[str], edges: list[str], numbers: count[int]
-) -> Iterator[str]:
+def _step(name: str, step: Step, head: str, edges: list[str], numbers: count[int]) -> Iterator[str]:
     if step.before:
         yield f"    n_on{name} [label={quoted(step.before)}, shape=plaintext, style=solid];"
-        edges += [f"  {head} -> n_on{name};" for head in heads]
-        heads = [f"n_on{name}"]
+        edges.append(f"  {head} -> n_on{name};")
+        head = f"n_on{name}"
     shape = 'circle, label="+"' if step.residual else 'point, label=""'
     yield f"    n_end{name} [shape={shape}, width=0.2];"
     if step.residual:
-        edges.append(f"  {heads[0]} -> n_end{name} [penwidth=2];")
+        edges.append(f"  {head} -> n_end{name} [penwidth=2];")
     for branch in step.branches:
         cluster = next(numbers)
         yield f"    subgraph cluster_s{cluster} {{ label={quoted(_named(branch))}; style=dashed;"
@@ -75,7 +79,7 @@ def _step(
             names.append(f"n_{next(numbers)}")
             yield f"      {names[-1]} [label={quoted(branch.rest)}];"
         yield "    }"
-        edges += [f"  {head} -> {names[0]};" for head in heads]
+        edges.append(f"  {head} -> {names[0]};")
         edges += [f"  {a} -> {b};" for a, b in pairwise(names)]
         edges.append(f"  {names[-1]} -> n_end{name};")
 

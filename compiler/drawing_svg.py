@@ -35,17 +35,19 @@ def svg(drawn: Drawing) -> str:
     page = _Page()
     page.text(_PAD, 26, drawn.title, "ink", bold=True, size=16)
     page.text(_PAD, 46, f"{drawn.summary}; inputs: {drawn.inputs}", "dim")
-    page.y = 84
-    page.text(_SPINE + 14, page.y - 6, "inputs", "dim")
-    starts: dict[int, float] = {INPUTS: page.y - 10}
-    page.dot(page.y - 10)
+    page.y = 64
+    ends: dict[int, float] = {}
     for at, fold in enumerate(drawn.folds):
+        joined = fold.stream == at - 1 != INPUTS
+        if fold.stream == INPUTS:
+            _inputs(page, fold.stem)
         top = page.y
-        _fold(page, fold, joined=at - 1 in fold.sources)
-        starts[at] = page.y
-        for source in fold.sources:
-            if source != at - 1:
-                page.links.append((starts[source], top + 2))
+        edge = _fold(page, fold, joined=joined)
+        ends[at] = page.y
+        page.links += [(ends[source], top + 16, edge) for source in fold.reads]
+        if not joined and fold.stream != INPUTS:
+            page.links.append((ends[fold.stream], top - 8, _SPINE))
+            page.stream(top - 8, top)
         page.y += _GAP
     page.stream(page.y - _GAP, page.y + 8)
     page.dot(page.y + 8)
@@ -54,14 +56,28 @@ def svg(drawn: Drawing) -> str:
     return page.document(f"{drawn.title}: {drawn.summary}")
 
 
+def _inputs(page: _Page, stem: str) -> None:
+    """The top of a stream: the inputs, and what they pass first."""
+    page.y += 12
+    page.dot(page.y)
+    page.text(_SPINE + 14, page.y + 5, "inputs", "dim")
+    if stem:
+        page.text(_SPINE + 14, page.y + 24, stem, "dim", size=11)
+    page.stream(page.y + 4, page.y + 36)
+    page.y += 36
+
+
 @dataclass
 class _Page:
-    """Shapes in the order in which they are painted, and how far the page reaches."""
+    """Shapes in the order in which they are painted, and how far the page reaches.
+
+    `links` lead from the end of a fold, at a height, to a height and a place beside it.
+    """
 
     y: float = 0.0
     right: float = 480.0
     shapes: list[str] = field(default_factory=list)
-    links: list[tuple[float, float]] = field(default_factory=list)
+    links: list[tuple[float, float, float]] = field(default_factory=list)
 
     def text(
         self, x: float, y: float, said: str, look: str, *, bold: bool = False, size: int = 13
@@ -107,11 +123,10 @@ class _Page:
 
     def document(self, title: str) -> str:
         """All of it, on a page that is large enough."""
-        for top, bottom in self.links:
-            side = self.right + 14
+        for top, bottom, end in self.links:
+            side = self.right + 6
             self.right += 10
-            drawn = f"M{_SPINE} {top:g}H{side:g}V{bottom:g}H{_SPINE + 5}"
-            self.path(drawn + "m6 -4l-6 4l6 4")
+            self.path(f"M{_SPINE} {top:g}H{side:g}V{bottom:g}H{end + 2:g}m6 -4l-6 4l6 4")
         width, height = round(self.right + 2 * _PAD), round(self.y)
         return "\n".join([
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
@@ -124,9 +139,9 @@ class _Page:
         ])  # fmt: skip
 
 
-def _fold(page: _Page, fold: Fold, *, joined: bool) -> None:
+def _fold(page: _Page, fold: Fold, *, joined: bool) -> float:
     """A fold's frame and its steps; the stream is led into it where the fold before it ends in
-    it."""
+    it. Returns where its right edge is."""
     top, slot = page.y, len(page.shapes)
     page.text(_LEFT, top + 18, fold.title, "dim", bold=True)
     page.y += 30
@@ -136,11 +151,13 @@ def _fold(page: _Page, fold: Fold, *, joined: bool) -> None:
             widest = max(widest, _step(page, step))
     page.y += 4
     frame = _Page()
-    frame.box(_PAD + 18, top, max(widest, 300) + _LEFT - 10, page.y - top, "fold")
+    left, width = _PAD + 18, max(widest, 300) + _LEFT - 10
+    frame.box(left, top, width, page.y - top, "fold")
     page.right = max(page.right, frame.right)
     page.shapes[slot:slot] = frame.shapes
     page.shapes.insert(slot + 1, _piece(top - (_GAP if joined else 0), top + 30))
     page.shapes.insert(slot + 1, _piece(page.y - 4, page.y))
+    return left + width
 
 
 def _piece(top: float, bottom: float) -> str:
@@ -155,22 +172,20 @@ def _step(page: _Page, step: Step) -> float:
         page.stream(page.y, page.y + _LINE + 8)
         page.text(_SPINE + 14, page.y + 14, step.before, "dim", size=11)
         page.y += _LINE + 8
-    top, x, heights = page.y, float(_LEFT), list[float]()
-    slot = len(page.shapes)
-    for branch in step.branches:
-        width, height = _size(branch)
+    top, x, slot = page.y, float(_LEFT), len(page.shapes)
+    sizes = [_size(branch) for branch in step.branches]
+    bottom = top + max(height for _, height in sizes) + 30
+    for branch, (width, height) in zip(step.branches, sizes, strict=True):
         _branch(page, branch, x, top + 12, width, height)
         middle = x + 24
-        end = top + height + 30
-        heights.append(height)
         page.path(f"M{_SPINE} {top + 4:g}H{middle:g}V{top + 12:g}")
-        page.path(f"M{middle:g} {top + 12 + height:g}V{end:g}H{_SPINE}")
+        page.path(f"M{middle:g} {top + 12 + height:g}V{bottom:g}H{_SPINE}")
         x += width + _GAP
-    bottom = top + max(heights) + 30
-    spine = _piece(top, bottom + 14)
-    page.shapes.insert(slot, spine)
     if step.residual:
+        page.shapes.insert(slot, _piece(top, bottom + 14))
         page.dot(bottom, "+")
+    else:
+        page.shapes[slot:slot] = [_piece(top, top + 4), _piece(bottom, bottom + 14)]
     page.y = bottom + 14
     return x - _LEFT
 
@@ -204,9 +219,8 @@ def _head(branch: Branch) -> str:
 
 
 def _lines(card: Card) -> list[str]:
-    many = f" ({len(card.ids)})" if len(card.ids) > 1 else ""
     missing = [f"not found: {', '.join(card.missing)}"] if card.missing else []
-    return [f"{card.title}{many}", *(line for line in card.lines if line), *missing]
+    return [card.title, *(line for line in card.lines if line), *missing]
 
 
 def _sheet(colours: dict[str, str]) -> str:
