@@ -70,13 +70,14 @@ class Block:
 
     `stream` is the position of the block that its stream comes from, or `INPUTS`, and `reads` are
     the positions of others whose results its attentions read. `stem` says what the inputs pass
-    before they are a stream.
+    before they are a stream, `after` what the stream passes behind the last sum.
     """
 
     steps: tuple[Step, ...]
     stream: int = INPUTS
     reads: tuple[int, ...] = ()
     stem: str = ""
+    after: str = ""
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,24 @@ class _Reader:
         found.sort(key=lambda item: item[0])
         for at, (_, layers, _, node) in enumerate(found):
             self.ends |= {layer.exit: at for layer in layers} | ({node: at} if node else {})
-        return [self._block(at, *item[1:], unraised) for at, item in enumerate(found)]
+        made = [self._block(at, *item[1:], unraised) for at, item in enumerate(found)]
+        return self._with_ends(made)
+
+    def _with_ends(self, blocks: list[Block]) -> list[Block]:
+        """The blocks with what follows each (the norm of a post-norm layer) as its own end, so that
+        the first and the last are like the others."""
+        for at, block in enumerate(blocks):
+            if block.stream != INPUTS:
+                source = blocks[block.stream]
+                blocks[block.stream] = replace(source, after=block.stem or source.after)
+                blocks[at] = replace(blocks[at], stem="")
+        exits = {at: name for name, at in self.ends.items()}
+        for at in range(1, len(blocks)):
+            readers = list(self.nodes[exits[at]].users)
+            norm = blocks[at - 1].after
+            if not blocks[at].after and norm and [operator(node) for node in readers] == [norm]:
+                blocks[at] = replace(blocks[at], after=norm)
+        return blocks
 
     def _unraised(self) -> dict[str, dict[str, Card]]:
         """The attentions that were left alone, by the sublayer that they stand in."""
@@ -176,8 +194,6 @@ class _Reader:
             branches = tuple(self._branch(layer, unraised.get(layer.id, {})) for layer in group)
             steps.append(Step(branches, self._on_stream(entry) if steps else ""))
         stream, _, stem = self._from(at, self.nodes[layers[0].entry])
-        if stream != INPUTS:
-            steps[0], stem = replace(steps[0], before=stem), ""
         attentions = [self.nodes[self.program.site(id).node] for s in layers for id in s.sites]
         keys = [k for attention in attentions if isinstance(k := attention.args[1], fx.Node)]
         reads = tuple(sorted(self._above(keys)[1] - {at, stream}))

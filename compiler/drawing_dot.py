@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from itertools import count, pairwise
 
@@ -36,7 +37,12 @@ def dot(drawn: Drawing) -> str:
 
 def quoted(text: str) -> str:
     """A string of the DOT language; line breaks become its own."""
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    escaped = (
+        re.sub(r"[^\n\x20-\x7e\u00a0-\U0010ffff]", "?", text)
+        .replace("\\", "\\\\")
+        .replace('"', '\\"')
+        .replace("\n", "\\n")
+    )
     return f'"{escaped}"'
 
 
@@ -53,6 +59,10 @@ def _fold(at: int, fold: Fold, source: str, numbers: count[int]) -> Iterator[str
             name = f"{at}_{number}_{place}"
             yield from _step(name, step, head, edges, numbers)
             head = f"n_end{name}"
+        if block.after:
+            yield f"    n_after{at}_{number} [label={quoted(block.after)}, shape=plaintext];"
+            edges.append(f"  {head} -> n_after{at}_{number};")
+            head = f"n_after{at}_{number}"
     yield "  }"
     yield from edges
     yield head

@@ -149,6 +149,8 @@ def _fold(page: _Page, fold: Fold, *, joined: bool) -> float:
     for block in fold.blocks:
         for step in block.steps:
             widest = max(widest, _step(page, step))
+        if block.after:
+            _on_stream(page, block.after)
     page.y += 4
     frame = _Page()
     left, width = _PAD + 18, max(widest, 300) + _LEFT - 10
@@ -169,9 +171,7 @@ def _piece(top: float, bottom: float) -> str:
 def _step(page: _Page, step: Step) -> float:
     """Branches side by side, and the sum that they end in; returns how wide they are."""
     if step.before:
-        page.stream(page.y, page.y + _LINE + 8)
-        page.text(_SPINE + 14, page.y + 14, step.before, "dim", size=11)
-        page.y += _LINE + 8
+        _on_stream(page, step.before)
     top, x, slot = page.y, float(_LEFT), len(page.shapes)
     sizes = [_size(branch) for branch in step.branches]
     bottom = top + max(height for _, height in sizes) + 30
@@ -188,6 +188,13 @@ def _step(page: _Page, step: Step) -> float:
         page.shapes[slot:slot] = [_piece(top, top + 4), _piece(bottom, bottom + 14)]
     page.y = bottom + 14
     return x - _LEFT
+
+
+def _on_stream(page: _Page, said: str) -> None:
+    """What is done to the stream itself."""
+    page.stream(page.y, page.y + _LINE + 8)
+    page.text(_SPINE + 14, page.y + 14, said, "dim", size=11)
+    page.y += _LINE + 8
 
 
 def _size(branch: Branch) -> tuple[float, float]:
