@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import fx
 
-from attnopt.compiler.stack import Frame, frames, own
+from attnopt.compiler.stack import Frame, own
 
 CONTEXT = 2  # lines shown before and after
 _LARGEST = 2**22  # bytes of a source file that is read
@@ -80,12 +80,6 @@ def place(node: fx.Node) -> str:
     """That line in short, as `file.py:12`; empty where the trace does not say."""
     frame = own(node)
     return "" if frame is None else f"{Path(frame.file).name}:{frame.line}"
-
-
-def inside_torch(node: fx.Node) -> Frame | None:
-    """The line of torch's own module that was running below the user's, or None."""
-    found = frames(node)
-    return found[-1] if found and found[-1] != own(node) else None
 
 
 def operator(node: fx.Node) -> str:

@@ -14,7 +14,7 @@ from torch import fx
 from attnopt.autotune.order import ordered
 from attnopt.compiler.contract import Exactness, Miss, Notes, Pass
 from attnopt.compiler.errors import Problem
-from attnopt.compiler.excerpt import Excerpt, excerpt, inside_torch
+from attnopt.compiler.excerpt import Excerpt, excerpt
 from attnopt.compiler.inspect import Inspection
 from attnopt.compiler.intake.weightless import is_weightless
 from attnopt.compiler.nearest_miss import mend, steps, written
@@ -22,6 +22,7 @@ from attnopt.compiler.pipeline import apply_pass
 from attnopt.compiler.plan import Outcome
 from attnopt.compiler.program import Program
 from attnopt.compiler.site import Site, Unraised
+from attnopt.compiler.stack import frames, own
 
 Severity = Literal["error", "warning", "note"]
 _HELP = {
@@ -97,7 +98,7 @@ def explain(found: Inspection, wanted: str) -> Explanation:
     told = [_not_found(program, site, fact, why) for fact, why in site.missing.items()]
     if not told:
         node = program.node(site.node)
-        notes = (written(node), f"found: {', '.join(_found(program, site))}", *_in_torch(node))
+        notes = (written(node), f"found: {', '.join(_found(program, site))}", *_calls(node))
         what = f"attention {site.id} ({site.module}) is understood"
         told.append(Diagnostic("note", "", what, site.node, excerpt(node), notes))
     shown = {site.node, *(diagnostic.node for diagnostic in told)}
@@ -139,7 +140,7 @@ def _left_alone(program: Program, found: Unraised, row: dict[str, Any]) -> Diagn
     return Diagnostic(
         "error", "A210", f"attention {row['id']}{at} is left alone: {found.reason}", found.node,
         None if node is None else excerpt(node),
-        (*steps(program, found), *_in_torch(node)), mend(program, found),
+        (*steps(program, found), *_calls(node)), mend(program, found),
     )  # fmt: skip
 
 
@@ -161,7 +162,7 @@ def _not_found(program: Program, site: Site, fact: str, why: str) -> Diagnostic:
     return Diagnostic(
         "warning", "A211",
         f"{fact} of attention {site.id} ({site.module}) was not {found}: {why}",
-        guilty.name, excerpt(guilty), (*notes, *_in_torch(guilty)), _HELP.get(fact, _PROJECTION),
+        guilty.name, excerpt(guilty), (*notes, *_calls(guilty)), _HELP.get(fact, _PROJECTION),
     )  # fmt: skip
 
 
@@ -180,10 +181,19 @@ def _refused(site: Site, outcome: Outcome, node: fx.Node) -> Diagnostic:
     return Diagnostic("note", "", what, node.name, excerpt(node), (written(node),), outcome.help)
 
 
-def _in_torch(node: fx.Node | None) -> tuple[str, ...]:
-    """Says which line of a module of torch made a node, below the user's own."""
-    frame = None if node is None else inside_torch(node)
-    return () if frame is None else (f"below it torch's own module ran: {frame}",)
+def _calls(node: fx.Node | None) -> tuple[str, ...]:
+    """Says which `forward` called the line that is shown, and which of torch's it called."""
+    shown = None if node is None else own(node)
+    if node is None or shown is None:
+        return ()
+    forwards = [call for call in frames(node) if call.function == "forward"]
+    users = [call for call in forwards if not call.in_torch]
+    told = []
+    if users and users[-1] != shown:
+        told.append(f"called from {users[-1]}, in forward")
+    if forwards and forwards[-1].in_torch and forwards[-1] != shown:
+        told.append(f"below it torch's own module ran: {forwards[-1]}")
+    return tuple(told)
 
 
 def _exact(outcome: Outcome) -> bool:

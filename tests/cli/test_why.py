@@ -113,6 +113,7 @@ def test_an_attention_left_alone_is_shown_at_the_function_that_made_it(
     assert "it stops at `sin` (aten.sin.default) reads [2, 2, 6, 6]" in said
     assert "not reached: what looks like the product of q and k: `matmul" in said
     assert f"why_model.py:{line_of('return torch.matmul')}" in said
+    assert f"called from {Path.cwd() / 'why_model.py'}:" in said
     assert "= help: between softmax and scores" in said
     assert "\x1b" not in said
 
