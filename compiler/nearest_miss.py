@@ -40,8 +40,9 @@ def steps(program: Program, found: Unraised) -> tuple[str, ...]:
     """What was recognised of an attention before the walk stopped, and what was not reached, as
     sentences."""
     nodes = {node.name: node for node in program.graph.nodes}
-    passed = [nodes[name] for name in found.passed if name in nodes]
     guilty = nodes.get(found.node)
+    passed = [nodes[name] for name in found.passed if name in nodes]
+    passed = [node for node in passed if node.target in SOFTMAX or node is not guilty]
     told = [f"understood: {role}: {written(node)}" for node, role in _roles(passed)]
     if guilty is not None:
         told.append(f"it stops at {written(guilty)}")
@@ -97,7 +98,7 @@ def _beyond(guilty: fx.Node, passed: list[fx.Node]) -> Iterator[str]:
         return
     downwards = not products
     above = _nearest(guilty if not downwards else passed[0])
-    if downwards:
+    if downwards and guilty.target not in PRODUCTS:
         yield "no product with the values was reached from the softmax"
     if above is None:
         yield "no product of two activations stands above it, so there may be no q and k at all"

@@ -77,6 +77,17 @@ def build():
     return Both(Plain, Odd).eval(), torch.randn(2, 6, 16)
 
 
+class Einsum(Plain):
+    def forward(self, x):
+        q, k, v = self.heads(x)
+        y = torch.einsum("bhst,bhtd->bhsd", scores(q, k).softmax(-1), v)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+def einsum():
+    return Both(Einsum).eval(), torch.randn(2, 6, 16)
+
+
 def join():
     return Both(Joined).eval(), torch.randn(2, 6, 16)
 '''
@@ -174,3 +185,12 @@ def test_a_coverage_is_still_required_where_it_is_asked_for(command: Command, mo
     assert command(*argv).code == 3
     ended = command(*argv, "--json")
     assert ended.code == 3 and ended.error["code"] == "A206" and ended.json["diagnostics"]
+
+
+def test_what_is_in_the_way_is_not_called_understood(command: Command, model: str) -> None:
+    told = command("attnopt", "inspect", "why_model:einsum", "--why", "u0", "--json").json
+    (diagnostic,) = told["diagnostics"]
+    assert diagnostic["source"]["line"] == line_of("torch.einsum(")
+    understood = [note for note in diagnostic["notes"] if note.startswith("understood")]
+    assert len(understood) == 1 and "the softmax over the keys" in understood[0]
+    assert any("not reached" in n and "`matmul`" in n for n in diagnostic["notes"])
