@@ -17,10 +17,19 @@ _TEXTS = ("text", "calibration")
 
 
 def check(
-    folder: Annotated[Path, typer.Argument(help="The folder that optimize wrote.", metavar="DIR")],
+    folder: Annotated[
+        Path | None, typer.Argument(help="The folder that optimize wrote.", metavar="DIR")
+    ] = None,
     model: Annotated[
         str | None,
         typer.Argument(metavar="MODEL", help="The original model (default: the one of the run)."),
+    ] = None,
+    lock: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Compare MODEL with what `inspect --lock` wrote, in place of a run in DIR.",
+        ),
     ] = None,
     min_speed: Annotated[
         str | None,
@@ -44,11 +53,29 @@ def check(
     threads: options.Threads = None,
     json: options.Json = False,
 ) -> int:
-    """Measure the run in DIR again; exit 2 when speed or accuracy is out of bounds."""
+    """Measure the run in DIR again, or compare MODEL with a lock; exit 2 when it does not hold."""
     from attnopt.autotune.request import parse_budget, parse_share
     from attnopt.cli import draw
     from attnopt.cli.progress import Progress
 
+    if lock is not None:
+        from attnopt.cli.check_lock import check_lock, refuse
+
+        run = {"min_speed": min_speed, "max_drop": max_drop, "metric": metric,
+               "calibration": calibration}  # fmt: skip
+        refuse(run, both=model is not None)
+        reading = {"inputs": inputs, "text": text, "trust": trust,
+                   "allow_globals": tuple(allow_global or ())}  # fmt: skip
+        held = check_lock(
+            lock, None if folder is None else str(folder), reading,
+            {"attention": attention, "dtype": dtype, "batch": batch, "length": length},
+            threads=threads, json=json,
+        )  # fmt: skip
+        return 0 if held else NOT_MET
+    if folder is None:
+        raise Problem(
+            "A610", "Missing argument 'DIR'", help="attnopt check --help lists the options"
+        )
     bounds: dict[str, Any] = {
         "min_speed": None if min_speed is None else parse_budget(min_speed),
         "max_drop": None if max_drop is None else parse_share(max_drop),

@@ -114,13 +114,17 @@ class Site:
 
 @dataclass(frozen=True)
 class Unraised:
-    """A softmax that was met and not raised: why, and at which node of the user's graph."""
+    """A softmax that was met and not raised: why, and at which node of the user's graph.
+
+    `passed` are the nodes of it that were understood before, the softmax first.
+    """
 
     module: str
     source: str
     node: str
     reason: str
     help: str = ""
+    passed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.intake.loaded import Loaded
 from attnopt.compiler.program import Batch, Program, attribute
+from attnopt.compiler.stack import every_call
 from attnopt.compiler.untouched import untouched
 
 aten = torch.ops.aten
@@ -67,7 +68,7 @@ def _export(module: nn.Module, example: Batch) -> torch.export.ExportedProgram:
             pytree.tree_map(shapes, dict(example.kwargs)),
         )
         try:
-            with slow_paths(), untouched(module):
+            with slow_paths(), every_call(), untouched(module):
                 return torch.export.export(
                     module,
                     example.args,

@@ -40,6 +40,7 @@ class Anchor:
     tensors `[.., heads, S, 1]` (broadcast) that the scores are multiplied by, or divided by (True).
     `sinks` `[.., heads, S, 1]` is one more logit of each row, whose weight is cut off again.
     `q_axes` to `out_axes` say how the axes of an einsum's operands and result lie.
+    `passed` are the nodes that the walk understood, in its order.
     """
 
     spelling: Literal["sdpa", "eager"]
@@ -65,6 +66,7 @@ class Anchor:
     k_axes: Axes | None = None
     v_axes: Axes | None = None
     out_axes: Axes | None = None
+    passed: list[fx.Node] = field(default_factory=list)
 
     @property
     def fill(self) -> Fill:
@@ -109,14 +111,21 @@ def _fused(node: fx.Node) -> Anchor | Stop:
 
 
 def _eager(softmax: fx.Node, module: torch.nn.Module) -> Anchor | Stop:
-    product = _product_below(softmax)
+    passed = [softmax]
+    answer = _around(softmax, module, passed)
+    return answer if isinstance(answer, Anchor) else replace(answer, passed=tuple(passed))
+
+
+def _around(softmax: fx.Node, module: torch.nn.Module, passed: list[fx.Node]) -> Anchor | Stop:
+    """The attention around a softmax; what is understood on the way is appended to `passed`."""
+    product = _product_below(softmax, passed)
     if isinstance(product, Stop):
         return product
     dim = softmax.args[1]
     if dim not in (-1, softmax.meta["val"].dim() - 1):
         return Stop(f"the softmax runs over dim {dim}, not over the keys", softmax)
     node, cut, weights = product
-    anchor = Anchor("eager", node, softmax, softmax, einsum.operands(node)[1], True)
+    anchor = Anchor("eager", node, softmax, softmax, einsum.operands(node)[1], True, passed=passed)
     if node.target is einsum.EINSUM:
         taken = einsum.values(node, weights)
         if isinstance(taken, Stop):
@@ -131,7 +140,7 @@ def _eager(softmax: fx.Node, module: torch.nn.Module) -> Anchor | Stop:
     return found
 
 
-def _product_below(softmax: fx.Node) -> tuple[fx.Node, bool, fx.Node] | Stop:
+def _product_below(softmax: fx.Node, passed: list[fx.Node]) -> tuple[fx.Node, bool, fx.Node] | Stop:
     """The product with values, whether the weight of the last key is cut off before, and the
     weights that it takes."""
     node, cut = softmax, False
@@ -142,6 +151,7 @@ def _product_below(softmax: fx.Node) -> tuple[fx.Node, bool, fx.Node] | Stop:
                 if len(pair) != 2 or any(getattr(x, "op", "get_attr") == "get_attr" for x in pair):
                     continue
                 if pair[0] is node or user.target is einsum.EINSUM:
+                    passed.append(user)
                     return user, cut, node
         mixed = [u for u in node.users if u.target is einsum.EINSUM and einsum.mixes(u) is node]
         if mixed:
@@ -150,6 +160,7 @@ def _product_below(softmax: fx.Node) -> tuple[fx.Node, bool, fx.Node] | Stop:
         cuts = [u for u in node.users if _cuts_last(u)]
         if cuts and not cut:
             node, cut = cuts[0], True
+            passed.append(node)
             continue
         onwards = [u for u in node.users if u.target in CROSSED]
         if not onwards:
@@ -158,6 +169,7 @@ def _product_below(softmax: fx.Node) -> tuple[fx.Node, bool, fx.Node] | Stop:
         stop = crossing(node)
         if stop is not None:
             return replace(stop, attention=_scored(softmax))
+        passed.append(node)
 
 
 def _cuts_last(node: fx.Node) -> bool:

@@ -25,13 +25,15 @@ CROSSED = (*CASTS, *SAME, *_RESHAPES)
 class Stop:
     """The walk ended at `node` for `reason`.
 
-    `attention` is False when nothing here looks like attention.
+    `attention` is False when nothing here looks like attention. `passed` are the nodes that were
+    understood on the way, the softmax first.
     """
 
     reason: str
     node: fx.Node
     help: str = ""
     attention: bool = True
+    passed: tuple[fx.Node, ...] = ()
 
 
 def active_dropout(node: fx.Node) -> Stop:

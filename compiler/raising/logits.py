@@ -43,21 +43,26 @@ def up(anchor: Anchor, softmax: fx.Node, module: torch.nn.Module) -> Anchor | St
         fits = len(parts) == 2 and along in (-1, last)
         if not fits or not is_score(parts[0]) or not same_size(parts[1].meta["val"].shape[-1], 1):
             return Stop("other logits are joined to the scores (attention sinks)", node)
+        anchor.passed.append(node)
         node, anchor.sinks = parts
     while True:
         if not isinstance(node, fx.Node) or node.op != "call_function":
             return Stop("the logits do not come from a product of q and k", softmax)
         if node.target in PRODUCTS:
-            return _scores(anchor, node, factor)
+            found = _scores(anchor, node, factor)
+            anchor.passed += [] if isinstance(found, Stop) else [node]
+            return found
         if node.target in CROSSED:
             stop = crossing(node)
             if stop is not None:
                 return stop
+            anchor.passed.append(node)
             node = node.args[0]
             continue
         step = _one_step(anchor, node, factor, module)
         if isinstance(step, Stop):
             return step
+        anchor.passed.append(node)
         node, factor = step
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import fx
 
@@ -19,6 +19,7 @@ from attnopt.compiler.raising.mask_facts import MaskFacts
 from attnopt.compiler.raising.projections import below
 from attnopt.compiler.site import Site, Unraised
 from attnopt.compiler.spec import parse_spec
+from attnopt.compiler.stack import frames
 
 
 def raise_program(
@@ -35,10 +36,10 @@ def raise_program(
     unraised: list[Unraised] = []
     for found in anchors(raised.graph, raised.module):
         if isinstance(found, Anchor) and leave and found.out.name in leave:
-            found = Stop(leave[found.out.name], found.out)
+            found = Stop(leave[found.out.name], found.out, passed=tuple(found.passed))
         answer = found if isinstance(found, Stop) else place(raised, found, _heads3(found))
         if isinstance(answer, Stop):
-            unraised.append(_unraised(raised, answer))
+            unraised.append(_unraised(raised, answer, found.passed))
         else:
             assert isinstance(found, Anchor)
             placed.append((found, answer))
@@ -108,9 +109,10 @@ def _position(facts: Facts, mask: MaskFacts, absolute: str) -> str:
     return "unknown" if absolute == "none" and unseen else absolute
 
 
-def _unraised(program: Program, stop: Stop) -> Unraised:
+def _unraised(program: Program, stop: Stop, passed: Iterable[fx.Node]) -> Unraised:
     module, source = place_of(program, stop.node)
-    return Unraised(module, source, stop.node.name, stop.reason, stop.help)
+    names = tuple(node.name for node in passed)
+    return Unraised(module, source, stop.node.name, stop.reason, stop.help, names)
 
 
 def place_of(program: Program, node: fx.Node) -> tuple[str, str]:
@@ -118,9 +120,9 @@ def place_of(program: Program, node: fx.Node) -> tuple[str, str]:
     stack = node.meta.get("nn_module_stack") or {}
     path = str(list(stack.values())[-1][0]) if stack else ""
     path = re.sub(r"^L\['self'\]\.?", "", path).removeprefix(program.prefix)
-    lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    own = [line for line in lines if "/torch/nn/functional.py" not in line[0]]
-    if not own:
+    calls = [call for call in frames(node) if "/torch/nn/functional.py" not in call.file]
+    forwards = [call for call in calls if call.function == "forward"]
+    if not calls:
         return path, ""
-    file, number = own[-1]
-    return path, f"{file.rsplit('/', 1)[-1]}:{number}"
+    last = (forwards or calls)[-1]
+    return path, f"{last.file.rsplit('/', 1)[-1]}:{last.line}"

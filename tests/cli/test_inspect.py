@@ -181,3 +181,13 @@ def test_a_7b_model_within_60_seconds_and_4_gib(tmp_path: Path) -> None:
     assert told["rows"] == ['[32, 128, "causal", "rotary(half, 128 dims)"]']
     assert told["parameters"] == 6_738_415_616
     assert told["gib"] < 4 and told["cpu_s"] < 60, told
+
+
+def test_the_drawings(command: Command, tmp_path: Path) -> None:
+    model, inputs = save_encoder(tmp_path)
+    argv = ("inspect", model, "--inputs", inputs, "--no-time")
+    ended = command("attnopt", *argv, "--dot", "a.dot", "--svg", "a.svg", "--json")
+    assert ended.code == 0 and ended.json["raised"] == 2
+    assert (tmp_path / "a.dot").read_text().startswith("digraph attnopt {")
+    drawn = (tmp_path / "a.svg").read_text()
+    assert drawn.startswith("<svg") and "s0, s1" in drawn and "2/2 heads × 8" in drawn

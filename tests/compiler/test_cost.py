@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from attnopt.compiler.cost import Workload, cost, pairs
@@ -179,3 +180,10 @@ def test_a_traced_and_raised_llama_counts_as_its_configuration_says() -> None:
     assert products == 2 * 30 * (got.site_params["s0"] + 3 * 24 * 40 + 24 * 17)
     assert got.site_core_flops["s0"] in (4 * 3 * 24 * 100, 4 * 3 * 24 * 55)  # mask kept or class
     assert got.params == 2 * 24 * 17 + got.site_params["s0"] + 3 * 24 * 40 + 3 * 24
+
+
+def test_an_attention_with_other_keys_than_queries_counts_on_fake_tensors() -> None:
+    """Counting must not ask a fake mask for its values, as a decoder that reads an encoder did."""
+    expected = pairs(CAUSAL, 3, 5)
+    with FakeTensorMode():
+        assert pairs(CAUSAL, 3, 5) == expected
