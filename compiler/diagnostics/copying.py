@@ -1,5 +1,5 @@
-"""Does a head copy? Measured on random tokens that come twice: A A, with A drawn from the tokens of
-the calibration data, all different where there are enough of them.
+"""Does a head copy? Measured on random tokens that come twice: A A and then anything, with A of at
+most 64 tokens drawn from those of the calibration data, all different where there are enough.
 
 At position i of the second A the next token is known from the first: it stands at j = i - |A| + 1.
 `induction` is the mean weight on that key (Olsson et al. 2022, the prefix-matching score);
@@ -7,7 +7,8 @@ At position i of the second A the next token is known from the first: it stands 
 score of Wu et al. 2024 (arXiv 2404.15574, section 2) in its prefill form: there the query is the
 step that emits a token of the needle, and the score counts steps whose arg-max lands on that token
 in the context. Random tokens leave nothing to go by but the copy; a needle task would need a model
-that follows instructions.
+that follows instructions. A is short because small models copy over short distances only: the score
+is to tell heads apart, not to say how far they reach (`distance` and the local masses do).
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from torch.utils import _pytree as pytree
 from attnopt.compiler.diagnostics.some_weights import Slice
 from attnopt.compiler.program import Batch, Program, inputs
 
-SHORTEST = 8
+SHORTEST, LONGEST = 8, 64
+DRAWS = 2  # batches of drawn tokens
 
 
 class Copying:
@@ -54,20 +56,23 @@ def token_input(program: Program) -> fx.Node | str:
 
 
 def twice(program: Program, batches: Sequence[Batch], seed: int) -> tuple[Batch, int] | str:
-    """The longest batch with its tokens replaced by random ones that come twice, and the length of
-    the half; or why there is none. Every position counts as real."""
+    """The longest batch with tokens A A and random ones after them, and the length of A; or why
+    there is none. Every position counts as real; what follows A A is causally later."""
     ids = token_input(program)
     if isinstance(ids, str):
         return ids
     place = [n for n in program.graph.nodes if n.op == "placeholder"].index(ids)
     tokens = [inputs(program, batch)[place] for batch in batches]
     longest = max(range(len(batches)), key=lambda at: int(tokens[at].shape[-1]))
-    shape, half = tokens[longest].shape, int(tokens[longest].shape[-1]) // 2
+    shape = tokens[longest].shape
+    half = min(LONGEST, int(shape[-1]) // 2)
     if len(shape) != 2 or half < SHORTEST:
         return f"sequences of {shape[-1]} tokens are too short to hold a copy"
     pool = torch.cat([_real(t, b) for t, b in zip(tokens, batches, strict=True)]).unique()
     made = torch.stack([_drawn(pool, half, seed + row) for row in range(shape[0])])
-    full = torch.cat((made, made, made[:, : shape[1] - 2 * half]), dim=1)
+    after = int(shape[1]) - 2 * half
+    rest = _drawn(pool, int(shape[0]) * after, seed - 1).reshape(shape[0], after)
+    full = torch.cat((made, made, rest), dim=1)
     return _replaced(batches[longest], tokens[longest], full), half
 
 
@@ -80,7 +85,7 @@ def _real(tokens: Tensor, batch: Batch) -> Tensor:
 
 
 def _drawn(pool: Tensor, count: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed % 2**63)
     if len(pool) >= count:
         return pool[torch.randperm(len(pool), generator=generator)[:count]]
     return pool[torch.randint(len(pool), (count,), generator=generator)]

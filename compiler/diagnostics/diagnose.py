@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from attnopt.compiler.diagnostics.copying import twice
+from attnopt.compiler.diagnostics.copying import DRAWS, twice
 from attnopt.compiler.diagnostics.diagnosis import Diagnosis
 from attnopt.compiler.diagnostics.influence import Influence
 from attnopt.compiler.diagnostics.map_figures import SINK
@@ -117,14 +117,16 @@ def _copy(
     able = [site for site in sites if site.uncopied == "not measured"]
     if not able:
         return
-    made = twice(program, batches, seed)
-    if isinstance(made, str):
-        for site in able:
-            site.no_copying = made
-        return
-    batch, half = made
-    clock()
-    walk(program, {site.site.node: [partial(site.see_copy, half=half)] for site in able}, batch)
+    for draw in range(DRAWS):
+        made = twice(program, batches, seed + 1000 * draw)
+        if isinstance(made, str):
+            for site in able:
+                site.no_copying = made
+            return
+        batch, half = made
+        clock()
+        watchers = {site.site.node: [partial(site.see_copy, half=half)] for site in able}
+        walk(program, watchers, batch)
 
 
 def _check(begun: float, seconds: float | None) -> None:

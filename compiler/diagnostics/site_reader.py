@@ -22,6 +22,7 @@ from attnopt.compiler.site_weights import read_output, read_weight
 
 QUERIES = 256  # positions of a sequence whose maps are read, where it has more
 SEQUENCES = 32  # of one call of the attention: windows of images make thousands
+COPIES = 8  # sequences of a batch that the copying test reads
 _DIGITS = 5
 
 
@@ -59,9 +60,9 @@ class SiteReader:
         self.calls += 1
 
     def see_copy(self, read: Mapping[fx.Node, Any], value: Any, half: int) -> None:
-        """Add one batch whose tokens come twice, `half` tokens each."""
+        """Add one batch whose first `half` tokens come twice."""
         q, k = (read[cast(fx.Node, arg)] for arg in self.node.args[:2])
-        for row in _some(len(q), 2):
+        for row in _some(len(q), COPIES):
             at = self._sampled(torch.arange(half, 2 * half - 1), row)
             for part in slices(q, k, self._extras(read), self.spec, row, at):
                 self.copying.add(part, half)
