@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,6 +25,13 @@ def inspect(
         typer.Option(
             help="Exit with 3 when a smaller share of the attentions is understood: 100%."
         ),
+    ] = None,
+    diagnose: Annotated[
+        bool, typer.Option("--diagnose", help="Measure on data what every head and sublayer does.")
+    ] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(dir_okay=False, help="Write the diagnostics as one page; implies --diagnose."),
     ] = None,
     text: options.Text = None,
     inputs: options.Inputs = None,
@@ -48,10 +56,15 @@ def inspect(
         from attnopt.compiler.inspect import inspect as look
 
         found = look(
-            model, time=time, inputs=inputs, text=text, batch=batch, length=length,
+            model, time=time, diagnose=diagnose or html is not None,
+            inputs=inputs, text=text, batch=batch, length=length,
             allow_globals=tuple(allow_global or ()), trust=trust, attention=attention, dtype=dtype,
             progress=bar,
         )  # fmt: skip
+        if html is not None and found.diagnostics is not None:
+            from attnopt.autotune.diagnostics_page import write
+
+            write(html, found.program.name, found.diagnostics)
     if json:
         return _document(found, coverage)
     _draw(found)
@@ -80,3 +93,7 @@ def _draw(found: Inspection) -> None:
         draw.sites(found.sites)
     draw.sublayers(found.sublayers)
     draw.model(found.as_json())
+    if found.diagnostics is not None:
+        from attnopt.cli.draw_diagnosis import diagnosis
+
+        diagnosis(found.diagnostics)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from attnopt.autotune.record import dump, read
-from attnopt.compiler.diagnostics import Diagnosis, OutOfTime, diagnose
+from attnopt.compiler.diagnostics.diagnose import OutOfTime, diagnose
+from attnopt.compiler.diagnostics.diagnosis import Diagnosis
 from attnopt.compiler.ops import ATTENTION
 from attnopt.compiler.program import Batch, Program
 from attnopt.compiler.raising import raise_program

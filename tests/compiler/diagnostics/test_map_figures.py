@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from attnopt.compiler import attend
-from attnopt.compiler.diagnostics import diagnose, some_weights
+from attnopt.compiler.diagnostics import some_weights
+from attnopt.compiler.diagnostics.diagnose import diagnose
 from attnopt.compiler.diagnostics.diagnosis import SiteDiagnosis
 from attnopt.compiler.program import Batch, Program
 from attnopt.compiler.spec import CAUSAL, AttentionSpec, Mask
