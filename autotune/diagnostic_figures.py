@@ -25,21 +25,13 @@ def figures(found: Diagnosis) -> list[Figure]:
     dim = float(max((site.head_dim for site in found.sites), default=1))
     ranks = Shade(0.0, dim, lambda value: f"{value:.0f}")
     distance = max((x for s in found.sites for x in s.per_head.get("distance", ())), default=1.0)
-    windows = [
-        Figure(
-            f"lost_{width}",
-            f"Mass beyond {width} keys and the first {found.sink}",
-            f"What sliding_window{{left={width} sink={found.sink}}} would drop: pale heads can "
-            "take it.",
-        )
-        for width in found.widths
-    ]
+    windows = [figure for width in found.widths for figure in _window(width, found.sink)]
     return [
         Figure(
             "entropy_share",
             "Entropy of the attention, of the most it could be",
-            "Pale heads read few keys. A sublayer that is dark throughout takes nearly the mean of "
-            "all keys, which speaks for skip_sublayers with its linear map.",
+            "Pale heads read few keys. An attention that is dark throughout takes nearly the mean "
+            "of all keys, which speaks for a narrow sliding_window.",
         ),
         Figure(
             "sink",
@@ -50,13 +42,14 @@ def figures(found: Diagnosis) -> list[Figure]:
         Figure(
             "distance",
             "Mean distance of the keys that are read",
-            "In tokens; a window well above it costs a head little.",
+            "In tokens. Dark heads read from afar.",
             Shade(0.0, distance, lambda value: f"{value:.0f}"),
         ),
         Figure(
             "retrieval",
             "Retrieval score: copying steps whose largest weight is on the token to copy",
-            "Dark heads copy from far back: leave them out of sliding_window and merge_kv_heads.",
+            "Dark heads copy what stands further back: windows and merges there break copying, "
+            "which an average loss hardly shows.",
         ),
         Figure(
             "induction",
@@ -71,8 +64,8 @@ def figures(found: Diagnosis) -> list[Figure]:
         Figure(
             "qk_rank",
             "Effective rank of the logits",
-            f"Of {dim:.0f} dims, on the data. Pale heads need fewer dims for queries and keys: "
-            "they bear merge_kv_heads, and a low-rank form.",
+            f"Of {dim:.0f} dims, on the data. Pale heads need fewer dims for queries and keys, "
+            "which speaks for a low-rank form.",
             ranks,
         ),
         Figure(
@@ -94,5 +87,22 @@ def figures(found: Diagnosis) -> list[Figure]:
             f"Of keys and values together ({2 * dim:.0f} columns for equal sizes); low ranks speak "
             "for a latent cache.",
             Shade(0.0, 2 * dim, lambda value: f"{value:.0f}"),
+        ),
+    ]
+
+
+def _window(width: int, sink: int) -> list[Figure]:
+    """What one sliding window would do."""
+    told = f"sliding_window{{left={width} sink={sink}}}"
+    return [
+        Figure(
+            f"moved_{width}",
+            f"Change of a head's output under a window of {width} keys",
+            f"Relative to the output; {told} costs least where this is pale.",
+        ),
+        Figure(
+            f"lost_{width}",
+            f"Mass beyond {width} keys and the first {sink}",
+            f"What {told} would drop; harmless where the change above is pale all the same.",
         ),
     ]

@@ -86,6 +86,7 @@ def _similarity(found: Diagnosis) -> Markup | None:
                 for name, values in site.similarity.items()
             ),
             name_="similarity",
+            open_="" if site is shown[0] else None,
         )
         for site in shown
     ]  # fmt: skip

@@ -16,7 +16,7 @@ _WIDE = 130  # columns; below it an attention is told by its id alone
 def diagnosis(found: Diagnosis) -> None:
     """Means over the heads of each attention; of copying the best head."""
     target = console()
-    near = [f"lost {width}" for width in found.widths]
+    near = [f"moved {width}" for width in found.widths]
     head = ("diagnosed", "entropy", f"first {found.sink}", *near, "copies", "QK rank", "VO rank",
             "KV rank", "maps", "keys", "values")  # fmt: skip
     target.print()
@@ -37,7 +37,7 @@ def _site(site: SiteDiagnosis, widths: tuple[int, ...], wide: bool) -> tuple[str
         f"{site.id} {site.module}".strip() if wide else site.id,
         _share(site.mean("entropy_share")),
         _share(site.mean("sink")),
-        *(_share(site.mean(f"lost_{width}")) for width in widths),
+        *(_share(site.whole.get(f"moved_{width}")) for width in widths),
         _share(max(copies)) if copies else NONE,
         _rank(site.mean("qk_rank"), site.head_dim),
         _rank(site.mean("vo_rank"), site.head_dim),

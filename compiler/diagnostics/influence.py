@@ -17,6 +17,7 @@ from attnopt.compiler.grams import real, rows
 from attnopt.compiler.program import Batch, Program
 from attnopt.compiler.removal import bypass_of, exit_of
 from attnopt.compiler.site import Sublayer
+from attnopt.compiler.skip_order import apart
 
 
 class Influence:
@@ -37,17 +38,15 @@ class Influence:
             self.reason = f"it adds {list(before.shape)} to make {list(value.shape)}"
             return
         valid = real(self.program, self.node, batch)
-        x, y = (rows(part, valid).double() for part in (before, value))
-        norms = x.norm(dim=-1) * y.norm(dim=-1)
-        told = norms > 0
-        self.total += float(((x * y).sum(-1)[told] / norms[told]).clamp(-1, 1).sum())
-        self.tokens += int(told.sum())
+        far = apart(rows(before, valid), rows(value, valid))
+        self.total += float(far.sum())
+        self.tokens += len(far)
 
     def result(self) -> SublayerDiagnosis:
         """What was found."""
         layer, value = self.layer, None
         if not self.reason and self.tokens:
-            value = max(0.0, 1.0 - self.total / self.tokens)
+            value = max(0.0, self.total / self.tokens)
         reason = self.reason or ("" if self.tokens else "the data never reaches it")
         return SublayerDiagnosis(
             layer.id, layer.kind, layer.block, layer.module, value, self.tokens, reason

@@ -15,6 +15,7 @@ from attnopt.compiler.diagnostics.kv_reader import KVReader
 from attnopt.compiler.diagnostics.map_figures import SINK, MapFigures
 from attnopt.compiler.diagnostics.some_weights import slices
 from attnopt.compiler.diagnostics.spectra import effective_rank, product, rank_of_energy, shares
+from attnopt.compiler.diagnostics.window_change import WindowChange
 from attnopt.compiler.grams import real
 from attnopt.compiler.program import Batch, Program
 from attnopt.compiler.site import Path, Site
@@ -40,6 +41,7 @@ class SiteReader:
         self.q, self.k = Centred(heads, dim), Centred(self.spec.kv_heads, dim)
         self.v = Centred(self.spec.kv_heads, self.spec.v_dim)
         self.kv = KVReader(program, site)
+        self.windows = None if self.elsewhere else self._windows(widths)
         self.copying = Copying(heads)
         self.no_copying = ""
         self.calls = 0
@@ -57,6 +59,8 @@ class SiteReader:
             at = self._sampled(of_queries[row].nonzero()[:, 0], row)
             for part in slices(q, k, extras, self.spec, row, at):
                 self.maps.add(part, of_keys[row])
+                if self.windows is not None:
+                    self.windows.add(part, _per_query(v[row], len(part.weights)), of_keys[row])
         self.calls += 1
 
     def see_copy(self, read: Mapping[fx.Node, Any], value: Any, half: int) -> None:
@@ -72,6 +76,8 @@ class SiteReader:
         site, spec = self.site, self.spec
         missing: dict[str, str] = {}
         per_head = self.maps.per_head()
+        whole = self.windows.whole() if self.windows is not None else {}
+        per_head |= self.windows.per_head() if self.windows is not None else {}
         similarity = {"maps": self.maps.similarity()} if per_head else {}
         if not per_head:
             missing["maps"] = "the data holds no query that may read two keys"
@@ -99,8 +105,17 @@ class SiteReader:
             site.id, site.module, spec.heads, site.kv_heads, spec.head_dim, self.maps.queries,
             {name: _row(value) for name, value in per_head.items()},
             {name: _rows(shares(value)) for name, value in spectra.items()},
-            {name: _rows(value) for name, value in similarity.items()}, found.whole, missing,
+            {name: _rows(value) for name, value in similarity.items()},
+            {**whole, **found.whole}, missing,
         )  # fmt: skip
+
+    def _windows(self, widths: Sequence[int]) -> WindowChange:
+        """What windows would change; without a known output projection, in the heads' own dims."""
+        heads, dim = self.spec.heads, self.spec.v_dim
+        output = torch.eye(heads * dim, dtype=torch.float64).reshape(heads, dim, heads * dim)
+        if self.site.out is not None:
+            output = read_output(self.program, self.site.out)
+        return WindowChange(output, widths, SINK, "sinks" in self.spec.extras)
 
     @property
     def uncopied(self) -> str:

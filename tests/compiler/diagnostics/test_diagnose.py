@@ -9,13 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from attnopt.autotune.record import dump, read
+from attnopt.compiler import attend
 from attnopt.compiler.diagnostics.diagnose import OutOfTime, diagnose
 from attnopt.compiler.diagnostics.diagnosis import Diagnosis
 from attnopt.compiler.ops import ATTENTION
-from attnopt.compiler.program import Batch, Program
+from attnopt.compiler.program import Batch, Program, peek
 from attnopt.compiler.raising import raise_program
 from attnopt.compiler.site import Site
-from attnopt.compiler.spec import CAUSAL, AttentionSpec
+from attnopt.compiler.site_weights import read_output
+from attnopt.compiler.skip_order import influence
+from attnopt.compiler.spec import CAUSAL, AttentionSpec, Mask
 from tests.decoder import HEAD_DIM, decoder
 from tests.programs import one_attention
 from tests.residual_models import Decoder, traced, traced_family
@@ -122,6 +125,36 @@ def test_a_sublayer_that_adds_nothing_has_no_influence() -> None:
     assert first.influence == pytest.approx(0, abs=1e-9)
     assert second.influence is not None and second.influence > 1e-3
     assert first.tokens == 3 * 2 * 16
+
+
+def test_influence_is_that_of_the_ranking() -> None:
+    program = decoder(2, 16)
+    data = batches(program)
+    ranked = influence(program, program.sublayers, data)
+    for layer in diagnose(program, data).sublayers:
+        assert layer.influence == pytest.approx(ranked[layer.id])
+
+
+def test_what_a_window_changes_is_what_the_window_changes() -> None:
+    """Against the attention run under the windowed mask itself."""
+    program = decoder(2, 16)
+    data = batches(program, 1)
+    site = program.sites[0]
+    found = diagnose(program, data).sites[0]
+    operands = [node.name for node in program.node(site.node).args[:3]]  # type: ignore[union-attr]
+    q, k, v = peek(program, operands, data[0]).values()
+    assert site.out is not None
+    output = read_output(program, site.out)
+    spec = program.spec(site)
+    window = spec.with_(mask=Mask("window", left=4, sink=4))
+    runs = [attend.reference(q.double(), k.double(), v.double(), [], s) for s in (spec, window)]
+    before, after = (torch.einsum("bhsd,hdw->bhsw", run, output) for run in runs)
+    change = (after - before).square()
+    heads = (change.sum((0, 2, 3)) / before.square().sum((0, 2, 3))).sqrt()
+    assert found.per_head["moved_4"] == pytest.approx(heads.tolist(), abs=1e-4)
+    whole = (after - before).sum(1).norm() / before.sum(1).norm()
+    assert found.whole["moved_4"] == pytest.approx(float(whole), abs=1e-4)
+    assert found.whole["moved_8"] < found.whole["moved_4"]
 
 
 def test_the_seed_alone_decides_and_a_record_reads_back() -> None:
