@@ -9,7 +9,7 @@ import typer
 
 from attnopt.cli import options
 from attnopt.cli.stdout import document
-from attnopt.compiler.errors import NothingFound
+from attnopt.compiler.errors import NothingFound, Problem
 
 if TYPE_CHECKING:
     from attnopt.compiler.inspect import Inspection
@@ -48,6 +48,10 @@ def inspect(
     from attnopt.autotune.request import parse_coverage
     from attnopt.cli.progress import Progress
 
+    if html is not None and not html.parent.is_dir():
+        raise Problem(
+            "A416", "the page cannot be written", where=str(html), why="there is no such folder"
+        )
     coverage = 0.0 if require_coverage is None else parse_coverage(require_coverage)
     with Progress("inspect", quiet=json) as bar:
         bar("starting torch", 0.0)

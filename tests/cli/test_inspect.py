@@ -99,6 +99,13 @@ def test_diagnostics_need_data(command: Command, tmp_path: Path) -> None:
     assert "--text FILE" in ended.error["help"]
 
 
+def test_a_page_that_has_no_place_is_refused_before_anything_is_measured(
+    command: Command, tmp_path: Path
+) -> None:
+    ended = command("attnopt", "inspect", "any:thing", "--html", tmp_path / "no" / "x", "--json")
+    assert ended.code == 1 and ended.error["code"] == "A416"
+
+
 def test_a_module_is_diagnosed_on_the_inputs_that_come_with_it() -> None:
     x = torch.randn(4, 12, 16)
     found = attnopt.inspect(encoder(), x, time=False, diagnose=True).diagnostics
