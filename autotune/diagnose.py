@@ -16,7 +16,7 @@ from attnopt.compiler.intake.loaded import Loaded, require_weights
 from attnopt.compiler.program import Batch, Program
 
 SHARE = 0.05  # of a search's time
-TOKENS = 4096  # that a run's report is measured on
+TOKENS = 2048  # that a run's report is measured on
 
 
 def calibration(loaded: Loaded, wanted: Wanted, source: str) -> tuple[Batch, ...]:
