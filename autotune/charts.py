@@ -174,11 +174,14 @@ def _bar(row: Bar, y: int, scale: Callable[[float], float]) -> Markup:
         tag(
             "rect", x=_LABEL, y=y + 4, width=end - _LABEL, height=22, rx=3, class_=f"bar {row.kind}"
         ),
-        tag("line", x1=low, x2=high, y1=middle, y2=middle, class_="whisker"),
-        tag("line", x1=low, x2=low, y1=middle - 5, y2=middle + 5, class_="whisker"),
-        tag("line", x1=high, x2=high, y1=middle - 5, y2=middle + 5, class_="whisker"),
+        *(_whisker(low, high, middle) if row.high > row.low else ()),
         tag("text", row.said, x=max(end, high) + 10, y=middle + 4),
     )
+
+
+def _whisker(low: float, high: float, y: int) -> list[Markup]:
+    ends = ((low, high, 0), (low, low, 5), (high, high, 5))
+    return [tag("line", x1=a, x2=b, y1=y - up, y2=y + up, class_="whisker") for a, b, up in ends]
 
 
 def _cell(

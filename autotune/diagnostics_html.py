@@ -91,8 +91,9 @@ def _similarity(found: Diagnosis) -> Markup | None:
         for site in shown
     ]  # fmt: skip
     speaks = (
-        "Open an attention to see which of its heads are alike. Key and value heads near 1 are "
-        "what merge_kv_heads joins at little loss; it joins neighbours."
+        "Open an attention to see which of its heads are alike. Of key and value heads near 1, "
+        "merge_kv_heads keeps most (it joins neighbours); what the rest costs differs between "
+        "attentions."
     )
     return join([tag("h3", "Similarity of heads"), tag("p", speaks, class_="muted"), *parts])
 
