@@ -45,7 +45,7 @@ def bars(rows: Sequence[Bar], title: str) -> Markup:
     room = WIDTH - _LABEL - 190
     drawn = [_bar(row, at * _ROW, lambda value: _LABEL + room * value / most)
              for at, row in enumerate(rows)]  # fmt: skip
-    return _svg(drawn, len(rows) * _ROW + 4, title)
+    return svg(drawn, len(rows) * _ROW + 4, title)
 
 
 def interval(number: Bar, bound: float, title: str, shape: Callable[[float], str]) -> Markup:
@@ -62,7 +62,7 @@ def interval(number: Bar, bound: float, title: str, shape: Callable[[float], str
         tag("circle", tag("title", number.said), cx=scale(number.value), cy=44, r=6,
             class_=f"dot {number.kind}"),
     ]  # fmt: skip
-    return _svg([*shown, *_axis(scale, 70, shape)], 96, title)
+    return svg([*shown, *_axis(scale, 70, shape)], 96, title)
 
 
 def heatmap(
@@ -92,7 +92,7 @@ def heatmap(
                 continue
             value, tip = cells[column]
             shown += _cell(value, tip, most, box, shape)
-    return _svg(shown, top + 30 * len(rows) + 4, title)
+    return svg(shown, top + 30 * len(rows) + 4, title)
 
 
 def scatter(
@@ -132,7 +132,7 @@ def scatter(
     shown += [_point(p, across(p.x), up(p.y)) for p in ordered if math.isfinite(p.x + p.y)]
     shown.append(tag("text", names[0], x=right, y=bottom + 38, class_="end small muted"))
     shown.append(tag("text", names[1], x=left, y=20, class_="small muted"))
-    return _svg(shown, bottom + 44, title)
+    return svg(shown, bottom + 44, title)
 
 
 class _Scale:
@@ -158,7 +158,8 @@ class _Scale:
         return [at * step for at in range(first, math.floor(self.most / step) + 1)]
 
 
-def _svg(shown: Sequence[Markup], height: float, title: str) -> Markup:
+def svg(shown: Sequence[Markup], height: float, title: str) -> Markup:
+    """The chart itself: `WIDTH` by `height` units, scaled to the page, named for screen readers."""
     box = f"0 0 {WIDTH} {height:g}"
     return tag("svg", tag("title", title), join(shown), viewBox=box, role="img", aria_label=title)
 
@@ -173,11 +174,14 @@ def _bar(row: Bar, y: int, scale: Callable[[float], float]) -> Markup:
         tag(
             "rect", x=_LABEL, y=y + 4, width=end - _LABEL, height=22, rx=3, class_=f"bar {row.kind}"
         ),
-        tag("line", x1=low, x2=high, y1=middle, y2=middle, class_="whisker"),
-        tag("line", x1=low, x2=low, y1=middle - 5, y2=middle + 5, class_="whisker"),
-        tag("line", x1=high, x2=high, y1=middle - 5, y2=middle + 5, class_="whisker"),
+        *(_whisker(low, high, middle) if row.high > row.low else ()),
         tag("text", row.said, x=max(end, high) + 10, y=middle + 4),
     )
+
+
+def _whisker(low: float, high: float, y: int) -> list[Markup]:
+    ends = ((low, high, 0), (low, low, 5), (high, high, 5))
+    return [tag("line", x1=a, x2=b, y1=y - up, y2=y + up, class_="whisker") for a, b, up in ends]
 
 
 def _cell(

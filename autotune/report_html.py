@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from attnopt.autotune import charts
+from attnopt.autotune import charts, diagnostics_html
 from attnopt.autotune import wording as say
 from attnopt.autotune.markup import Markup, join, table, tag
 from attnopt.autotune.report_style import STYLE
@@ -19,7 +19,11 @@ _MANY = 24
 
 def page(result: Result) -> str:
     """The report as an HTML document."""
-    title = f"{result.model}: {say.headline(result)}"
+    return document(f"{result.model}: {say.headline(result)}", _parts(result))
+
+
+def document(title: str, parts: Sequence[Markup | None]) -> str:
+    """A page with this title and these parts, that may load nothing."""
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     head = tag(
         "head",
@@ -29,7 +33,7 @@ def page(result: Result) -> str:
         tag("title", title),
         tag("style", Markup(STYLE)),
     )
-    body = tag("body", tag("main", *_parts(result)))
+    body = tag("body", tag("main", *parts))
     return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
 
 
@@ -44,6 +48,7 @@ def _parts(result: Result) -> list[Markup | None]:
         _refused(result),
         _ceiling(result),
         _sensitivities(result),
+        diagnostics_html.section(result.diagnostics) if result.diagnostics else None,
         _plans(result),
         _healing(result),
         _warnings(result),

@@ -73,7 +73,8 @@ svg .end { text-anchor: end; } svg .mid { text-anchor: middle; } svg .on { fill:
 .whisker { stroke: var(--ink); stroke-width: 1.3; } .whisker.thick { stroke-width: 3; }
 .axis, .grid { stroke: var(--line); } .bound { stroke: var(--good); stroke-dasharray: 4 3; }
 .allowed { fill: var(--allowed); } .heat { fill: var(--bad); } .heat.gain { fill: var(--good); }
-.empty { fill: var(--code); }
+.empty { fill: var(--code); } .cool { fill: var(--accent); }
+.curve { fill: none; stroke: var(--accent); stroke-width: 1.6; }
 .dot { fill: var(--base); stroke: var(--card); stroke-width: 1.5; }
 .dot.miss { fill: none; stroke: var(--base); } .dot.front { fill: var(--ink); }
 .dot.chosen, .dot.pass { fill: var(--accent); } .dot.fail { fill: var(--bad); }

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from attnopt.autotune import record
+from attnopt.compiler.diagnostics.diagnosis import Diagnosis
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.plan import Outcome, Plan
 
@@ -277,6 +278,7 @@ class Result:
     trials: tuple[Trial, ...] = ()
     relaxation: Relaxation | None = None
     refits: tuple[Refit, ...] = ()
+    diagnostics: Diagnosis | None = None
     warnings: tuple[str, ...] = ()
     data: Mapping[str, str] = field(default_factory=dict)
     command: str = ""

@@ -12,6 +12,7 @@ from typing import Any
 from attnopt.autotune import entries
 from attnopt.autotune.accuracy import Accuracy, metric_of_original
 from attnopt.autotune.data import Data
+from attnopt.autotune.diagnose import within
 from attnopt.autotune.environment import environment
 from attnopt.autotune.order import approximate, healing, ordered
 from attnopt.autotune.pace import Pace, estimated, measured
@@ -225,6 +226,7 @@ class Run:
             sites=entries.sites(self.program, built.outcomes, counted, self.profile),
             sublayers=entries.sublayers(self.program, built.outcomes), outcomes=built.outcomes,
             sensitivities=entries.sensitivities(single),
+            diagnostics=within(self.program, self.data, request),
             trials=entries.trials(tried, base, chosen, pace.kind),
             relaxation=self._relaxation(met, tried, base, pace, accuracy),
             refits=entries.refits(built.outcomes), warnings=(*self.warnings, *pace.warnings),

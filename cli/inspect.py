@@ -49,6 +49,13 @@ def inspect(
     svg: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the model's attentions as an SVG.")
     ] = None,
+    diagnose: Annotated[
+        bool, typer.Option("--diagnose", help="Measure on data what every head and sublayer does.")
+    ] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(dir_okay=False, help="Write the diagnostics as one page; implies --diagnose."),
+    ] = None,
     text: options.Text = None,
     inputs: options.Inputs = None,
     batch: options.Batch = None,
@@ -65,7 +72,7 @@ def inspect(
     from attnopt.cli.progress import Progress
 
     coverage = 0.0 if require_coverage is None else parse_coverage(require_coverage)
-    for path in filter(None, (lock, dot, svg)):
+    for path in filter(None, (lock, dot, svg, html)):
         check_place(path)
     with Progress("inspect", quiet=json) as bar:
         bar("starting torch", 0.0)
@@ -73,12 +80,13 @@ def inspect(
         from attnopt.compiler.inspect import inspect as look
 
         found = look(
-            model, time=time and why is None, inputs=inputs, text=text, batch=batch, length=length,
+            model, time=time and why is None, diagnose=diagnose or html is not None,
+            inputs=inputs, text=text, batch=batch, length=length,
             allow_globals=tuple(allow_global or ()), trust=trust, attention=attention, dtype=dtype,
             progress=bar,
         )  # fmt: skip
     problem = _short(found, coverage)
-    _write(found, dot, svg)
+    _write(found, dot, svg, html)
     if lock is not None and problem is None:
         form = {"attention": attention, "dtype": dtype, "batch": batch, "length": length}
         _lock(found, lock, form)
@@ -105,7 +113,11 @@ def _short(found: Inspection, coverage: float) -> NothingFound | None:
     return None
 
 
-def _write(found: Inspection, dot: Path | None, svg: Path | None) -> None:
+def _write(found: Inspection, dot: Path | None, svg: Path | None, html: Path | None) -> None:
+    if html is not None and found.diagnostics is not None:
+        from attnopt.autotune.diagnostics_page import page
+
+        write_whole(html, page(found.program.name, found.diagnostics))
     if dot is None and svg is None:
         return
     from attnopt.compiler import drawing_dot, drawing_svg
@@ -141,3 +153,7 @@ def _draw(found: Inspection | Explanation) -> None:
         draw.sites(found.sites)
     draw.sublayers(found.sublayers)
     draw.model(found.as_json())
+    if found.diagnostics is not None:
+        from attnopt.cli.draw_diagnosis import diagnosis
+
+        diagnosis(found.diagnostics)

@@ -11,13 +11,19 @@ from typing import Any
 
 from torch import nn
 
+from attnopt.autotune.data import as_batch
+from attnopt.autotune.diagnose import calibration
 from attnopt.autotune.entries import facts
+from attnopt.autotune.record import dump
+from attnopt.autotune.request import Wanted
 from attnopt.compiler.cost import Cost, cost
+from attnopt.compiler.diagnostics.diagnose import diagnose as diagnosed
+from attnopt.compiler.diagnostics.diagnosis import Diagnosis
 from attnopt.compiler.intake.loaded import Loaded, describe
 from attnopt.compiler.intake.source import evaluating, from_module, load
 from attnopt.compiler.pipeline import read
 from attnopt.compiler.profile import Profile, profile
-from attnopt.compiler.program import Program
+from attnopt.compiler.program import Batch, Program
 from attnopt.compiler.site import Site, Sublayer, Unraised
 
 Progress = Callable[[str, float], None]
@@ -43,6 +49,7 @@ class Inspection:
     flops: float
     seconds: float | None = None
     notes: tuple[str, ...] = ()
+    diagnostics: Diagnosis | None = None
 
     @property
     def raised(self) -> int:
@@ -64,6 +71,7 @@ class Inspection:
             if self.seconds is None
             else {"value": self.seconds, "kind": "measured"},
             "notes": list(self.notes),
+            "diagnostics": None if self.diagnostics is None else dump(self.diagnostics),
         }
 
 
@@ -72,6 +80,7 @@ def inspect(
     example_inputs: Any = None,
     *,
     time: bool = True,
+    diagnose: bool = False,
     inputs: str | Path | None = None,
     text: str | Path | None = None,
     batch: int | None = None,
@@ -82,7 +91,8 @@ def inspect(
     dtype: str | None = None,
     progress: Progress | None = None,
 ) -> Inspection:
-    """Read, trace and raise a model, and say what was found. `time` measures where the time goes.
+    """Read, trace and raise a model, and say what was found. `time` measures where the time goes,
+    `diagnose` what the heads do on data: the text or tensors given, or what lies beside the model.
 
     `model` is a file, a directory, `module:callable`, or a module with `example_inputs`. A model
     without weights is inspected too, and not timed. Raises `Problem` as reading and tracing do.
@@ -97,11 +107,19 @@ def inspect(
                 str(model), inputs=_path(inputs), text=_path(text), batch=batch, length=length,
                 allow_globals=allow_globals, trust=trust, attention=attention, dtype=dtype,
             )  # fmt: skip
-        return inspect_loaded(loaded, time=time, progress=say)
+        batches: tuple[Batch, ...] = ()
+        if diagnose and isinstance(model, nn.Module):
+            batches = (as_batch(loaded.args, loaded.kwargs),)
+        elif diagnose:
+            wanted = Wanted(_path(text), None, _path(inputs), batch, length)
+            batches = calibration(loaded, wanted, str(model))
+        return inspect_loaded(loaded, time=time, batches=batches, progress=say)
 
 
-def inspect_loaded(loaded: Loaded, *, time: bool = True, progress: Progress) -> Inspection:
-    """Inspect a model that was read; see `inspect`."""
+def inspect_loaded(
+    loaded: Loaded, *, time: bool = True, batches: Sequence[Batch] = (), progress: Progress
+) -> Inspection:
+    """Inspect a model that was read; see `inspect`. `batches` are what to diagnose it on."""
     progress("tracing", 0.2)
     program = read(loaded)
     progress("counting", 0.6)
@@ -121,6 +139,7 @@ def inspect_loaded(loaded: Loaded, *, time: bool = True, progress: Progress) -> 
         counted.flops,
         measured.call_s if measured else None,
         (*loaded.notes, *fixed),
+        diagnosed(program, batches, progress=progress) if batches else None,
     )
 
 

@@ -142,11 +142,12 @@ def influence(
         values = peek(program, sorted({name for pair in pairs.values() for name in pair}), batch)
         for id, (before, after) in pairs.items():
             valid = real(program, after, batch)
-            far = _apart(rows(values[before], valid), rows(values[after], valid))
+            far = apart(rows(values[before], valid), rows(values[after], valid))
             sums[id] += float(far.sum())
             counts[id] += len(far)
     return {id: total / max(1, counts[id]) for id, total in sums.items()}
 
 
-def _apart(a: Tensor, b: Tensor) -> Tensor:
+def apart(a: Tensor, b: Tensor) -> Tensor:
+    """1 - cos of rows `[rows, width]`, `[rows]` float64."""
     return 1.0 - torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=-1)

@@ -17,6 +17,7 @@ from attnopt.autotune.result import (
     Trial,
     Workload,
 )
+from attnopt.compiler.diagnostics.diagnosis import Diagnosis, SiteDiagnosis, SublayerDiagnosis
 from attnopt.compiler.plan import Outcome, Plan, Step
 
 NASTY = "<script>alert('x')</script> & | ` \"quoted\""
@@ -134,6 +135,26 @@ def full(text: str = "pylm", *, met: bool = False) -> Result:
         ),
         relaxation=None if met else Relaxation(f"--budget 1.55x, {text}", budget=1.55),
         refits=(Refit("s0.out", 0.081, 0.034, True), Refit(text, 0.052, 0.055, False)),
+        diagnostics=Diagnosis(
+            (
+                SiteDiagnosis(
+                    "s0",
+                    text,
+                    2,
+                    1,
+                    8,
+                    40,
+                    {"entropy": (0.25, 1.5), "kv_rank": (3.0,)},
+                    {"qk": ((0.8, 0.6), (1.0, 0.0))},
+                    {"maps": ((1.0, 0.5), (0.5, 1.0))},
+                    {"kv_rank": 3.5},
+                    {"retrieval": text},
+                ),
+            ),
+            (SublayerDiagnosis("b0.mlp", "mlp", 0, text, None, 0, text),),
+            (4, 8),
+            notes=(text,),
+        ),
         warnings=(text,),
         data={"evaluation": text},
         command=f"optimize {text} --target cpu --budget 2x --max-drop 1%",

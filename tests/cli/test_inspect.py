@@ -71,6 +71,47 @@ def test_the_table(command: Command, tmp_path: Path) -> None:
         assert fact in ended.out, fact
 
 
+def test_diagnostics_in_the_table_the_document_and_the_page(
+    command: Command, tmp_path: Path
+) -> None:
+    model, inputs = save_encoder(tmp_path)
+    words = ("attnopt", "inspect", model, "--inputs", inputs, "--no-time")
+    told = command(*words, "--diagnose", "--json").json["diagnostics"]
+    assert [site["id"] for site in told["sites"]] == ["s0", "s1"]
+    assert len(told["sites"][0]["per_head"]["entropy"]) == 2
+    assert {layer["kind"] for layer in told["sublayers"]} == {"attention", "mlp"}
+    ended = command(*words, "--html", tmp_path / "page.html")
+    for fact in ("entropy", "moved 3", "b1.mlp", "retrieval not measured: the attention also"):
+        assert fact in ended.out, fact
+    assert "<h2>Diagnostics</h2>" in (tmp_path / "page.html").read_text()
+    assert command(*words, "--json").json["diagnostics"] is None
+
+
+def test_diagnostics_need_data(command: Command, tmp_path: Path) -> None:
+    bare = command("attnopt", "inspect", _bare(tmp_path / "bare", **SMALL), "--diagnose", "--json")
+    assert bare.code == 1 and bare.error["code"] == "A118"
+    (tmp_path / "made.py").write_text(
+        "import torch\nfrom tests.cli.conftest import encoder\n"
+        "def build():\n    return encoder(), torch.randn(4, 12, 16)\n"
+    )
+    ended = command("attnopt", "inspect", "made:build", "--diagnose", "--json")
+    assert ended.code == 1 and ended.error["code"] == "A415"
+    assert "--text FILE" in ended.error["help"]
+
+
+def test_a_page_that_has_no_place_is_refused_before_anything_is_measured(
+    command: Command, tmp_path: Path
+) -> None:
+    ended = command("attnopt", "inspect", "any:thing", "--html", tmp_path / "no" / "x", "--json")
+    assert ended.code == 1 and ended.error["code"] == "A502"
+
+
+def test_a_module_is_diagnosed_on_the_inputs_that_come_with_it() -> None:
+    x = torch.randn(4, 12, 16)
+    found = attnopt.inspect(encoder(), x, time=False, diagnose=True).diagnostics
+    assert found is not None and found.tokens == 48 and len(found.sites) == 2
+
+
 class Sorted(nn.Module):
     """An attention whose weights are sorted after the softmax, which nothing here understands."""
 
