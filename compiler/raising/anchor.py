@@ -131,6 +131,7 @@ def _around(softmax: fx.Node, module: torch.nn.Module, passed: list[fx.Node]) ->
         if isinstance(taken, Stop):
             return taken
         anchor.v, anchor.v_axes, anchor.out_axes = taken
+    passed.append(node)
     found = up(anchor, softmax, module)
     if isinstance(found, Anchor) and cut != (found.sinks is not None):
         return Stop("logits are joined to the scores, or weights cut off, but not both", softmax)
@@ -151,7 +152,6 @@ def _product_below(softmax: fx.Node, passed: list[fx.Node]) -> tuple[fx.Node, bo
                 if len(pair) != 2 or any(getattr(x, "op", "get_attr") == "get_attr" for x in pair):
                     continue
                 if pair[0] is node or user.target is einsum.EINSUM:
-                    passed.append(user)
                     return user, cut, node
         mixed = [u for u in node.users if u.target is einsum.EINSUM and einsum.mixes(u) is node]
         if mixed:

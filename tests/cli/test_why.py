@@ -80,7 +80,7 @@ def build():
 class Einsum(Plain):
     def forward(self, x):
         q, k, v = self.heads(x)
-        y = torch.einsum("bhst,bhtd->bhsd", scores(q, k).softmax(-1), v)
+        y = torch.einsum("bhst,bgtd->bgsd", scores(q, k).softmax(-1), v)
         return self.out(y.transpose(1, 2).flatten(2))
 
 
