@@ -21,10 +21,13 @@ aten = torch.ops.aten
 def absolute_positions(program: Program) -> str:
     """ "learned" or "sinusoidal" when a position-dependent table is added to the tokens, else
     "none"."""
+    data = _of_data(program.graph)
     for node in program.graph.nodes:
         if node.target is not aten.add.Tensor or len(node.all_input_nodes) != 2:
             continue
         for table, tokens in (node.all_input_nodes, reversed(node.all_input_nodes)):
+            if table in data or tokens not in data:
+                continue
             kind = _table(program, table, tokens)
             if kind:
                 return kind
@@ -84,8 +87,6 @@ def _table(program: Program, table: fx.Node, tokens: fx.Node) -> str:
         return ""
     if rank == 4 and is_score(tokens):
         return ""
-    if reads_data(table) or not reads_data(tokens):
-        return ""
     if _parameters(program, table):
         return "learned"
     return "sinusoidal"
@@ -97,13 +98,32 @@ def reads_data(node: fx.Node) -> bool:
     stack = [node]
     while stack:
         top = stack.pop()
-        if top in seen or isinstance(top.meta.get("val"), (torch.SymInt, int)):
+        if top in seen or _is_size(top):
             continue
         seen.add(top)
-        if top.op == "placeholder" and "position" not in top.name and "mask" not in top.name:
+        if _is_data(top):
             return True
         stack.extend(top.all_input_nodes)
     return False
+
+
+def _of_data(graph: fx.Graph) -> set[fx.Node]:
+    """All nodes that `reads_data` is true of, in one walk."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if not _is_size(node) and (
+            _is_data(node) or any(above in found for above in node.all_input_nodes)
+        ):
+            found.add(node)
+    return found
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), (torch.SymInt, int))
+
+
+def _is_data(node: fx.Node) -> bool:
+    return node.op == "placeholder" and "position" not in node.name and "mask" not in node.name
 
 
 def _parameters(program: Program, node: fx.Node) -> bool:

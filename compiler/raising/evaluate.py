@@ -45,6 +45,7 @@ class Evaluator:
         self.inputs = dict(inputs or {})
         self.override = override
         self.values: dict[fx.Node, Any] = dict(self.given)
+        self._concrete: dict[Any, int] = {}
 
     def __call__(self, node: fx.Node) -> Any:
         """The value of a node.
@@ -86,7 +87,7 @@ class Evaluator:
     def _size(self, node: fx.Node) -> int | None:
         value = node.meta.get("val")
         if isinstance(value, torch.SymInt):
-            return concrete(value, self.sizes)
+            return self._at(value)
         if isinstance(value, int) and not isinstance(value, bool) and node.op == "call_function":
             return value
         return None
@@ -97,7 +98,7 @@ class Evaluator:
             return
         count = 1
         for size in value.shape:
-            count *= max(1, concrete(size, self.sizes))
+            count *= max(1, self._at(size))
         if count > LIMIT and not any(n in self.given for n in node.all_input_nodes):
             raise Unknown(f"`{node.name}` would hold {count} elements")
 
@@ -107,15 +108,22 @@ class Evaluator:
         example = example_input(self.program, node)
         if not isinstance(example, Tensor):
             return example
-        shape = [concrete(size, self.sizes) for size in node.meta["val"].shape]
-        return resized(example, shape)
+        return resized(example, [self._at(size) for size in node.meta["val"].shape])
+
+    def _at(self, size: Any) -> int:
+        """A size at the evaluator's sizes; substitution is slow, and few sizes differ."""
+        if not isinstance(size, torch.SymInt):
+            return int(size)
+        if size.node.expr not in self._concrete:
+            self._concrete[size.node.expr] = concrete(size, self.sizes)
+        return self._concrete[size.node.expr]
 
 
 def example_input(program: Program, node: fx.Node) -> Any:
     """The example value of a placeholder."""
     from torch.utils import _pytree as pytree
 
-    names = [n.name for n in program.graph.nodes if n.op == "placeholder"]
+    names = [n.name for n in program.graph.find_nodes(op="placeholder")]
     leaves = pytree.tree_leaves((program.example.args, dict(program.example.kwargs)))
     if set(names) == set(program.example.kwargs):
         return program.example.kwargs[node.name]
@@ -136,9 +144,9 @@ def resized(tensor: Tensor, shape: list[int]) -> Tensor:
 def example_sizes(program: Program) -> dict[str, int]:
     """Symbol name -> size in the example inputs."""
     found: dict[str, int] = {}
-    for node in program.graph.nodes:
+    for node in program.graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")
-        if node.op != "placeholder" or not isinstance(value, Tensor):
+        if not isinstance(value, Tensor):
             continue
         example = example_input(program, node)
         shape: tuple[Any, ...] = tuple(value.shape)

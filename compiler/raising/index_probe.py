@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
@@ -206,9 +207,14 @@ def small_sizes(program: Program) -> dict[str, int]:
     return {symbol: min(size, example.get(symbol, size)) for symbol, size in sizes.items()}
 
 
+_DIVIDED: WeakKeyDictionary[fx.Graph, set[str]] = WeakKeyDictionary()
+
+
 def _divided(program: Program) -> set[str]:
-    """The size symbols that occur in a quotient."""
-    found: set[str] = set()
+    """The size symbols that occur in a quotient; rewrites bring no new ones."""
+    if program.graph in _DIVIDED:
+        return _DIVIDED[program.graph]
+    found = _DIVIDED[program.graph] = set()
     for node in program.graph.nodes:
         value = node.meta.get("val")
         sizes: tuple[Any, ...] = tuple(value.shape) if isinstance(value, Tensor) else ()
