@@ -55,9 +55,7 @@ def multi_head_attention(
         if first.dim() == 5:  # [batch, seq, heads, 2, dim]
             k, v = (part.transpose(1, 2) for part in first.unbind(3))
         else:
-            k, v = (
-                x if x.dim() == 4 else split_heads(x, heads) for x in (first, tensor(value))
-            )
+            k, v = (x if x.dim() == 4 else split_heads(x, heads) for x in (first, tensor(value)))
     if bias is not None:
         widths = [heads * part.shape[-1] for part in (q, k, v)]
         shifts = torch.split(tensor(bias), widths)

@@ -2,7 +2,7 @@
 rest of the compiler. And a softmax with its NaN replaced becomes one node.
 
 ONNX has no linear layer. Exporters write x W and then + b, with W [in, out]; here the weight is
-[out, in] as torch keeps it, sharing memory with what was read.
+[out, in] as torch keeps it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def with_linears(graph: Graph) -> Graph:
         name = weights.get(f"{weight}{flipped}") or _named(node, weight, constants)
         if name not in constants:
             matrix = graph.constants[weight]
-            constants[name] = matrix.t() if flipped else matrix
+            constants[name] = matrix.t().contiguous() if flipped else matrix
             weights[f"{weight}{flipped}"] = name
         inputs = (node.inputs[0], name) if bias is None else (node.inputs[0], name, bias)
         replaced[id(node)] = None

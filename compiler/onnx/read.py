@@ -48,7 +48,9 @@ def read(path: Path) -> Graph:
     if model.graph.sparse_initializer:
         raise Problem("A128", "sparse weights cannot be read", where=str(path), help=_MAKE)
     nodes: list[Node] = []
-    for i, made in enumerate(_node(proto, i, opset, path) for i, proto in enumerate(model.graph.node)):
+    for i, made in enumerate(
+        _node(proto, i, opset, path) for i, proto in enumerate(model.graph.node)
+    ):
         value = made.get("value")
         if made.operator == "Constant" and isinstance(value, Tensor):
             constants[made.outputs[0]] = value
@@ -130,9 +132,7 @@ def _path(proto: Any, name: str) -> str:
 def _input(value: Any, path: Path) -> Input:
     kind = value.type.WhichOneof("value")
     if kind != "tensor_type":
-        raise Problem(
-            "A128", f"the input {value.name} is no tensor", where=str(path), help=_MAKE
-        )
+        raise Problem("A128", f"the input {value.name} is no tensor", where=str(path), help=_MAKE)
     tensor = value.type.tensor_type
     if not tensor.HasField("shape"):
         raise Problem("A128", f"the input {value.name} has no shape", where=str(path), help=_MAKE)

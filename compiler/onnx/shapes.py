@@ -49,9 +49,7 @@ def reshape(node: Node, x: Value, wanted: Value) -> Value:
     assert x is not None
     target = sizes(wanted, "the shape of a Reshape")
     if not node.get("allowzero", 0):
-        target = [
-            x.shape[i] if isinstance(s, int) and s == 0 else s for i, s in enumerate(target)
-        ]
+        target = [x.shape[i] if isinstance(s, int) and s == 0 else s for i, s in enumerate(target)]
     if isinstance(x, Host):
         return Host(x.array.reshape([int(s) for s in target]), x.dtype)
     return torch.reshape(x, target)
