@@ -1,4 +1,4 @@
-"""Small ONNX files, written by hand or by torch's exporter, and ONNX Runtime to hold them against."""
+"""Small ONNX files, by hand or by torch's exporter, and ONNX Runtime to hold them against."""
 
 from __future__ import annotations
 

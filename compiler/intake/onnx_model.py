@@ -28,7 +28,7 @@ def load_onnx(path: Path, given: Batch | None, rows: int | None, length: int | N
     """Read an ONNX file, run it once, and trace it with the sizes that it leaves open.
 
     Raises `Problem` A103 and A124 to A129 for files that cannot be read, A111 and A116 for inputs
-    that cannot be made, A109 where it does not run on them, and A210 where it cannot be traced.
+    that cannot be made, A109 where it does not run on them, and A211 where it cannot be traced.
     """
     module = read_onnx(path)
     graph = module.graph
@@ -67,7 +67,7 @@ def _exported(
         return made
     assert failure is not None
     raise Problem(
-        "A210",
+        "A211",
         "the ONNX graph could not be traced",
         where=where,
         why=f"{type(failure).__name__}: {first_line(failure)}",

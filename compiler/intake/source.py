@@ -44,9 +44,9 @@ def load(
 ) -> Loaded:
     """Read a model safely, find example inputs for it, and run it once on them.
 
-    `source` is a `.pt`, a `.pt2`, an ONNX model, a directory of `save_pretrained`, or `module.path:callable`;
-    files are told apart by their content. `allow_globals` and `trust` widen what a pickle may
-    restore. `attention` picks the spelling of a transformers model (eager, sdpa), `dtype` what it
+    `source` is a `.pt`, a `.pt2`, an ONNX model, a directory of `save_pretrained`, or
+    `module.path:callable`; files are told apart by their content. `allow_globals` and `trust` widen
+    what a pickle may restore. `attention` picks the spelling of a transformers model (eager, sdpa), `dtype` what it
     computes in. `batch` and `length` size inputs made from a config or from `text`. Raises
     `Problem` A101 to A129.
     """

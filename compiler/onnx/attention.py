@@ -30,7 +30,7 @@ def attend(
     is read) and `bias` broadcast to `[batch, heads, S, T]`; `window` is how many keys up to its own
     a query reads, 0 for all; `sinks` [heads] is one more logit of each row, of no key.
     """
-    number = 1.0 / math.sqrt(q.shape[-1]) if not scale else scale
+    number = scale or 1.0 / math.sqrt(q.shape[-1])
     plain = not softcap and sinks is None
     if plain and causal and not window and keep is None and bias is None:
         return F.scaled_dot_product_attention(

@@ -1,5 +1,5 @@
-"""The fused attentions of ONNX Runtime (domain com.microsoft): `Attention`, `MultiHeadAttention` and
-`GroupQueryAttention`, each over a whole sequence; a key/value cache is refused.
+"""The fused attentions of ONNX Runtime (domain com.microsoft): `Attention`, `MultiHeadAttention`
+and `GroupQueryAttention`, each over a whole sequence; a key/value cache is refused.
 """
 
 from __future__ import annotations

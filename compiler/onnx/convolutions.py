@@ -26,7 +26,7 @@ def conv(node: Node, x: Value, weight: Value, bias: Value = None) -> Tensor:
         made, kernel, None if bias is None else tensor(bias),
         stride=_each(node, "strides", rank), padding=padding,
         dilation=_each(node, "dilations", rank), groups=node.get("group", 1),
-    )  # type: ignore[operator,no-any-return]  # fmt: skip
+    )  # fmt: skip
 
 
 @operator("ConvTranspose")
@@ -42,7 +42,7 @@ def conv_transpose(node: Node, x: Value, weight: Value, bias: Value = None) -> T
         stride=_each(node, "strides", rank), padding=pads[:rank],
         output_padding=node.get("output_padding", [0] * rank), groups=node.get("group", 1),
         dilation=_each(node, "dilations", rank),
-    )  # type: ignore[operator,no-any-return]  # fmt: skip
+    )  # fmt: skip
 
 
 @operator("MaxPool")
@@ -56,7 +56,7 @@ def max_pool(node: Node, x: Value) -> Tensor:
     return _MAX[rank](
         made, kernel, _each(node, "strides", rank), padding, _each(node, "dilations", rank),
         bool(node.get("ceil_mode", 0)),
-    )  # type: ignore[operator,no-any-return]  # fmt: skip
+    )  # fmt: skip
 
 
 @operator("AveragePool")
@@ -90,9 +90,9 @@ def resize(
     made = tensor(x)
     mode = _text(node.get("mode", "nearest"))
     place = _text(node.get("coordinate_transformation_mode", "half_pixel"))
-    known = {("linear", "half_pixel"), ("linear", "pytorch_half_pixel"), ("linear", "align_corners"),
-             ("cubic", "half_pixel"), ("cubic", "pytorch_half_pixel"), ("cubic", "align_corners"),
-             ("nearest", "asymmetric")}  # fmt: skip
+    places = ("half_pixel", "pytorch_half_pixel", "align_corners")
+    known = {(kind, one) for kind in ("linear", "cubic") for one in places}
+    known.add(("nearest", "asymmetric"))
     floor = _text(node.get("nearest_mode", "round_prefer_floor")) == "floor"
     flat = made.dim() == 4 and (mode, place) in known and (mode != "nearest" or floor)
     if mode == "cubic" and node.get("cubic_coeff_a", -0.75) != -0.75:

@@ -51,7 +51,8 @@ def _mask(
         return None if bias is None else _four(bias.to(q.dtype))
     if bias is None and spec.fill == "-inf":
         return _four(keep)
-    lowest = torch.finfo(q.dtype).min if spec.fill == "min" else float("-inf")
+    # ONNX Runtime takes the very lowest number for -inf; half of it absorbs any score as well.
+    lowest = torch.finfo(q.dtype).min / 2 if spec.fill == "min" else float("-inf")
     base = torch.zeros((), dtype=q.dtype) if bias is None else bias.to(q.dtype)
     return _four(torch.where(keep, base, lowest))
 

@@ -6,7 +6,6 @@ ONNX writes shape arithmetic as operators on integer tensors. Here such tensors 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -149,5 +148,5 @@ def truncated(a: Any, b: Any) -> Any:
     """The quotient of two numbers; of whole numbers, as ONNX has it, cut towards zero."""
     if isinstance(a, int | SymInt) and isinstance(b, int | SymInt):
         plain = isinstance(a, int) and isinstance(b, int)
-        return int(math.trunc(a / b)) if plain and (a < 0) != (b < 0) else a // b
+        return -(-a // b) if plain and (a < 0) != (b < 0) else a // b
     return a / b

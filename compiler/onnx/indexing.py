@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,8 @@ def gather(node: Node, data: Value, index: Value) -> Value:
     table = tensor(data)
     if axis == 0 and rank == 2 and table.is_floating_point():
         return F.embedding(index, table)
-    return table[(*(slice(None),) * axis, index)]
+    places: list[Any] = [slice(None)] * axis
+    return table[(*places, index)]
 
 
 def _picked(data: Tensor, axis: int, index: Host) -> Tensor:
@@ -39,7 +41,7 @@ def _picked(data: Tensor, axis: int, index: Host) -> Tensor:
         return torch.select(data, axis, index.number)
     numbers = index.numbers
     if len(index.shape) == 1 and all(isinstance(n, int) and n >= 0 for n in numbers):
-        first, steps = numbers[0], {b - a for a, b in zip(numbers, numbers[1:], strict=False)}
+        first, steps = numbers[0], {b - a for a, b in pairwise(numbers)}
         if steps <= {1}:
             return torch.narrow(data, axis, first, len(numbers))
     return data[(*(slice(None),) * axis, tensor(index))]

@@ -21,7 +21,8 @@ def softmax(node: Node, x: Value) -> Tensor:
 @operator(SAFE_SOFTMAX, domain=OWN)
 def safe_softmax(node: Node, x: Value) -> Tensor:
     """A softmax along an axis; a row without any finite logit gives zeros."""
-    return torch.ops.aten._safe_softmax(tensor(x), node.get("axis", -1))
+    made: Tensor = torch.ops.aten._safe_softmax(tensor(x), node.get("axis", -1))
+    return made
 
 
 @operator("LogSoftmax")
@@ -147,4 +148,5 @@ def group_norm(node: Node, x: Value, scale: Value, bias: Value) -> Tensor:
 def lp_norm(node: Node, x: Value) -> Tensor:
     """Length 1 along an axis."""
     made, axis = tensor(x), node.get("axis", -1)
-    return made / torch.linalg.vector_norm(made, node.get("p", 2), axis, keepdim=True)
+    length: Tensor = torch.linalg.vector_norm(made, node.get("p", 2), axis, keepdim=True)
+    return made / length

@@ -48,9 +48,8 @@ def read(path: Path) -> Graph:
     if model.graph.sparse_initializer:
         raise Problem("A128", "sparse weights cannot be read", where=str(path), help=_MAKE)
     nodes: list[Node] = []
-    for i, made in enumerate(
-        _node(proto, i, opset, path) for i, proto in enumerate(model.graph.node)
-    ):
+    for i, proto in enumerate(model.graph.node):
+        made = _node(proto, i, opset, path)
         value = made.get("value")
         if made.operator == "Constant" and isinstance(value, Tensor):
             constants[made.outputs[0]] = value

@@ -201,7 +201,8 @@ def eye_like(node: Node, x: Value) -> Tensor:
     made, number = tensor(x), node.get("dtype")
     dtype = made.dtype if number is None else torch_dtype(int(number), node.name)
     rows, columns = (torch.arange(s) for s in made.shape)
-    return (columns[None, :] - rows[:, None] == node.get("k", 0)).to(dtype)
+    hit = (columns[None, :] - rows[:, None]) == int(node.get("k", 0))
+    return hit.to(dtype)
 
 
 @operator("Pad")

@@ -107,7 +107,7 @@ def _refuse_packed(program: Program) -> None:
             "A518",
             "the plan packs real tokens together (unpad), which ONNX has no operator for",
             where=", ".join(sites or [own[0].name]),
-            help="take the `unpad` step out of plan.json, and export what attnopt apply makes of it",
+            help="take the unpad step out of plan.json, then export what attnopt apply makes",
         )
 
 
@@ -197,22 +197,21 @@ def _compared(program: Program, path: Path) -> float | None:
             help="a newer onnxruntime may; nothing was written",
         ) from error
     wanted = [x for x in pytree.tree_leaves(program.run(program.example)) if isinstance(x, Tensor)]
-    error = max(
-        (_apart(torch.from_numpy(a), b) for a, b in zip(answers, wanted, strict=True)), default=0.0
-    )
-    if not error <= 10 * BOUND[own_dtype(program)]:
+    apart = [_apart(torch.from_numpy(a), b) for a, b in zip(answers, wanted, strict=True)]
+    worst = max(apart, default=0.0)
+    if not worst <= 10 * BOUND[own_dtype(program)]:
         raise Problem(
             "A520",
             "the exported model computes something else",
-            why=f"its outputs in ONNX Runtime differ by {error:.1e} of their rms",
+            why=f"its outputs in ONNX Runtime differ by {worst:.1e} of their rms",
             help="nothing was written; please report the model",
         )
-    return error
+    return worst
 
 
 def feeds(session: Any, batch: Batch) -> dict[str, Any]:
     """A batch as ONNX Runtime takes it: arrays by the names of the session's inputs."""
-    leaves = [x for x in pytree.tree_leaves((batch.args, dict(batch.kwargs)))]
+    leaves = pytree.tree_leaves((batch.args, dict(batch.kwargs)))
     names = [item.name for item in session.get_inputs()]
     given = dict(batch.kwargs)
     values = [given[name] for name in names] if set(names) <= set(given) else leaves
