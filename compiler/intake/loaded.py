@@ -32,10 +32,10 @@ class Loaded:
 
     `module` is None for an exported program and an ONNX model, `exported` is None for everything
     else. `args` and `kwargs` are real CPU tensors. `weights` is "meta" where there are none, only
-    their shapes (see `weightless`): such a model can be inspected and not measured. `sequence_dims` maps an input's
-    name to its dimensions that may vary: 0 -> "batch", 1 -> "seq", ...; they are
-    hints for the trace. `root_prefix` is "hf." when the module was wrapped, so that its parameter
-    names begin with it. `notes` are sentences to say to the user.
+    their shapes (see `weightless`): such a model can be inspected and not measured.
+    `sequence_dims` maps an input's name to its dimensions that may vary: 0 -> "batch", 1 -> "seq",
+    ...; they are hints for the trace. `root_prefix` is "hf." when the module was wrapped, so that
+    its parameter names begin with it. `notes` are sentences to say to the user.
     """
 
     module: nn.Module | None

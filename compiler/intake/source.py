@@ -46,9 +46,9 @@ def load(
 
     `source` is a `.pt`, a `.pt2`, an ONNX model, a directory of `save_pretrained`, or
     `module.path:callable`; files are told apart by their content. `allow_globals` and `trust` widen
-    what a pickle may restore. `attention` picks the spelling of a transformers model (eager, sdpa), `dtype` what it
-    computes in. `batch` and `length` size inputs made from a config or from `text`. Raises
-    `Problem` A101 to A129.
+    what a pickle may restore. `attention` picks the spelling of a transformers model (eager, sdpa),
+    `dtype` what it computes in. `batch` and `length` size inputs made from a config, from a graph's
+    inputs or from `text`. Raises `Problem` A101 to A129.
     """
     check_attention(attention)
     dtype = named_dtype(dtype)

@@ -31,8 +31,8 @@ def gather(node: Node, data: Value, index: Value) -> Value:
     table = tensor(data)
     if axis == 0 and rank == 2 and table.is_floating_point():
         return F.embedding(index, table)
-    places: list[Any] = [slice(None)] * axis
-    return table[(*places, index)]
+    before: list[Any] = [slice(None)] * axis
+    return table[(*before, index)]
 
 
 def _picked(data: Tensor, axis: int, index: Host) -> Tensor:
@@ -44,7 +44,8 @@ def _picked(data: Tensor, axis: int, index: Host) -> Tensor:
         first, steps = numbers[0], {b - a for a, b in pairwise(numbers)}
         if steps <= {1}:
             return torch.narrow(data, axis, first, len(numbers))
-    return data[(*(slice(None),) * axis, tensor(index))]
+    before: list[Any] = [slice(None)] * axis
+    return data[(*before, tensor(index))]
 
 
 @operator("Slice")
