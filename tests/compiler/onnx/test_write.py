@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from attnopt.compiler.attend import reference
 from attnopt.compiler.errors import Problem
+from attnopt.compiler.onnx import read_onnx
 from attnopt.compiler.onnx.write import write_onnx
 from attnopt.compiler.ops import ATTENTION
 from attnopt.compiler.program import Batch, Program
 from attnopt.compiler.spec import CAUSAL, FULL, AttentionSpec, Mask
+from tests.decoder import decoder
 from tests.onnx_files import answers, assert_as_runtime, onnx
 
 pytest.importorskip("onnxscript")
@@ -38,10 +40,13 @@ SPECS = {
 class _Attention(nn.Module):
     def __init__(self, spec: AttentionSpec) -> None:
         super().__init__()
-        self.spec = spec
+        self.line = spec.text
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Tensor:
-        made: Tensor = ATTENTION(q, k, v, list(extras.values()), self.spec.text)
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, e0: Tensor | None = None, e1: Tensor | None = None
+    ) -> Tensor:
+        extras = [extra for extra in (e0, e1) if extra is not None]
+        made: Tensor = ATTENTION(q, k, v, extras, self.line)
         return made
 
 
@@ -59,23 +64,20 @@ def _inputs(spec: AttentionSpec, batch: int, length: int) -> dict[str, Tensor]:
         "keep": torch.rand(batch, 1, length, length) > 0.3,
         "sinks": torch.randn(1, spec.heads, 1, 1),
     }
-    return made | {name: known[name] for name in spec.extras}
+    return made | {f"e{i}": known[name] for i, name in enumerate(spec.extras)}
 
 
 def _program(spec: AttentionSpec) -> Program:
-    from types import MethodType
-
     inputs = _inputs(spec, 2, 7)
-    extras = ", ".join(spec.extras)
-    scope: dict[str, object] = {"ATTENTION": ATTENTION}
-    exec(f"def forward(self, q, k, v, {extras}):\n"
-         f"    return ATTENTION(q, k, v, [{extras}], self.spec.text)", scope)  # fmt: skip
-    module = _Attention(spec)
-    module.forward = MethodType(scope["forward"], module)  # type: ignore[arg-type,method-assign]
     auto = torch.export.Dim.AUTO
     open_dims = {"sinks": (), "bias": (2, 3), "keep": (0, 2, 3), "padding": (0, 1)}
-    shapes = {name: dict.fromkeys(open_dims.get(name, (0, 2)), auto) for name in inputs}
-    exported = torch.export.export(module, (), inputs, dynamic_shapes=shapes, strict=False)
+    kinds = {f"e{i}": name for i, name in enumerate(spec.extras)}
+    shapes = {
+        name: dict.fromkeys(open_dims.get(kinds.get(name, name), (0, 2)), auto) for name in inputs
+    }
+    exported = torch.export.export(
+        _Attention(spec), (), inputs, dynamic_shapes=shapes, strict=False
+    )
     made = exported.module(check_guards=False)
     dynamic = {name: dict.fromkeys(dims, "s") for name, dims in shapes.items()}
     assert isinstance(made, torch.fx.GraphModule)
@@ -92,7 +94,7 @@ def test_a_spec_becomes_one_node(name: str, tmp_path: Path) -> None:
     assert not any(node.op_type == "Softmax" for node in model.graph.node)
     inputs = _inputs(spec, 3, 12)
     (found,) = answers(tmp_path / "a.onnx", inputs)
-    extras = [inputs[name] for name in spec.extras]
+    extras = [inputs[f"e{i}"] for i in range(len(spec.extras))]
     assert_as_runtime(found, reference(inputs["q"], inputs["k"], inputs["v"], extras, spec))
 
 
@@ -129,3 +131,13 @@ def test_a_wrong_answer_is_not_written(tmp_path: Path, monkeypatch: pytest.Monke
         write_onnx(_program(BASE), tmp_path / "a.onnx")
     assert caught.value.code == "A520"
     assert (tmp_path / "a.onnx").read_bytes() == b"as it was" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_many_weights_lie_beside_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from attnopt.compiler.onnx import write
+
+    monkeypatch.setattr(write, "_INLINE", 0)
+    written = write_onnx(decoder().copy(), tmp_path / "a.onnx")
+    assert written.attentions == 2
+    assert {file.name for file in tmp_path.iterdir()} == {"a.onnx", "a.onnx.data"}
+    assert read_onnx(tmp_path / "a.onnx").graph.opset == 23
