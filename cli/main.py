@@ -18,6 +18,7 @@ from typer.main import get_command
 from attnopt import __version__
 from attnopt.cli.apply import apply
 from attnopt.cli.check import check
+from attnopt.cli.export import export
 from attnopt.cli.inspect import inspect
 from attnopt.cli.optimize import optimize
 from attnopt.cli.stdout import Interrupted, end_with, reserved
@@ -33,7 +34,7 @@ commands = typer.Typer(
     pretty_exceptions_enable=False,
     help="Make the attention of trained models fast, and prove what it cost.",
 )
-for _command in (optimize, inspect, apply, check):
+for _command in (optimize, inspect, apply, check, export):
     commands.command()(_command)
 
 

@@ -13,7 +13,8 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A .pt of a whole module, a .pt2, a directory of save_pretrained, or module:callable.",
+        help="A .pt of a whole module, a .pt2, an ONNX model, a directory of save_pretrained, or "
+        "module:callable.",
         show_default=False,
     ),
 ]

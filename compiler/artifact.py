@@ -16,6 +16,7 @@ import importlib.util
 import json
 import pickle
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +28,7 @@ from attnopt.compiler import folder as folders
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.folder import check_writable, work_folder, write
 from attnopt.compiler.intake.export_model import load_export
+from attnopt.compiler.intake.loaded import Loaded
 from attnopt.compiler.optimized import Optimized
 from attnopt.compiler.plan import Plan
 from attnopt.compiler.program import Batch, Program
@@ -36,6 +38,7 @@ __all__ = [
     "check_writable",
     "load",
     "load_calibration",
+    "program_of",
     "read_plan",
     "read_report",
     "save",
@@ -98,13 +101,25 @@ def load(folder: str | Path) -> Optimized:
     """
     home = _home(folder)
     plan = _document(home / PLAN)
-    for name in _OPS:
-        if importlib.util.find_spec(name) is not None:
-            importlib.import_module(name)
-    exported = load_export(home / MODEL, batch=((), {})).exported
+    exported = _opened(home, ((), {})).exported
     assert exported is not None
     report = _document(home / REPORT) if (home / REPORT).is_file() else {}
     return Optimized(exported, plan, report, home)
+
+
+def program_of(folder: str | Path) -> Loaded:
+    """The optimized model of a finished run, to be traced and raised again, with the example
+    inputs that it was saved with. Raises `Problem` as `load` does.
+    """
+    home = _home(folder)
+    return replace(_opened(home, None), name=home.resolve().name)
+
+
+def _opened(home: Path, batch: tuple[tuple[Any, ...], dict[str, Any]] | None) -> Loaded:
+    for name in _OPS:
+        if importlib.util.find_spec(name) is not None:
+            importlib.import_module(name)
+    return load_export(home / MODEL, batch=batch)
 
 
 def read_plan(path: str | Path) -> Plan:

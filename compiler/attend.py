@@ -80,7 +80,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: Attent
         q = q.masked_fill(empty, 0.0)
     sinks = extra(extras, spec, "sinks")
     if sinks is not None:
-        mask = _with_sinks(q, k, mask, sinks)
+        mask = with_sinks(q, k, mask, sinks)
         k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, scale=spec.scale, enable_gqa=grouped
@@ -158,7 +158,7 @@ def _sdpa_mask(
     return torch.where(keep, base, torch.full((), lowest, dtype=q.dtype, device=q.device))
 
 
-def _with_sinks(q: Tensor, k: Tensor, mask: Tensor | None, sinks: Tensor) -> Tensor:
+def with_sinks(q: Tensor, k: Tensor, mask: Tensor | None, sinks: Tensor) -> Tensor:
     """The mask as logits `[batch, heads, S, T + 1]` to add, the sinks in the last column."""
     shape = (*q.shape[:3], k.shape[2])
     if mask is None:

@@ -16,9 +16,13 @@ from attnopt.compiler.ops import ATTENTION
 from attnopt.compiler.program import Batch, Program, copy_module
 from attnopt.compiler.spec import AttentionSpec, parse_spec
 
+Bind = Callable[[AttentionSpec], Callable[..., Tensor]]
+"""A spec as a function of q, k, v and the extras."""
 
-def lower(program: Program) -> fx.GraphModule:
-    """The program's module with every `attnopt::attention` replaced by its backend.
+
+def lower(program: Program, bind: Bind | None = None) -> fx.GraphModule:
+    """The program's module with every `attnopt::attention` replaced by its backend, or by what
+    `bind` makes of its spec.
 
     Shares the weights.
     """
@@ -28,7 +32,9 @@ def lower(program: Program) -> fx.GraphModule:
             continue
         q, k, v, extras, line = node.args
         with module.graph.inserting_before(node):
-            call = module.graph.call_function(_bound(parse_spec(str(line))), (q, k, v, *extras))
+            call = module.graph.call_function(
+                (bind or _bound)(parse_spec(str(line))), (q, k, v, *extras)
+            )
         call.meta = dict(node.meta)
         node.replace_all_uses_with(call)
         module.graph.erase_node(node)
@@ -46,12 +52,12 @@ def _bound(spec: AttentionSpec) -> Callable[..., Tensor]:
     return attention
 
 
-def export(program: Program) -> torch.export.ExportedProgram:
+def export(program: Program, bind: Bind | None = None) -> torch.export.ExportedProgram:
     """The lowered program through `torch.export`, with the dims that may vary.
 
     Raises `Problem` A503.
     """
-    module = lower(program)
+    module = lower(program, bind)
     example = _rows(program)
     shapes = _shapes(program, example)
     failure: Exception | None = None

@@ -20,6 +20,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 CLI = (ROOT / "docs/cli.md").read_text(encoding="utf-8")
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 ELSEWHERE = {"--help", "--version"}
+COMMANDS = ("optimize", "inspect", "apply", "check", "export")
 
 
 def _subcommand(name: str) -> Any:
@@ -54,13 +55,11 @@ def test_command_lines_of_the_readme_are_ones_that_exist() -> None:
 
 
 def test_options_named_in_the_readme_exist() -> None:
-    known = {
-        o for name in ("optimize", "inspect", "apply", "check") for o in _options(_subcommand(name))
-    }
+    known = {o for name in COMMANDS for o in _options(_subcommand(name))}
     assert set(OPTION.findall(README)) <= known | ELSEWHERE
 
 
-@pytest.mark.parametrize("name", ["optimize", "inspect", "apply", "check"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_the_reference_has_every_option_of_a_command_and_no_other(name: str) -> None:
     parts = dict(re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", CLI, re.MULTILINE | re.DOTALL))
     rows = re.findall(r"^\| (`--.*?) \|", parts["Options of several commands"] + parts[name], re.M)

@@ -13,7 +13,7 @@ _ZIP = b"PK\x03\x04"
 _LEGACY = b"\x80"  # the PROTO opcode: a pickle that is not in a zip
 _WHOLE = (
     "save the whole module with torch.save(model, path), an exported program with "
-    "torch.export.save, or give module.path:callable"
+    "torch.export.save or to ONNX, or give module.path:callable"
 )
 
 
@@ -23,6 +23,7 @@ class Kind(Enum):
     TORCH_ZIP = "a torch.save archive"
     TORCH_LEGACY = "a torch.save file of the format before torch 1.6, or a plain pickle"
     EXPORT = "a torch.export.save archive"
+    ONNX = "an ONNX model"
     HF = "a directory written by save_pretrained"
 
 
@@ -52,6 +53,8 @@ def detect(path: Path) -> Kind:
         return _archive(path)
     if head.startswith(_LEGACY):
         return Kind.TORCH_LEGACY
+    if _is_onnx(head, path):
+        return Kind.ONNX
     raise _stranger(path, head)
 
 
@@ -102,8 +105,6 @@ def _stranger(path: Path, head: bytes) -> Problem:
         help = (
             "give the directory with its config.json, or module.path:callable that builds the model"
         )
-    elif head[:1] == b"\x08" and (b"onnx" in head or b"pytorch" in head or path.suffix == ".onnx"):
-        what, help = "this is an ONNX model, and reading ONNX is not built yet", _WHOLE
     elif head.startswith(b"GGUF"):
         what, help = "this is a GGUF file, which cannot be read", _WHOLE
     elif head.startswith(b"\x89HDF"):
@@ -113,6 +114,12 @@ def _stranger(path: Path, head: bytes) -> Problem:
     else:
         what, help = "this is no model file that can be read", _WHOLE
     return Problem("A106", what, where=str(path), help=help)
+
+
+def _is_onnx(head: bytes, path: Path) -> bool:
+    """The version of the format, field 1 of the message, comes first; a maker's name follows."""
+    known = (b"onnx", b"pytorch", b"tf2", b"ai.", b"optimum")
+    return head[:1] == b"\x08" and (path.suffix == ".onnx" or any(word in head for word in known))
 
 
 def _is_safetensors(head: bytes, size: int) -> bool:

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.intake.checkpoint import first_line
 
-Kind = Literal["pickle", "export", "hf", "callable"]
+Kind = Literal["pickle", "export", "onnx", "hf", "callable"]
 Task = Literal["causal-lm", "encoder", "seq2seq", "vision", "other"]
 _RUN_ERRORS = (
     RuntimeError,
@@ -30,12 +30,12 @@ _RUN_ERRORS = (
 class Loaded:
     """A model in eval mode and what is known about it.
 
-    `module` is None for an exported program, `exported` is None for everything else. `args` and
-    `kwargs` are real CPU tensors. `weights` is "meta" where there are none, only their shapes (see
-    `weightless`): such a model can be inspected and not measured. `sequence_dims` maps an input's
-    name to its dimensions that may vary: 0 -> "batch", 1 -> "seq", ...; they are
-    hints for the trace. `root_prefix` is "hf." when the module was wrapped, so that its parameter
-    names begin with it. `notes` are sentences to say to the user.
+    `module` is None for an exported program and an ONNX model, `exported` is None for everything
+    else. `args` and `kwargs` are real CPU tensors. `weights` is "meta" where there are none, only
+    their shapes (see `weightless`): such a model can be inspected and not measured.
+    `sequence_dims` maps an input's name to its dimensions that may vary: 0 -> "batch", 1 -> "seq",
+    ...; they are hints for the trace. `root_prefix` is "hf." when the module was wrapped, so that
+    its parameter names begin with it. `notes` are sentences to say to the user.
     """
 
     module: nn.Module | None

@@ -44,11 +44,11 @@ def load(
 ) -> Loaded:
     """Read a model safely, find example inputs for it, and run it once on them.
 
-    `source` is a `.pt`, a `.pt2`, a directory of `save_pretrained`, or `module.path:callable`;
-    files are told apart by their content. `allow_globals` and `trust` widen what a pickle may
-    restore. `attention` picks the spelling of a transformers model (eager, sdpa), `dtype` what it
-    computes in. `batch` and `length` size inputs made from a config or from `text`. Raises
-    `Problem` A101 to A117.
+    `source` is a `.pt`, a `.pt2`, an ONNX model, a directory of `save_pretrained`, or
+    `module.path:callable`; files are told apart by their content. `allow_globals` and `trust` widen
+    what a pickle may restore. `attention` picks the spelling of a transformers model (eager, sdpa),
+    `dtype` what it computes in. `batch` and `length` size inputs made from a config, from a graph's
+    inputs or from `text`. Raises `Problem` A101 to A129.
     """
     check_attention(attention)
     dtype = named_dtype(dtype)
@@ -62,6 +62,8 @@ def load(
             request.finish(module, source.rpartition(":")[2], "callable", source), source
         )
     kind = detect(path)
+    if kind is Kind.ONNX:
+        return _checked(request.onnx(path), source)
     if kind is Kind.EXPORT:
         return _checked(request.exported(path, allow_globals, trust=trust), source)
     if kind is Kind.HF:
@@ -127,7 +129,19 @@ class _Request:
         self.tokenizer: object | None = None
 
     def exported(self, path: Path, allow_globals: Sequence[str], *, trust: bool) -> Loaded:
-        """Load a `.pt2`; its graph is fixed, so neither dtype nor attention can be chosen."""
+        """Load a `.pt2`."""
+        self._refuse_choices(path)
+        return load_export(path, self.batch, allow_globals, trust=trust)
+
+    def onnx(self, path: Path) -> Loaded:
+        """Load an ONNX model."""
+        from attnopt.compiler.intake.onnx_model import load_onnx  # most models are none
+
+        self._refuse_choices(path)
+        return load_onnx(path, self.batch, self.rows, self.length)
+
+    def _refuse_choices(self, path: Path) -> None:
+        """A graph is fixed, so neither dtype nor attention can be chosen."""
         if self.attention or self.dtype:
             raise Problem(
                 "A114",
@@ -136,7 +150,6 @@ class _Request:
                 help="export it with the ones you want",
             )
         self._refuse_text(str(path))
-        return load_export(path, self.batch, allow_globals, trust=trust)
 
     def finish(
         self, module: nn.Module, name: str, kind: Source, where: str, notes: tuple[str, ...] = ()

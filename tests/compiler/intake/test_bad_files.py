@@ -128,13 +128,6 @@ def test_safetensors_alone(tmp_path: Path) -> None:
     assert "safetensors" in problem.what and "config.json" in problem.help
 
 
-def test_onnx_is_not_built_yet(tmp_path: Path) -> None:
-    onnx = pytest.importorskip("onnx")
-    graph = onnx.helper.make_graph([], "empty", [], [])
-    onnx.save(onnx.helper.make_model(graph, producer_name="pytorch"), tmp_path / "model.bin")
-    assert "not built yet" in refused(tmp_path / "model.bin").what
-
-
 def test_noise_is_named_as_no_model(tmp_path: Path) -> None:
     (tmp_path / "model.pt").write_bytes(b"hello, world")
     assert refused(tmp_path / "model.pt").code == "A106"
