@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -47,9 +48,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class _Runs:
-    """The batches that a program could be run on in `dtype`, and its outputs."""
+    """The batches that a program could be run on in `dtype`, wholly cast to it or as it is, and its
+    outputs."""
 
     dtype: torch.dtype
+    cast: bool
     batches: list[Batch]
     outputs: list[Any]
 
@@ -63,12 +66,12 @@ def compare(before: Program, after: Program, valid_only: bool = False) -> Compar
     What a wider dtype refutes is not asked again in a narrower one: rounding is no excuse there.
     """
     own = own_dtype(before)
-    for dtype in _dtypes(before):
-        runs = _runs(before, dtype)
+    for dtype, cast in _forms(before):
+        runs = _runs(before, dtype, cast)
         if runs is None:
             continue
-        outputs = _outputs(_as(after, dtype, own), runs.batches)
-        if outputs is None and dtype is not own:
+        outputs = _outputs(_in(after, dtype) if cast else after, runs.batches)
+        if outputs is None and cast:
             continue
         worst = math.inf
         if outputs is not None:
@@ -84,31 +87,38 @@ def compare(before: Program, after: Program, valid_only: bool = False) -> Compar
     return Comparison(math.inf, 0.0, own)
 
 
-def _dtypes(program: Program) -> list[torch.dtype]:
-    """The dtypes to compare in, the widest first and the model's own last."""
+def _forms(program: Program) -> list[tuple[torch.dtype, bool]]:
+    """The dtypes to compare in, the widest first and the model's own last, each with whether the
+    whole program is cast to it: a float64 model may have narrower parts."""
     count = sum(p.numel() for p in program.module.parameters())
     own = own_dtype(program)
-    wider = [d for d, most in LIMITS.items() if count <= most and d.itemsize > own.itemsize]
-    return [*wider, own]
+    wider = [d for d, most in LIMITS.items() if count <= most and d.itemsize >= own.itemsize]
+    cast = [dtype for dtype in wider if dtype is not own or own is torch.float64]
+    return [*((dtype, True) for dtype in cast), (own, False)]
 
 
-def _runs(program: Program, dtype: torch.dtype) -> _Runs | None:
+def _runs(program: Program, dtype: torch.dtype, cast: bool) -> _Runs | None:
     """The program on all variations that it takes, since not every size need be one that it takes;
-    None when it does not run in this dtype."""
+    None when it does not run cast to this dtype."""
     known = _LAST.get(program.module)
-    if known is not None and known.dtype is dtype:
+    if known is not None and (known.dtype, known.cast) == (dtype, cast):
         return known
-    cast = _as(program, dtype, own_dtype(program))
+    made = _in(program, dtype) if cast else program
     batches, outputs = list[Batch](), list[Any]()
-    for batch in variations(program, None if cast is program else dtype):
-        try:
-            outputs.append(cast.run(batch))
-        except RUN_ERRORS:
-            if not batches and cast is not program:
-                return None
-        else:
-            batches.append(batch)
-    return _Runs(dtype, batches, outputs) if batches else None
+    wanted = dtype if cast else None
+
+    for batch in variations(program, wanted):
+        _run(made, batch, batches, outputs)
+    if not batches:  # sizes that hang together in ways that no variation knows
+        _run(made, _example(program, wanted), batches, outputs)
+    return _Runs(dtype, cast, batches, outputs) if batches else None
+
+
+def _run(program: Program, batch: Batch, batches: list[Batch], outputs: list[Any]) -> None:
+    """Run a batch and keep it with its outputs, where the program takes it."""
+    with suppress(*RUN_ERRORS):
+        outputs.append(program.run(batch))
+        batches.append(batch)
 
 
 def _outputs(program: Program, batches: list[Batch]) -> list[Any] | None:
@@ -169,6 +179,15 @@ def variations(program: Program, dtype: torch.dtype | None = None) -> Iterator[B
         for mask in (leaves[at], *(_padded(leaves[at], test) if i == 0 else ())):
             leaves[at] = mask
             yield _batch(leaves, tree, _real(mask, test))
+
+
+def _example(program: Program, dtype: torch.dtype | None) -> Batch:
+    """The example as it is, in a dtype."""
+    args, kwargs = pytree.tree_map(
+        lambda x: _cast(x, dtype) if isinstance(x, Tensor) else x,
+        (program.example.args, dict(program.example.kwargs)),
+    )
+    return Batch(args, kwargs, program.example.valid)
 
 
 def _batch(leaves: list[Any], tree: Any, valid: Tensor | None = None) -> Batch:
@@ -240,11 +259,6 @@ def _padded(mask: Tensor, test: Test) -> Iterator[Tensor]:
     for keep in (right, right.flip(1)):
         real = torch.where(_real(mask, test), mask, samples[says][0])
         yield torch.where(keep, real, samples[~says][0])
-
-
-def _as(program: Program, dtype: torch.dtype, own: torch.dtype) -> Program:
-    """The program in a dtype; in its own it is itself, unless parts of it may be narrower."""
-    return program if dtype is own and own is not torch.float64 else _in(program, dtype)
 
 
 def _in(program: Program, dtype: torch.dtype) -> Program:
