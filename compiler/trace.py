@@ -4,8 +4,10 @@ normalise it."""
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from typing import Any
 
 import torch
@@ -68,14 +70,16 @@ def _export(module: nn.Module, example: Batch) -> torch.export.ExportedProgram:
             pytree.tree_map(shapes, dict(example.kwargs)),
         )
         try:
-            with slow_paths(), every_call(), untouched(module):
-                return torch.export.export(
+            with slow_paths(), every_call(), untouched(module), redirect_stderr(StringIO()) as told:
+                exported = torch.export.export(
                     module,
                     example.args,
                     dict(example.kwargs),
                     dynamic_shapes=_by_signature(dynamic),
                     strict=False,
                 )
+            sys.stderr.write(told.getvalue())  # of a failed attempt it holds the whole graph
+            return exported
         # Any failure of the model's own code under tracing lands here.
         except Exception as error:  # noqa: BLE001
             failure = error

@@ -111,13 +111,14 @@ class Block(nn.Module):
 
     bias: Tensor
 
-    def __init__(self, width: int = 64, heads: int = 4) -> None:
+    def __init__(self, width: int = 64, heads: int = 4, longest: int = 128) -> None:
         super().__init__()
         self.heads = heads
         self.norm, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.register_buffer("bias", torch.tril(torch.ones(128, 128)).view(1, 1, 128, 128))
+        square = torch.ones(1, 1, longest, longest)
+        self.register_buffer("bias", square.tril())
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
@@ -135,9 +136,9 @@ class Block(nn.Module):
 
 
 class Nano(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, longest: int = 128) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(Block(), Block())
+        self.blocks = nn.Sequential(Block(longest=longest), Block(longest=longest))
 
     def forward(self, x: Tensor) -> Tensor:
         made: Tensor = self.blocks(x)

@@ -65,6 +65,14 @@ class _Held(Evaluator):
         super().__init__(owner.program, owner.sizes, {owner.source.node: y})
         self.owner = owner
 
+    def _input(self, node: fx.Node) -> Any:
+        """Positions that are given as an input are counted: what is asked is what they do."""
+        value = super()._input(node)
+        whole = isinstance(value, Tensor) and not value.is_floating_point() and value.dim() > 0
+        if "position" not in node.name or not whole:
+            return value
+        return torch.arange(value.shape[-1], dtype=value.dtype).expand_as(value)
+
     def _run(self, node: fx.Node) -> Any:
         if node not in self.owner.between:
             return super()._run(node)

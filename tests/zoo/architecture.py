@@ -47,6 +47,13 @@ class Masked(Wrapped):
         return self._tensor(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
 
 
+class Packed(Wrapped):
+    """A decoder that reads several documents in one row, told by their positions."""
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return self._tensor(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+
+
 class Seq2Seq(Wrapped):
     """An encoder and a decoder."""
 
@@ -95,6 +102,15 @@ def transformers(
     return build
 
 
+def packed(batch: int, length: int) -> Inputs:
+    """Random tokens; the positions begin anew after a third, and in the second row also after
+    half."""
+    position = torch.arange(length).repeat(batch, 1)
+    position[:, length // 3 :] -= length // 3
+    position[1:, length // 2 :] -= int(position[1, length // 2]) if batch > 1 else 0
+    return {**ids(batch, length), "position_ids": position}
+
+
 def seq2seq(batch: int, length: int) -> Inputs:
     """Padded tokens for the encoder, others for the decoder."""
     decoder = torch.randint(3, VOCABULARY, (batch, length + 3))
@@ -111,6 +127,7 @@ def image(side: int) -> Callable[[int, int], Inputs]:
 
 
 __all__ = [
-    "BOTH", "SHAPES", "Architecture", "Bare", "Inputs", "Masked", "Seq2Seq", "Speech", "Wave",
-    "ids", "image", "masked", "seq2seq", "transformers",
+    "BOTH", "SHAPES", "Architecture", "Bare", "Inputs", "Masked", "Packed", "Seq2Seq", "Speech",
+    "Wave",
+    "ids", "image", "masked", "packed", "seq2seq", "transformers",
 ]  # fmt: skip

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from tests.families import VOCABULARY, Decoder
-from tests.zoo.architecture import BOTH, Architecture, Masked, ids, masked, transformers
+from tests.zoo.architecture import (
+    BOTH,
+    Architecture,
+    Masked,
+    Packed,
+    ids,
+    masked,
+    packed,
+    transformers,
+)
 
 _COMMON: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -50,6 +60,18 @@ DECODERS = (
     _decoder("Llama, YaRN rotary", "Llama", **_GROUPED, rope_parameters={
         "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
         "original_max_position_embeddings": 32}),
+    _decoder("Llama, dynamic rotary", "Llama", **_GROUPED, rope_parameters={
+        "rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}),
+    replace(_decoder("Llama, packed", "Llama", **_GROUPED), inputs=packed,
+            build=transformers("LlamaForCausalLM", "LlamaConfig", Packed, **_GROUPED)),
+    _decoder("Qwen2-VL (text)", "Qwen2VL", head="Qwen2VLTextModel", config="Qwen2VLTextConfig",
+             **_PLAIN, rope_parameters={"rope_type": "default", "rope_theta": 10000.0,
+                                        "mrope_section": [2, 3, 3]}),
+    _decoder("LLaVA (text)", "Llava", head="LlavaForConditionalGeneration",
+             text_config={"model_type": "llama", **_GROUPED},
+             vision_config={"model_type": "clip_vision_model", "hidden_size": 32,
+                            "intermediate_size": 32, "num_hidden_layers": 1,
+                            "num_attention_heads": 2, "image_size": 8, "patch_size": 4}),
     _decoder("Llama 4 (text)", "Llama4", config="Llama4TextConfig", **_GROUPED,
              intermediate_size_mlp=96, num_local_experts=2, interleave_moe_layer_step=2,
              attention_chunk_size=8),

@@ -103,7 +103,8 @@ def survey(architecture: Architecture, spelling: str) -> Row:
     try:
         model, program = read(architecture, spelling)
     except Problem as problem:
-        return replace(bare, problem=f"{problem.what}: {problem.why}")
+        at = f", at {problem.where.rpartition('/')[2]}" if problem.where else ""
+        return replace(bare, problem=f"{problem.what}: {problem.why}{at}")
     except ImportError as missing:
         return replace(bare, problem=f"{_NOT_INSTALLED}: {missing.name}")
     error, failed = 0.0, list[str]()
