@@ -124,9 +124,20 @@ def _opened(home: Path, batch: tuple[tuple[Any, ...], dict[str, Any]] | None) ->
 
 def read_plan(path: str | Path) -> Plan:
     """The plan in a plan.json, or in the folder that holds one. Raises `Problem` A501 or A505."""
+    return Plan.from_json(_document(_plan_file(path)))
+
+
+def read_inputs(path: str | Path) -> tuple[str, ...]:
+    """The inputs of a plan's model in words, in the order of a call; empty where it tells none.
+
+    Raises `Problem` A505.
+    """
+    return tuple(map(str, _document(_plan_file(path)).get("inputs", ())))
+
+
+def _plan_file(path: str | Path) -> Path:
     file = Path(path)
-    file = _home(file, PLAN) / PLAN if file.is_dir() else file
-    return Plan.from_json(_document(file))
+    return _home(file, PLAN) / PLAN if file.is_dir() else file
 
 
 def read_report(folder: str | Path) -> dict[str, Any]:

@@ -15,22 +15,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
-from attnopt.compiler.artifact import REPORT, load_calibration, read_plan, read_report
+from attnopt.compiler.artifact import (
+    REPORT,
+    load_calibration,
+    read_inputs,
+    read_plan,
+    read_report,
+)
 from attnopt.compiler.contract import Exactness, Notes, read_pass
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.pipeline import apply_pass
 from attnopt.compiler.plan import Plan
 from attnopt.compiler.program import Batch, Program
 
-_KEY = re.compile(r"\['(\w+)'\]")
+_KEY = re.compile(r"L\['(\w+)'\]|.*\['kwargs'\]\['(\w+)'\]")
 
 
 @dataclass(frozen=True)
 class SavedPlan:
     """A plan of a finished run, read for the backend.
 
-    `heads` are query heads and head_dim of each of its attentions, empty where no report says so;
+    `inputs` are the names of the model's inputs in the order of a call. `heads` are query heads and
+    head_dim of each of its attentions, empty where no report says so;
     `idle` are the pairs of rewrite and target that changed nothing in the run.
     """
 
@@ -38,6 +46,7 @@ class SavedPlan:
     plan: Plan
     calibration: tuple[Batch, ...] = ()
     heldout: tuple[Batch, ...] = ()
+    inputs: tuple[str, ...] = ()
     heads: tuple[tuple[int, int], ...] = ()
     idle: frozenset[tuple[str, str]] = frozenset()
     seed: int = 0
@@ -46,7 +55,7 @@ class SavedPlan:
     def read(path: str | Path) -> SavedPlan:
         """The plan in a plan.json, or in the folder that holds one. Raises `Problem` A501 or
         A505."""
-        plan = read_plan(path)
+        plan, described = read_plan(path), read_inputs(path)
         home = Path(path) if Path(path).is_dir() else Path(path).parent
         report = read_report(home) if (home / REPORT).is_file() else {}
         sites = [site["facts"] for site in report.get("sites", ()) if site["raised"]]
@@ -55,6 +64,7 @@ class SavedPlan:
             kept = load_calibration(home)
         return SavedPlan(
             home, plan, tuple(kept.get("calibration", ())), tuple(kept.get("heldout", ())),
+            tuple(words.partition(" ")[0] for words in described),
             tuple((site["heads"], site["head_dim"]) for site in sites), frozenset(idle),
             int(report.get("seed", 0)),
         )  # fmt: skip
@@ -66,9 +76,10 @@ class SavedPlan:
         does not apply.
         """
         self._same(program)
-        notes = Notes(
-            program, inputs.batches(self.calibration), inputs.batches(self.heldout), seed=self.seed
+        fitted, held = (
+            inputs.batches(role, self.inputs) for role in (self.calibration, self.heldout)
         )
+        notes = Notes(program, fitted, held, seed=self.seed)
         for step in self.plan.steps:
             rewrite = read_pass(step.rewrite)
             if rewrite.exactness is not Exactness.APPROXIMATE:
@@ -104,8 +115,8 @@ class SavedPlan:
 class GraphInputs:
     """What one of Dynamo's graphs takes besides weights, and how a batch of the run becomes it.
 
-    `values` are the inputs at hand. Inputs are found by name, and in order where the names are
-    others; sizes follow from the tensors, and numbers that the model holds stay what they are.
+    `values` are the inputs at hand. Inputs are found by name; sizes follow from the tensors, and
+    numbers that the model holds stay what they are.
     """
 
     def __init__(
@@ -118,13 +129,16 @@ class GraphInputs:
             n for n in self.holders if isinstance(_example(n), Tensor) and n not in self.own
         ]
 
-    def batches(self, given: Sequence[Batch]) -> list[Batch]:
+    def batches(self, given: Sequence[Batch], names: Sequence[str]) -> list[Batch]:
         """Batches of the run as positional inputs of the graph, one row each where the graph is
-        compiled for one. Raises `Problem` A213 where an input is missing or has another size."""
-        return [self._batch(row) for batch in given for row in self._rows(batch)]
+        compiled for one; `names` are those of the model's inputs in the order of a call.
 
-    def _rows(self, batch: Batch) -> Iterator[Batch]:
-        tensors = self._tensors(batch)
+        Raises `Problem` A213 where an input is missing or has another size.
+        """
+        return [self._batch(row) for batch in given for row in self._rows(batch, names)]
+
+    def _rows(self, batch: Batch, names: Sequence[str]) -> Iterator[Batch]:
+        tensors = self._tensors(batch, names)
         rows = {x.shape[0] for x in tensors}
         single = all(_example(n).shape[:1] == (1,) for n in self.tensors)
         if not single or len(rows) != 1:
@@ -134,19 +148,21 @@ class GraphInputs:
             valid = None if batch.valid is None else batch.valid[i : i + 1]
             yield Batch(tuple(x[i : i + 1] for x in tensors), {}, valid)
 
-    def _tensors(self, batch: Batch) -> list[Tensor]:
+    def _tensors(self, batch: Batch, names: Sequence[str]) -> list[Tensor]:
+        """The tensors of a batch in the graph's order, which is that of their first use."""
+        flat = pytree.tree_leaves((batch.args, dict(batch.kwargs)))
+        known = dict(zip(names, flat, strict=True)) if len(names) == len(flat) else {}
+        known |= batch.kwargs
         keys = [_key(node) for node in self.tensors]
-        if all(key in batch.kwargs for key in keys):
-            return [batch.kwargs[key] for key in keys]
-        flat = [x for x in (*batch.args, *batch.kwargs.values()) if isinstance(x, Tensor)]
-        if len(flat) != len(keys):
-            raise Problem(
-                "A213",
-                f"the plan was fitted on inputs {list(batch.kwargs) or len(batch.args)}, this "
-                f"graph takes {keys}",
-                help="call the compiled model with the same inputs as in the run",
-            )
-        return flat
+        if all(isinstance(known.get(key), Tensor) for key in keys):
+            return [known[key] for key in keys]
+        if len(keys) == len(flat) == 1:
+            return flat
+        raise Problem(
+            "A213",
+            f"the plan was fitted on inputs {list(known) or len(flat)}, this graph takes {keys}",
+            help="compile the model itself, and call it with the same inputs as in the run",
+        )
 
     def _batch(self, batch: Batch) -> Batch:
         """A batch of tensors in order, completed by the sizes that the graph takes as numbers."""
@@ -176,8 +192,8 @@ def _key(node: fx.Node) -> str:
     """The argument's name of an input, from where Dynamo found it."""
     source: Any = getattr(node.meta.get("grapharg"), "source", None)
     named = getattr(source, "name", "")
-    found = _KEY.findall(str(named() if callable(named) else named))
-    return found[-1] if found else node.name
+    found = _KEY.fullmatch(str(named() if callable(named) else named))
+    return (found[1] or found[2]) if found else node.name
 
 
 def _note_sizes(node: fx.Node, value: Tensor, sizes: dict[str, int]) -> None:

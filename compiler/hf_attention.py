@@ -47,24 +47,20 @@ def mask(
     kv_length: int,
     q_offset: int = 0,
     kv_offset: int = 0,
-    attention_mask: Tensor | None = None,
     local_size: int | None = None,
-    allow_is_causal_skip: bool = True,
     **more: Any,
 ) -> Tensor | None:
-    """Transformers' mask for SDPA, bool `[batch, 1, S, T]` or None; one that is a causal window
-    over a whole unpadded sequence is marked as such."""
+    """Transformers' mask for SDPA, bool `[batch, 1, S, T]` or None; one that is a causal window and
+    nothing else is marked as such."""
     from transformers.masking_utils import sdpa_mask
 
     made: Tensor | None = sdpa_mask(
-        batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask,
-        local_size=local_size, allow_is_causal_skip=allow_is_causal_skip, **more,
+        batch_size, q_length, kv_length, q_offset, kv_offset, local_size=local_size, **more,
     )  # fmt: skip
-    # Patterns of a model's own forbid the skip, so what is left is the plain window.
-    whole = q_length == kv_length and not torch.compiler.is_compiling()
-    if made is not None and local_size and allow_is_causal_skip and whole:
-        padded = attention_mask is not None and not bool(attention_mask.all())
-        if not padded and int(q_offset) == int(kv_offset) == 0:
+    # Chunks come with a local size too: only what is the window is marked as one.
+    if made is not None and local_size and not torch.compiler.is_compiling():
+        band = Mask("window", left=local_size).dense(q_length, kv_length, made.device)
+        if made.shape[-2:] == band.shape and bool((made == band).all()):
             setattr(made, _WINDOW, local_size)
     return made
 

@@ -32,6 +32,7 @@ from attnopt.compiler.damage import Damage
 from attnopt.compiler.grams import Gram, real, rows, with_one
 from attnopt.compiler.lmmse import LinearMap
 from attnopt.compiler.program import Batch, Program, peek
+from attnopt.compiler.raising.canonical import static
 from attnopt.compiler.raising.evaluate import concrete, example_sizes
 from attnopt.compiler.raising.projections import projection
 from attnopt.compiler.removal import bypass_of, edited, exit_of, remove
@@ -107,8 +108,8 @@ class SkipSublayers(Pass):
         """The best map per target, the one of `against` first."""
         if not notes.calibration:
             return Miss("a linear map needs calibration data", target.branch, "give --text FILE")
-        if isinstance(program.node(target.entry).meta["val"].shape[-1], torch.SymInt):
-            return Miss("the channels of its stream are not on the last axis", target.entry)
+        if static(program.node(target.entry).meta["val"].shape[-1]) is None:
+            return Miss("the last axis of its stream has no fixed width", target.entry)
         sources = _sources(program, target)
         width = int(program.node(target.branch).meta["val"].shape[-1])
         dear = _too_dear(program, target, width)

@@ -86,9 +86,18 @@ def mixes(node: fx.Node) -> fx.Node | None:
 
 
 def _letters(node: fx.Node) -> tuple[tuple[str, str], str]:
+    """The letters of two operands and of the result; an ellipsis gets capital ones."""
     equation = str(node.args[0]).replace(" ", "")
     inputs, _, out = equation.partition("->")
     left, _, right = inputs.partition(",")
+    ranks = [x.meta["val"].dim() for x in (*operands(node), node)]
+    hidden = [rank - len(part.replace("...", "")) for rank, part in zip(ranks, (left, right, out),
+              strict=False)]  # fmt: skip
+    spare = [letter for letter in "ZYXWVUTS" if letter not in equation]
+    left, right, out = (
+        part.replace("...", "".join(reversed(spare[:count])))
+        for part, count in zip((left, right, out), hidden, strict=False)
+    )
     return (left, right), out
 
 

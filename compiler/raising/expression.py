@@ -168,6 +168,18 @@ def multiply(x: Expression, y: Expression) -> Expression:
     return map_leaves(_multiply, numeric(x), numeric(y))
 
 
+def divide(x: Expression, by: float) -> Expression:
+    """x / by, where x is a constant at every leaf."""
+
+    def quotient(leaf: Expression) -> Expression:
+        value = _plain(leaf)
+        if value is None or not by:
+            raise Unknown("a position is divided into real numbers")
+        return Const(value / by)
+
+    return map_leaves(quotient, numeric(x))
+
+
 def compare(op: str, x: Expression, y: Expression) -> Condition:
     """x op y for op in lt, le, eq, ne, gt, ge."""
     return truth(map_leaves(lambda a, b: _compare(op, a, b), numeric(x), numeric(y)))

@@ -99,7 +99,10 @@ def prefix(
 ) -> tuple[str, Padding | None] | None:
     """The keys that every query reads in a mask that is causal for all others, as "prefix(8)" or
     "prefix(input)", and the padding, proved; or None."""
-    tests = [(f"prefix({p.datum.name})", _reads(p)) for p in _paddings(keep)]
+    own = (variable("b"), variable("j"))
+    tests = [
+        (f"prefix({p.datum.name})", _reads(p)) for p in _paddings(keep) if p.datum.index == own
+    ]
     for atom in atoms(keep):
         if {name for name, _ in atom.form.terms} == {"j"}:
             for end in (abs(atom.form.constant) + d for d in (0, 1)):

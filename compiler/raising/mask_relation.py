@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from attnopt.compiler.raising.evaluate import Unknown
 from attnopt.compiler.raising.expression import (
     Affine,
     Compare,
@@ -17,7 +18,9 @@ from attnopt.compiler.raising.expression import (
     Expression,
     Logic,
     Where,
+    map_leaves,
     negate,
+    numeric,
     truth,
     variable,
     where,
@@ -45,9 +48,17 @@ class Relation:
         return f"document({self.name})" if self.op == "eq" else f"order({self.name})"
 
 
-def chunk(form: Affine, size: int) -> Affine:
-    """floor(form / size) as a value that is only compared with its like."""
-    return variable(Datum(f"{CHUNK}{size}", (form,), False, computed=True))
+def chunk(x: Expression, size: int) -> Expression:
+    """floor(x / size), as values that are only compared with their like."""
+
+    def one(leaf: Expression) -> Expression:
+        if not isinstance(leaf, Affine):
+            raise Unknown("a real number is divided")
+        if not leaf.terms:
+            return Affine((), leaf.constant // size)
+        return variable(Datum(f"{CHUNK}{size}", (leaf,), False, computed=True))
+
+    return map_leaves(one, numeric(x))
 
 
 def related(keep: Condition) -> tuple[Condition, tuple[Relation, ...]]:
@@ -91,16 +102,9 @@ def _relation(x: Compare, found: dict[Relation, None]) -> Condition:
 
 
 def _mirrored(ours: Datum, theirs: Datum) -> bool:
-    """Whether one value stands at the query where the other stands at the key."""
-    if not any(name == "i" for form in ours.index for name, _ in form.terms):
-        return False
-    return tuple(_swapped(form) for form in ours.index) == theirs.index
-
-
-def _swapped(form: Affine) -> Affine:
-    total = Affine((), form.constant)
-    for name, factor in form.terms:
-        if name == "j":
-            return form  # it reads both
-        total = total.plus(variable("j" if name == "i" else name), factor)
-    return total
+    """Whether one value stands at the query, of its own sequence, where the other stands at the
+    key."""
+    return any(
+        (ours.index, theirs.index) == ((*batch, variable("i")), (*batch, variable("j")))
+        for batch in ((), (variable("b"),))
+    )

@@ -21,12 +21,12 @@ from attnopt.compiler.raising.evaluate import Unknown
 from attnopt.compiler.raising.expression import (
     COMPARISONS,
     Affine,
-    Const,
     Datum,
     Expression,
     add,
     both,
     compare,
+    divide,
     is_condition,
     leaves,
     logic,
@@ -40,7 +40,7 @@ from attnopt.compiler.raising.expression import (
     where,
 )
 from attnopt.compiler.raising.mask_relation import chunk
-from attnopt.compiler.raising.symbolic_casts import cast_to, holds
+from attnopt.compiler.raising.symbolic_casts import cast_to, holds, runs_over
 from attnopt.compiler.raising.symbolic_views import Index, size_form
 
 _LOGIC = {"and": "and", "or": "or", "xor": "xor"}
@@ -83,6 +83,8 @@ class Symbolic:
         key = (x, symbolic_views.broadcast(value.shape, index))
         if key not in self._known:
             self._known[key] = self._named(x, key[1])
+            if runs_over(self._known[key], value.dtype):
+                raise Unknown(f"`{x.name}` ({x.target}): positions are kept in {value.dtype}")
         return self._known[key]
 
     def _named(self, node: fx.Node, index: Index) -> Expression:
@@ -187,7 +189,7 @@ class Symbolic:
         left, right = self._through(node, index), self.at(node.args[1], index)
         times = node.kwargs.get("alpha", 1)
         if not isinstance(times, (int, float)):
-            raise Unknown("its factor is not a number")
+            raise Unknown("its factor is no number")
         if node.meta["val"].dtype == torch.bool:
             return logic("or", left, right)
         return cast_to(add(left, right, sign * times), node.meta["val"].dtype)
@@ -224,16 +226,15 @@ class Symbolic:
         size = node.args[1]
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise Unknown("it divides by no plain number")
-        return map_leaves(lambda leaf: _chunk(leaf, size), numeric(self.at(node.args[0], index)))
+        return chunk(self.at(node.args[0], index), size)
 
     def _op_div(self, node: fx.Node, index: Index) -> Expression:
         if node.kwargs.get("rounding_mode") == "floor":
             return self._op_floor_divide(node, index)
         if node.kwargs.get("rounding_mode") or not isinstance(node.args[1], (int, float)):
             raise Unknown("it divides by no plain number")
-        by = float(node.args[1])
-        x = numeric(self.at(node.args[0], index))
-        return cast_to(map_leaves(lambda a: _quotient(a, by), x), node.meta["val"].dtype)
+        made = divide(self.at(node.args[0], index), float(node.args[1]))
+        return cast_to(made, node.meta["val"].dtype)
 
     def _op_where(self, node: fx.Node, index: Index) -> Expression:
         condition, yes, no = (self.at(node.args[n], index) for n in (0, 1, 2))
@@ -276,9 +277,8 @@ class Symbolic:
         one = [isinstance(size, int) and size == 1 for size in shape]
         if not all(o or t == 1 for o, t in zip(one, times[len(times) - len(shape) :], strict=True)):
             raise Unknown("it repeats an axis that is longer than 1")
-        return self.at(
-            node.args[0], tuple(Affine() if o else at for o, at in zip(one, kept, strict=True))
-        )
+        places = tuple(Affine() if o else at for o, at in zip(one, kept, strict=True))
+        return self.at(node.args[0], places)
 
     def _op_cat(self, node: fx.Node, index: Index) -> Expression:
         parts = list(node.args[0])  # type: ignore[arg-type]
@@ -313,9 +313,8 @@ class Symbolic:
             value = constant_value(numeric(summand))
         except Unknown:
             value = None
-        if not isinstance(value, int):
-            real = node.meta["val"].dtype.is_floating_point
-            return variable(Datum(node.name, index, False, real, computed=True))
+        if not isinstance(value, int):  # known to be one number per position, and no more
+            return variable(Datum(node.name, index, False, _is_real(node), computed=True))
         return index[dim].plus(Affine((), 1)).scaled(value)
 
     def _op_index(self, node: fx.Node, index: Index) -> Expression:
@@ -345,20 +344,6 @@ class Symbolic:
         return made
 
 
-def _chunk(leaf: Expression, size: int) -> Expression:
-    if not isinstance(leaf, Affine):
-        raise Unknown("a real number is divided")
-    return chunk(leaf, size) if leaf.terms else Affine((), leaf.constant // size)
-
-
-def _quotient(leaf: Expression, by: float) -> Expression:
-    if isinstance(leaf, Affine) and not leaf.terms:
-        leaf = Const(leaf.constant)
-    if not isinstance(leaf, Const) or not by:
-        raise Unknown("a position is divided into real numbers")
-    return Const(leaf.value / by)
-
-
 def _choose(condition: Expression, yes: Expression, no: Expression) -> Expression:
     if is_condition(yes) != is_condition(no):
         yes, no = numeric(yes), numeric(no)
@@ -371,9 +356,12 @@ def _reads(leaf: Expression) -> bool:
 
 def _datum(node: fx.Node, index: Index) -> Expression:
     value = node.meta["val"]
-    real = value.dtype.is_floating_point
-    form = variable(Datum(node.name, index, value.dtype == torch.bool, real))
+    form = variable(Datum(node.name, index, value.dtype == torch.bool, _is_real(node)))
     return truth(form) if value.dtype == torch.bool else form
+
+
+def _is_real(node: fx.Node) -> bool:
+    return bool(node.meta["val"].dtype.is_floating_point)
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:

@@ -9,6 +9,7 @@ from attnopt.compiler.raising.expression import (
     Affine,
     Const,
     Expression,
+    leaves,
     map_leaves,
     number,
     numeric,
@@ -16,6 +17,7 @@ from attnopt.compiler.raising.expression import (
 )
 
 _HALF = (torch.float16, torch.bfloat16)
+_NARROW = (torch.int8, torch.uint8, torch.int16)
 
 
 def cast_to(x: Expression, dtype: torch.dtype) -> Expression:
@@ -45,3 +47,11 @@ def holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
         return False
     a, b = torch.iinfo(wide), torch.iinfo(narrow)
     return a.min <= b.min and b.max <= a.max
+
+
+def runs_over(x: Expression, dtype: torch.dtype) -> bool:
+    """Whether an expression counts positions or sizes in a dtype that is too narrow for them."""
+    return dtype in _NARROW and any(
+        isinstance(leaf, Affine) and any(isinstance(name, str) for name, _ in leaf.terms)
+        for leaf in leaves(x)
+    )

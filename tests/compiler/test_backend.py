@@ -115,7 +115,8 @@ def test_a_mask_buffer_that_is_written_to_later(monkeypatch: pytest.MonkeyPatch)
             block.bias.fill_(1)  # every token sees every other one now
         assert_close(compiled(x), model(x), "after the write")
         compiled(x)
-    assert said == ["a buffer that holds a mask has changed: the graph runs as it was given"]
+    (words,) = said
+    assert "a buffer that holds a mask" in words and "the graph runs as it was given" in words
 
 
 def test_a_rewrite_that_computes_something_else_is_not_used(

@@ -43,14 +43,14 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def _batch() -> Batch:
-    return Batch((torch.randn(4, 40, 64),))
+def _batch(inputs: int = 1) -> Batch:
+    return Batch(tuple(torch.randn(4, 40, 64) for _ in range(inputs)))
 
 
-def _run(folder: Path, plan: Plan, model: nn.Module) -> Path:
+def _run(folder: Path, plan: Plan, model: nn.Module, inputs: int = 1) -> Path:
     """The folder of a run of the model, with figures that nobody measured."""
-    program = read(from_module(model, _batch().args))
-    kept = {"calibration": [_batch() for _ in range(4)], "heldout": [_batch()]}
+    program = read(from_module(model, _batch(inputs).args))
+    kept = {"calibration": [_batch(inputs) for _ in range(4)], "heldout": [_batch(inputs)]}
     made, outcomes = apply_plan(program, plan, Notes(program, *kept.values()))
     assert all(o.applied for o in outcomes if not o.rewrite.startswith("refit")), outcomes
     sites = entries.sites(program, outcomes, None, None)
@@ -75,6 +75,27 @@ def test_it_computes_what_the_run_saved(tmp_path: Path, model: Nano, plan: Plan)
             x = torch.randn(*shape, 64)
             assert_close(compiled(x), saved(x), f"at {shape}")
             assert (saved(x) - model(x)).abs().max() > 1e-3
+
+
+class Weighed(nn.Module):
+    """Reads its second input first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Nano()
+
+    def forward(self, x: Tensor, gates: Tensor) -> Tensor:
+        made: Tensor = self.inner(gates.sigmoid() * x)
+        return made
+
+
+def test_positional_inputs_that_are_read_in_another_order(tmp_path: Path) -> None:
+    model = Weighed().eval()
+    folder = _run(tmp_path, FITTED, model, 2)
+    compiled = torch.compile(model, backend=backend.attnopt, dynamic=True, options={"plan": folder})
+    x, gates = torch.randn(2, 4, 40, 64)
+    with torch.no_grad():
+        assert_close(compiled(x, gates), artifact.load(folder)(x, gates), "as saved")
 
 
 def test_rows_one_by_one_where_the_graph_is_for_one_row(tmp_path: Path, model: Nano) -> None:

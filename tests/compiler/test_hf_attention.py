@@ -26,6 +26,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "Gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 20.0},
     "GptOss": {"sliding_window": 16, "num_local_experts": 2, "num_experts_per_tok": 1},
     "Qwen3": {},
+    "Llama4": {
+        "attention_chunk_size": 16,
+        "intermediate_size_mlp": 96,
+        "num_local_experts": 2,
+        "interleave_moe_layer_step": 2,
+    },
 }
 
 
@@ -35,7 +41,8 @@ def _models(kind: str, **settings: Any) -> tuple[Any, Any]:
     made = []
     for implementation in ("eager", "attnopt"):
         torch.manual_seed(0)
-        config = getattr(transformers, f"{kind}Config")(**SMALL, **KINDS[kind], **settings)
+        name = "Llama4TextConfig" if kind == "Llama4" else f"{kind}Config"
+        config = getattr(transformers, name)(**SMALL, **KINDS[kind], **settings)
         config._attn_implementation = implementation
         made.append(getattr(transformers, f"{kind}ForCausalLM")(config).eval())
     assert [m.config._attn_implementation for m in made] == ["eager", "attnopt"]

@@ -3,8 +3,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
+from attnopt.compiler import pipeline
+from attnopt.passes.fuse_attention import FuseAttention
 from tests.zoo.contract import contracts
 from tests.zoo.survey import ALL
 
@@ -29,3 +34,20 @@ def test_every_pass_keeps_its_contract(name: str, spelling: str) -> None:
     assert not {kept.rewrite: kept.broken for kept in found if kept.broken}
     fired = {kept.rewrite for kept in found if kept.applied}
     assert {"fuse_attention", "skip_sublayers"} <= fired
+
+
+def test_a_pass_that_breaks_its_word_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    honest = FuseAttention.rewrite
+
+    def lying(self: Any, target: Any, program: Any, notes: Any) -> Any:
+        edit = honest(self, target, program, notes)
+        return replace(edit, spec=edit.spec.with_(scale=2 * edit.spec.scale)) if edit else edit
+
+    monkeypatch.setattr(FuseAttention, "rewrite", lying)
+    model = next(a for a in ALL if a.name == "Llama")
+    found = {kept.rewrite: kept for kept in contracts(model, "sdpa")}
+    assert "rolled back" in found["fuse_attention"].broken
+    monkeypatch.setattr(pipeline, "_verified", lambda before, after, *rest: (after, rest[1]))
+    found = {kept.rewrite: kept for kept in contracts(model, "sdpa")}
+    assert "it differs" in found["fuse_attention"].broken

@@ -234,6 +234,22 @@ def test_a_narrower_whole_number_may_be_another() -> None:
     assert "rounded or cut" in facts.reason
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16])
+def test_positions_that_may_run_over_are_not_proved(dtype: torch.dtype) -> None:
+    def compared(m: Masked, x: Tensor, a: Tensor) -> Tensor:
+        at = torch.arange(x.shape[1], dtype=dtype)
+        return at[None, :] <= at[:, None]
+
+    def summed(m: Masked, x: Tensor, a: Tensor) -> Tensor:
+        at = torch.ones(x.shape[1], dtype=torch.int64).cumsum(0, dtype=dtype)
+        return at[None, :] <= at[:, None]
+
+    for spelling in (compared, summed):
+        facts = facts_of(masked(spelling))
+        assert facts.certainty == "observed"
+        assert "positions are kept in" in facts.reason
+
+
 def test_a_lie_in_a_buffer_is_not_causal() -> None:
     facts = facts_of(masked(lambda m, x, a: m.lie[: x.shape[1], : x.shape[1]]))
     assert facts.certainty == "observed"

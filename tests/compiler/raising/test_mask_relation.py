@@ -82,9 +82,14 @@ def test_such_a_mask_stays_a_tensor() -> None:
         lambda m, x, a: (a[:, :, None] == a[:, None, :] + 1)[:, None],
         lambda m, x, a: (a[:, :, None] == a.flip(1)[:, None, :])[:, None],
         lambda m, x, a: same(a) | (ij(x)[0] == 3),
+        lambda m, x, a: same(a[:1].expand(len(a), -1)),
+        lambda m, x, a: (ij(x)[0] + 1) // 4 == (ij(x)[1] + 1) // 4,
+        lambda m, x, a: causal(x) & ((ij(x)[0] // 4 == ij(x)[1] // 4)
+                                     | ((ij(x)[0] + 1) // 4 == (ij(x)[1] + 1) // 4)),
+        lambda m, x, a: causal(x)[None, None] | (a == 1)[:, None, :, None],
         lambda m, x, a: causal(x) | ((ij(x)[1] < 3) & (ij(x)[0] > 0)),
     ],
-)
+)  # fmt: skip
 def test_what_is_almost_such_a_mask_is_not_proved_to_be_one(spelling: Spelling) -> None:
     facts = facts_of(spelling)
     assert not facts.relations
