@@ -170,7 +170,8 @@ class GraphInputs:
         for node, value in zip(self.tensors, batch.args, strict=True):
             _note_sizes(node, value, sizes)
         values = {**self.own, **dict(zip(self.tensors, batch.args, strict=True))}
-        made = [values[n] if n in values else _number(n, sizes) for n in self.holders]
+        named = {_key(node): value for node, value in zip(self.tensors, batch.args, strict=True)}
+        made = [values[n] if n in values else _number(n, sizes, named) for n in self.holders]
         return replace(batch, args=tuple(made))
 
 
@@ -190,10 +191,13 @@ def _example(node: fx.Node) -> Any:
 
 def _key(node: fx.Node) -> str:
     """The argument's name of an input, from where Dynamo found it."""
-    source: Any = getattr(node.meta.get("grapharg"), "source", None)
-    named = getattr(source, "name", "")
-    found = _KEY.fullmatch(str(named() if callable(named) else named))
-    return (found[1] or found[2]) if found else node.name
+    return _named(getattr(node.meta.get("grapharg"), "source", None)) or node.name
+
+
+def _named(source: Any) -> str:
+    name = getattr(source, "name", "")
+    found = _KEY.fullmatch(str(name() if callable(name) else name))
+    return (found[1] or found[2]) if found else ""
 
 
 def _note_sizes(node: fx.Node, value: Tensor, sizes: dict[str, int]) -> None:
@@ -215,8 +219,15 @@ def _words(shape: Sequence[Any]) -> str:
     return " x ".join(str(size) for size in shape)
 
 
-def _number(node: fx.Node, sizes: Mapping[str, int]) -> int:
+def _number(node: fx.Node, sizes: Mapping[str, int], named: Mapping[str, Tensor]) -> int:
+    """A number that the graph takes: the size of a tensor by its symbol, or what Dynamo read of a
+    tensor besides (a stride, its offset in the storage)."""
     example = _example(node)
     if isinstance(example, torch.SymInt) and str(example.node.expr) in sizes:
         return sizes[str(example.node.expr)]
+    source: Any = getattr(node.meta.get("grapharg"), "source", None)
+    tensor, kind = named.get(_named(getattr(source, "base", None))), getattr(source, "prop", None)
+    if tensor is not None and kind is not None:
+        at = () if source.idx is None else (source.idx,)
+        return int(getattr(tensor, kind.name.lower())(*at))
     raise Problem("A213", f"the graph takes a number `{_key(node)}` that no batch of the run tells")
