@@ -59,3 +59,12 @@ def within(program: Program, data: Data, request: Request) -> Diagnosis | None:
             seconds=spent,
             skipped=f"it takes more than {allowed:.3g} s, a twentieth of the run's time",
         )
+    # The one place that catches bugs: the search is over, and what it found must not be lost to
+    # figures that only explain it. The report says what happened.
+    except Exception as error:  # noqa: BLE001
+        said = (str(error).splitlines() or [""])[0]
+        return Diagnosis(
+            seed=request.seed,
+            seconds=time.monotonic() - begun,
+            skipped=f"they failed: {type(error).__name__}{': ' if said else ''}{said}",
+        )

@@ -90,7 +90,7 @@ def inspect(
     if lock is not None and problem is None:
         form = {"attention": attention, "dtype": dtype, "batch": batch, "length": length}
         _lock(found, lock, form)
-    if why is not None and require_coverage is None:
+    if why is not None and require_coverage is None and lock is None:
         problem = None  # that the question is answered is all that was asked
     told = found if why is None else _explained(found, why)
     if json:

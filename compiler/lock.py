@@ -114,6 +114,8 @@ def read_lock(path: Path) -> Lock:
     """A lock from its file. Raises `Problem` A516 for one that is not there or damaged."""
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise _damaged(path, "its brackets nest too deeply") from error
     except (OSError, ValueError) as error:
         said = getattr(error, "strerror", None) or str(error)
         raise _damaged(path, said) from error

@@ -14,6 +14,7 @@ is to tell heads apart, not to say how far they reach (`distance` and the local 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -26,6 +27,16 @@ SHORTEST, LONGEST = 8, 64
 DRAWS = 2  # batches of drawn tokens
 
 
+@dataclass(frozen=True)
+class Twice:
+    """A batch whose first `half` tokens come twice. `given` names the inputs that are as the data
+    has them: they may hide tokens."""
+
+    batch: Batch
+    half: int
+    given: frozenset[str]
+
+
 class Copying:
     """Sums over the queries of the second half, per head."""
 
@@ -34,10 +45,12 @@ class Copying:
         self.hits = torch.zeros(heads, dtype=torch.float64)
         self.queries = 0
 
-    def add(self, part: Slice, half: int) -> None:
-        """Add rows whose queries lie in the second half, the last one left out."""
-        target = part.i - half + 1
-        weights = part.weights
+    def add(self, part: Slice, half: int, counted: Tensor | None = None) -> None:
+        """Add rows whose queries lie in the second half, the last one left out; `counted` bool
+        `[R]` says which of them count."""
+        target, weights = part.i - half + 1, part.weights
+        if counted is not None:
+            target, weights = target[counted], weights[:, counted]
         at = target[None, :, None].expand(len(weights), -1, 1)
         self.mass += weights.gather(-1, at)[..., 0].double().sum(-1)
         self.hits += (weights.argmax(-1) == target[None]).double().sum(-1)
@@ -55,9 +68,9 @@ def token_input(program: Program) -> fx.Node | str:
     return "no input holds token ids" if not found else "several inputs are embedded"
 
 
-def twice(program: Program, batches: Sequence[Batch], seed: int) -> tuple[Batch, int] | str:
-    """The longest batch with tokens A A and random ones after them, and the length of A; or why
-    there is none. Every position counts as real; what follows A A is causally later."""
+def twice(program: Program, batches: Sequence[Batch], seed: int) -> Twice | str:
+    """The longest batch with tokens A A and random ones after them; or why there is none. Every
+    position counts as real; what follows A A is causally later."""
     ids = token_input(program)
     if isinstance(ids, str):
         return ids
@@ -73,7 +86,27 @@ def twice(program: Program, batches: Sequence[Batch], seed: int) -> tuple[Batch,
     after = int(shape[1]) - 2 * half
     rest = _drawn(pool, int(shape[0]) * after, seed - 1).reshape(shape[0], after)
     full = torch.cat((made, made, rest), dim=1)
-    return _replaced(batches[longest], tokens[longest], full), half
+    batch = _replaced(batches[longest], tokens[longest], full)
+    holders = [n for n in program.graph.nodes if n.op == "placeholder"]
+    pairs = zip(holders, inputs(program, batch), inputs(program, batches[longest]), strict=True)
+    return Twice(batch, half, frozenset(n.name for n, new, old in pairs if new is old))
+
+
+def sources(node: fx.Node) -> set[str]:
+    """The inputs whose values a node is computed from; those of which it reads sizes alone are
+    none."""
+    seen, waiting = set[fx.Node](), [node]
+    while waiting:
+        last = waiting.pop()
+        if last not in seen and not _of_sizes(last):
+            seen.add(last)
+            waiting += last.all_input_nodes
+    return {n.name for n in seen if n.op == "placeholder"}
+
+
+def _of_sizes(node: fx.Node) -> bool:
+    name = str(node.target)
+    return node.op == "call_function" and any(w in name for w in ("sym_size", "_like.", ".new_"))
 
 
 def _embedded(node: fx.Node) -> bool:
@@ -92,14 +125,17 @@ def _drawn(pool: Tensor, count: int, seed: int) -> Tensor:
 
 
 def _replaced(batch: Batch, tokens: Tensor, full: Tensor) -> Batch:
-    """The batch with other tokens, and every mask over them full."""
+    """The batch with other tokens, and every mask that is known to be one full."""
     valid = batch.valid
 
     def other(value: object) -> object:
         if value is tokens:
             return full.to(tokens.dtype)
         if isinstance(value, Tensor) and valid is not None and value.shape == valid.shape:
-            return torch.ones_like(value) if torch.equal(value.bool(), valid) else value
+            if torch.equal(value.bool(), valid):
+                return torch.ones_like(value)
+            if torch.equal(value.bool(), ~valid):  # one that marks padding
+                return torch.zeros_like(value)
         return value
 
     args, kwargs = pytree.tree_map(other, (batch.args, dict(batch.kwargs)))

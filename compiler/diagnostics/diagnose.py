@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from attnopt.compiler.diagnostics.copying import DRAWS, twice
 from attnopt.compiler.diagnostics.diagnosis import Diagnosis
@@ -72,7 +73,7 @@ def diagnose(
         sum(_positions(batch) for batch in used),
         seed,
         time.monotonic() - begun,
-        _notes(len(batches), len(used), queries, program, used),
+        (*_notes(len(batches), len(used), queries, program, used), *_hidden(sites)),
     )
 
 
@@ -123,10 +124,12 @@ def _copy(
             for site in able:
                 site.no_copying = made
             return
-        batch, half = made
         clock()
-        watchers = {site.site.node: [partial(site.see_copy, half=half)] for site in able}
-        walk(program, watchers, batch)
+        watchers = {
+            site.site.node: [partial(site.see_copy, half=made.half, given=made.given)]
+            for site in able
+        }
+        walk(program, watchers, made.batch)
 
 
 def _check(begun: float, seconds: float | None) -> None:
@@ -173,9 +176,18 @@ def _notes(
     return tuple(notes)
 
 
+def _hidden(sites: Sequence[SiteReader]) -> list[str]:
+    most = max((site.hidden for site in sites), default=0)
+    if not most:
+        return []
+    return [f"retrieval and induction: {most} positions that a given mask hides were left out"]
+
+
 def _tensor(batch: Batch) -> torch.Tensor:
-    values = (*batch.args, *batch.kwargs.values())
-    return next(x for x in values if isinstance(x, torch.Tensor) and x.dim())
+    """The first input with a batch, however deep it lies."""
+    leaves = pytree.tree_leaves((batch.args, dict(batch.kwargs)))
+    found = (x for x in leaves if isinstance(x, torch.Tensor) and x.dim())
+    return next(found, torch.empty(0))
 
 
 def _rows(batch: Batch) -> int:

@@ -9,17 +9,18 @@ import torch
 from torch import Tensor, fx
 
 from attnopt.compiler.diagnostics.centred import Centred
-from attnopt.compiler.diagnostics.copying import Copying
+from attnopt.compiler.diagnostics.copying import Copying, sources
 from attnopt.compiler.diagnostics.diagnosis import Row, SiteDiagnosis
 from attnopt.compiler.diagnostics.kv_reader import KVReader
 from attnopt.compiler.diagnostics.map_figures import SINK, MapFigures
-from attnopt.compiler.diagnostics.some_weights import slices
+from attnopt.compiler.diagnostics.some_weights import Slice, row_of, slices
 from attnopt.compiler.diagnostics.spectra import effective_rank, product, rank_of_energy, shares
 from attnopt.compiler.diagnostics.window_change import WindowChange
 from attnopt.compiler.grams import real
 from attnopt.compiler.program import Batch, Program
 from attnopt.compiler.site import Path, Site
 from attnopt.compiler.site_weights import read_output, read_weight
+from attnopt.compiler.spec import FULL
 
 QUERIES = 256  # positions of a sequence whose maps are read, where it has more
 SEQUENCES = 32  # of one call of the attention: windows of images make thousands
@@ -44,6 +45,7 @@ class SiteReader:
         self.windows = None if self.elsewhere else self._windows(widths)
         self.copying = Copying(heads)
         self.no_copying = ""
+        self.hidden = 0  # positions of copies that do not count
         self.calls = 0
 
     def see(self, read: Mapping[fx.Node, Any], value: Any, batch: Batch) -> None:
@@ -58,18 +60,34 @@ class SiteReader:
         for row in _some(len(q), SEQUENCES):
             at = self._sampled(of_queries[row].nonzero()[:, 0], row)
             for part in slices(q, k, extras, self.spec, row, at):
-                self.maps.add(part, of_keys[row])
+                self.maps.add(part, row_of(of_keys, row))
                 if self.windows is not None:
-                    self.windows.add(part, _per_query(v[row], len(part.weights)), of_keys[row])
+                    values = _per_query(row_of(v, row), len(part.weights))
+                    self.windows.add(part, values, row_of(of_keys, row))
         self.calls += 1
 
-    def see_copy(self, read: Mapping[fx.Node, Any], value: Any, half: int) -> None:
-        """Add one batch whose first `half` tokens come twice."""
+    def see_copy(
+        self, read: Mapping[fx.Node, Any], value: Any, half: int, given: frozenset[str]
+    ) -> None:
+        """Add one batch whose first `half` tokens come twice.
+
+        Where masks come from inputs that are as `given`, positions that they hide do not count.
+        """
         q, k = (read[cast(fx.Node, arg)] for arg in self.node.args[:2])
+        nodes = cast(Sequence[fx.Node], self.node.args[3])
+        masks = [at for at, extra in enumerate(nodes) if given & sources(extra)]
+        extras = self._extras(read)
+        alone = self.spec.with_(mask=FULL, extras=tuple(self.spec.extras[at] for at in masks))
         for row in _some(len(q), COPIES):
             at = self._sampled(torch.arange(half, 2 * half - 1), row)
-            for part in slices(q, k, self._extras(read), self.spec, row, at):
-                self.copying.add(part, half)
+            for part in slices(q, k, extras, self.spec, row, at):
+                if not masks:
+                    self.copying.add(part, half)
+                    continue
+                (seen,) = slices(q, k, [extras[at] for at in masks], alone, row, part.i)
+                counted = _seen(seen, part.i - half + 1) & _seen(seen, part.i)
+                self.hidden += int((~counted).sum())
+                self.copying.add(part, half, counted)
 
     def diagnosis(self) -> SiteDiagnosis:
         """The figures, and why others are missing."""
@@ -124,6 +142,8 @@ class SiteReader:
             return self.elsewhere
         if self.maps.looks_ahead:
             return "the attention also reads later tokens, so that nothing has to be copied"
+        if self.hidden and not self.copying.queries:
+            return "a mask of the data hides the tokens that come twice"
         return self.no_copying or ("" if self.copying.queries else "not measured")
 
     def _spectra(self, missing: dict[str, str]) -> dict[str, Tensor]:
@@ -171,6 +191,12 @@ class SiteReader:
         generator = torch.Generator().manual_seed(seed)
         picked = torch.randperm(len(at), generator=generator)[: self.queries]
         return at[picked.sort().values]
+
+
+def _seen(part: Slice, keys: Tensor) -> Tensor:
+    """Which queries may read their one of the `keys`, in every head: bool `[R]`."""
+    at = keys[None, :, None].expand(len(part.visible), -1, 1)
+    return part.visible.gather(-1, at)[..., 0].all(0)
 
 
 def _elsewhere(node: fx.Node, site: Site) -> str:

@@ -35,12 +35,12 @@ def slices(
 ) -> Iterator[Slice]:
     """The weights of sequence `row` at the query positions `at` (int64), in slices under the cap.
 
-    q `[batch, heads, S, d]`, k `[batch, kv_heads, T, d]`, extras as the spec names them.
+    q `[batch, heads, S, d]`, k `[batch or 1, kv_heads, T, d]`, extras as the spec names them.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     size = torch.finfo(wide).bits // 8
     room = max(1, CAP_BYTES // (_TEMPORARIES * size * q.shape[1] * k.shape[2]))
-    keys = k[row : row + 1].to(wide)
+    keys = row_of(k, row)[None].to(wide)
     for i in at.split(room):
         queries = q[row : row + 1].index_select(2, i).to(wide)
         keep, given, names = _sliced(extras, spec, row, i, k.shape[2])
@@ -53,6 +53,11 @@ def slices(
         yield Slice(i, weights[0], visible.expand(1, -1, len(i), k.shape[2])[0])
 
 
+def row_of(value: Tensor, row: int) -> Tensor:
+    """A sequence's part of what may be the same for all of a batch, as learned keys are."""
+    return value[min(row, len(value) - 1)]
+
+
 def _sliced(
     extras: Sequence[Tensor], spec: AttentionSpec, row: int, i: Tensor, keys: int
 ) -> tuple[Tensor, list[Tensor], tuple[str, ...]]:
@@ -61,7 +66,7 @@ def _sliced(
     given, names = list[Tensor](), list[str]()
     for name, value in zip(spec.extras, extras, strict=True):
         if name == "padding":
-            keep = keep & value[min(row, len(value) - 1)][None, None, None]
+            keep = keep & row_of(value, row)[None, None, None]
             continue
         part = _rows(value, row, i)
         if name == "keep":

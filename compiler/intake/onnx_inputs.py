@@ -7,7 +7,7 @@ from torch import Tensor
 
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.intake.inputs import missing
-from attnopt.compiler.onnx.graph import Graph, Input, Node, identifier
+from attnopt.compiler.onnx.graph import Graph, Input, Node
 
 BATCH, LENGTH = 2, 64
 _SEED = 0
@@ -25,7 +25,7 @@ def made_up(graph: Graph, batch: int | None, length: int | None, where: str) -> 
     if rows < 1 or columns < 1:
         raise Problem("A116", f"batch {batch} and length {length} must be at least 1")
     draw = torch.Generator().manual_seed(_SEED)
-    readers = graph.readers()
+    readers, names = graph.readers(), graph.input_names
     sizes: dict[str, int] = {}
     made: dict[str, Tensor] = {}
     for item in graph.inputs:
@@ -34,7 +34,8 @@ def made_up(graph: Graph, batch: int | None, length: int | None, where: str) -> 
         if images or any(word in item.name.lower() for word in _CACHES):
             raise missing(f"{where}: {item.name}")
         shape = [_size(size, dim, rows, columns, sizes) for dim, size in enumerate(item.shape)]
-        made[identifier(item.name)] = _values(item, shape, _below(item.name, graph, readers), draw)
+        below = _below(item.name, graph, readers)
+        made[names[item.name]] = _values(item, shape, below, draw)
     return made
 
 

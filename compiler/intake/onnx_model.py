@@ -19,7 +19,7 @@ from attnopt.compiler.intake.inputs import Batch
 from attnopt.compiler.intake.loaded import Loaded, Task, check_runs, describe
 from attnopt.compiler.intake.onnx_inputs import made_up
 from attnopt.compiler.onnx import OnnxModule, read_onnx
-from attnopt.compiler.onnx.graph import Graph, identifier
+from attnopt.compiler.onnx.graph import Graph
 
 _TOKENS, _MASK = "input_ids", "attention_mask"
 
@@ -80,7 +80,7 @@ def _open_dims(graph: Graph, *, shared: bool) -> dict[str, Any]:
     several inputs is one batch."""
     first = [item.shape[0] for item in graph.inputs if item.shape and item.shape[0] != ""]
     batch = torch.export.Dim("batch", min=1)
-    found: dict[str, Any] = {}
+    found, names = dict[str, Any](), graph.input_names
     for item in graph.inputs:
         dims: dict[int, Any] = {
             dim: torch.export.Dim.AUTO
@@ -89,7 +89,7 @@ def _open_dims(graph: Graph, *, shared: bool) -> dict[str, Any]:
         }
         if shared and 0 in dims and first.count(item.shape[0]) > 1:
             dims[0] = batch
-        found[identifier(item.name)] = dims or None
+        found[names[item.name]] = dims or None
     return found
 
 

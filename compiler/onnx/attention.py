@@ -89,7 +89,11 @@ def join_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], x.shape[1] * x.shape[3])
 
 
-@operator("Attention")
+@operator(
+    "Attention",
+    reads="is_causal kv_num_heads q_num_heads "
+    "qk_matmul_output_mode scale softcap softmax_precision",
+)
 def attention(
     node: Node, q: Value, k: Value, v: Value, mask: Value = None, past_key: Value = None,
     past_value: Value = None, lengths: Value = None,
@@ -115,7 +119,7 @@ def attention(
     return (join_heads(made) if flat else made), key, value
 
 
-@operator("RotaryEmbedding")
+@operator("RotaryEmbedding", reads="interleaved num_heads rotary_embedding_dim")
 def rotary(
     node: Node, x: Value, cos: Value, sin: Value, positions: Value = None
 ) -> Tensor:  # fmt: skip

@@ -31,14 +31,19 @@ def fast_gelu(node: Node, x: Value, bias: Value = None) -> Tensor:
     return F.gelu(made, approximate="tanh")
 
 
-@operator("QuickGelu", domain=MICROSOFT)
+@operator("QuickGelu", domain=MICROSOFT, reads="alpha")
 def quick_gelu(node: Node, x: Value) -> Tensor:
     """x sigmoid(alpha x)."""
     made, alpha = tensor(x), node.get("alpha", 1.702)
     return F.silu(made) if alpha == 1.0 else made * torch.sigmoid(made * alpha)
 
 
-@operator("RotaryEmbedding", domain=MICROSOFT)
+@operator(
+    "RotaryEmbedding",
+    domain=MICROSOFT,
+    reads="interleaved is_packed_batching num_heads rotary_embedding_dim",
+    only={"scale": 1.0},
+)
 def rotary(node: Node, x: Value, positions: Value, cos: Value, sin: Value) -> Tensor:
     """Rotary positions, of a given place or counted from a first one."""
     if node.get("is_packed_batching", 0):

@@ -16,7 +16,12 @@ from attnopt.compiler.onnx.table import MICROSOFT, operator, refused
 _FILLER = -10000.0  # what these operators add to the logits of keys that are not read
 
 
-@operator("Attention", domain=MICROSOFT)
+@operator(
+    "Attention",
+    domain=MICROSOFT,
+    reads="do_rotary mask_filter_value num_heads past_present_share_buffer "
+    "qkv_hidden_sizes rotary_embedding_dim scale unidirectional",
+)
 def attention(
     node: Node, x: Value, weights: Value, bias: Value = None, mask: Value = None,
     past: Value = None, added: Value = None, past_length: Value = None,
@@ -37,7 +42,9 @@ def attention(
     return _attended(node, q, k, v, mask, added)
 
 
-@operator("MultiHeadAttention", domain=MICROSOFT)
+@operator(
+    "MultiHeadAttention", domain=MICROSOFT, reads="mask_filter_value num_heads scale unidirectional"
+)
 def multi_head_attention(
     node: Node, query: Value, key: Value = None, value: Value = None, bias: Value = None,
     mask: Value = None, added: Value = None, past_key: Value = None, past_value: Value = None,
@@ -94,7 +101,13 @@ def _padding(node: Node, mask: Tensor, k: Tensor) -> Tensor:
     return torch.where(wide, 0.0, filler)
 
 
-@operator("GroupQueryAttention", domain=MICROSOFT)
+@operator(
+    "GroupQueryAttention",
+    domain=MICROSOFT,
+    reads="do_rotary kv_num_heads local_window_size num_heads "
+    "rotary_interleaved scale smooth_softmax softcap",
+    only={"qk_output": 0, "k_quant_type": "NONE", "v_quant_type": "NONE"},
+)
 def group_query_attention(
     node: Node, query: Value, key: Value, value: Value, past_key: Value = None,
     past_value: Value = None, seqlens: Value = None, total: Value = None, cos: Value = None,

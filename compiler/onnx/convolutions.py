@@ -16,7 +16,7 @@ _BACK = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 _MAX = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
 
-@operator("Conv")
+@operator("Conv", reads="auto_pad dilations group kernel_shape pads strides")
 def conv(node: Node, x: Value, weight: Value, bias: Value = None) -> Tensor:
     """A convolution over one to three dims."""
     made, kernel = tensor(x), tensor(weight)
@@ -29,7 +29,10 @@ def conv(node: Node, x: Value, weight: Value, bias: Value = None) -> Tensor:
     )  # fmt: skip
 
 
-@operator("ConvTranspose")
+@operator(
+    "ConvTranspose",
+    reads="auto_pad dilations group kernel_shape output_padding output_shape pads strides",
+)
 def conv_transpose(node: Node, x: Value, weight: Value, bias: Value = None) -> Tensor:
     """The gradient of a convolution, as an operator."""
     kernel = tensor(weight)
@@ -45,7 +48,7 @@ def conv_transpose(node: Node, x: Value, weight: Value, bias: Value = None) -> T
     )  # fmt: skip
 
 
-@operator("MaxPool")
+@operator("MaxPool", reads="auto_pad ceil_mode dilations kernel_shape pads storage_order strides")
 def max_pool(node: Node, x: Value) -> Tensor:
     """The greatest element of each window."""
     kernel = node.get("kernel_shape")
@@ -59,7 +62,9 @@ def max_pool(node: Node, x: Value) -> Tensor:
     )  # fmt: skip
 
 
-@operator("AveragePool")
+@operator(
+    "AveragePool", reads="auto_pad ceil_mode count_include_pad dilations kernel_shape pads strides"
+)
 def average_pool(node: Node, x: Value) -> Tensor:
     """The mean of each window."""
     kernel = node.get("kernel_shape")
@@ -82,7 +87,12 @@ def global_average_pool(node: Node, x: Value) -> Tensor:
     return made.mean(list(range(2, made.dim())), keepdim=True)
 
 
-@operator("Resize")
+@operator(
+    "Resize",
+    reads="antialias axes coordinate_transformation_mode "
+    "cubic_coeff_a extrapolation_value mode nearest_mode",
+    only={"exclude_outside": 0, "keep_aspect_ratio_policy": "stretch"},
+)
 def resize(
     node: Node, x: Value, roi: Value = None, scales: Value = None, wanted: Value = None
 ) -> Tensor:
@@ -99,13 +109,27 @@ def resize(
         flat = False
     if not flat or node.get("antialias", 0) or node.get("axes"):
         raise refused(node, f"a resize by {mode} with {place} of {made.dim()} dims")
-    if wanted is not None:
+    by: list[float] | None = None
+    if wanted is not None and 0 not in wanted.shape:
         target = sizes(wanted, "the sizes of a Resize")
+        whole = all(size == old for size, old in zip(target[:2], made.shape[:2], strict=True))
+    elif scales is not None and 0 not in scales.shape:
+        by = [float(s) for s in sizes(scales, "the scales of a Resize")]
+        both = zip(made.shape, by, strict=True)
+        target = [int(old * scale) if isinstance(old, int) else old for old, scale in both]
+        whole = by[:2] == [1.0, 1.0]
     else:
-        by = sizes(scales, "the scales of a Resize")
-        target = [int(s * f) for s, f in zip(made.shape, by, strict=True)]
+        raise refused(node, "neither sizes nor scales are given")
+    if not whole:
+        raise refused(node, "it resizes the batch or the channels")
+    # Where one element comes out, this mode reads the first; torch reads the middle.
+    ones = any(isinstance(size, int) and size == 1 for size in target[2:])
+    if place == "pytorch_half_pixel" and mode != "nearest" and ones:
+        raise refused(node, f"a resize with {place} to the size 1")
     words = {"linear": "bilinear", "cubic": "bicubic", "nearest": "nearest"}
     corners = None if mode == "nearest" else place == "align_corners"
+    if by is not None:  # positions go by the scale, not by the quotient of the sizes
+        return F.interpolate(made, scale_factor=by[2:], mode=words[mode], align_corners=corners)
     return F.interpolate(made, size=target[2:], mode=words[mode], align_corners=corners)
 
 

@@ -19,19 +19,21 @@ from attnopt.compiler.onnx.host import (
     Value,
     elementwise,
     host,
+    powered,
     scalar,
     tensor,
     truncated,
+    whole,
 )
 from attnopt.compiler.onnx.table import operator
 
 _UNARY: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Any], Any] | None]] = {
     "Neg": (torch.neg, python.neg),
     "Abs": (torch.abs, abs),
-    "Sqrt": (torch.sqrt, lambda x: x**0.5),
-    "Reciprocal": (torch.reciprocal, lambda x: 1 / x),
-    "Floor": (torch.floor, math.floor),
-    "Ceil": (torch.ceil, math.ceil),
+    "Sqrt": (torch.sqrt, lambda x: powered(x, 0.5)),
+    "Reciprocal": (torch.reciprocal, lambda x: truncated(1.0, x)),
+    "Floor": (torch.floor, whole(math.floor)),
+    "Ceil": (torch.ceil, whole(math.ceil)),
     "Not": (torch.logical_not, lambda x: not x),
     "Exp": (torch.exp, None),
     "Log": (torch.log, None),
@@ -47,7 +49,7 @@ _UNARY: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Any], Any] | None]
     "HardSwish": (F.hardswish, None),
     "Mish": (F.mish, None),
     "Sign": (torch.sign, None),
-    "Round": (torch.round, round),
+    "Round": (torch.round, whole(round)),
     "IsNaN": (torch.isnan, None),
     "BitwiseNot": (torch.bitwise_not, None),
 }
@@ -134,7 +136,7 @@ def div(node: Node, a: Value, b: Value) -> Value:
     return torch.div(left, scalar(b, left), rounding_mode="trunc")
 
 
-@operator("Mod")
+@operator("Mod", reads="fmod")
 def mod(node: Node, a: Value, b: Value) -> Value:
     """A remainder: with the divisor's sign, or the dividend's where `fmod` is set."""
     if isinstance(a, Host) and isinstance(b, Host) and not node.get("fmod", 0):
@@ -147,7 +149,7 @@ def mod(node: Node, a: Value, b: Value) -> Value:
 def power(node: Node, a: Value, b: Value) -> Value:
     """A power, in the dtype of the base."""
     if isinstance(a, Host) and isinstance(b, Host):
-        return elementwise(python.pow, None, a, b)
+        return elementwise(powered, None, a, b)
     left = tensor(a)
     made = torch.pow(left, scalar(b, left))
     return made if made.dtype == left.dtype else made.to(left.dtype)
@@ -210,13 +212,13 @@ def where(node: Node, condition: Value, a: Value, b: Value) -> Value:
     return torch.where(condition, left, right)
 
 
-@operator("Cast")
+@operator("Cast", reads="to saturate round_mode")
 def cast(node: Node, x: Value) -> Value:
     """Another dtype."""
     return _cast(x, torch_dtype(int(node.get("to")), node.name))
 
 
-@operator("CastLike")
+@operator("CastLike", reads="saturate round_mode")
 def cast_like(node: Node, x: Value, like: Value) -> Value:
     """The dtype of another tensor."""
     assert like is not None
@@ -244,45 +246,45 @@ def identity(node: Node, x: Value) -> Value:
     return x
 
 
-@operator("Dropout")
+@operator("Dropout", reads="seed")
 def dropout(node: Node, x: Value, ratio: Value = None, training: Value = None) -> Any:
     """The value itself: models are read for inference."""
     made = tensor(x)
     return (made, torch.ones_like(made, dtype=torch.bool)) if node.has(1) else made
 
 
-@operator("Gelu")
+@operator("Gelu", reads="approximate")
 def gelu(node: Node, x: Value) -> Tensor:
     """GELU, exact or by tanh."""
     return F.gelu(tensor(x), approximate=_text(node.get("approximate", "none")))
 
 
-@operator("LeakyRelu")
+@operator("LeakyRelu", reads="alpha")
 def leaky_relu(node: Node, x: Value) -> Tensor:
     """A line of another slope below zero."""
     return F.leaky_relu(tensor(x), node.get("alpha", 0.01))
 
 
-@operator("Elu")
+@operator("Elu", reads="alpha")
 def elu(node: Node, x: Value) -> Tensor:
     """An exponential below zero."""
     return F.elu(tensor(x), node.get("alpha", 1.0))
 
 
-@operator("HardSigmoid")
+@operator("HardSigmoid", reads="alpha beta")
 def hard_sigmoid(node: Node, x: Value) -> Tensor:
     """A line cut at 0 and 1."""
     return torch.clamp(tensor(x) * node.get("alpha", 0.2) + node.get("beta", 0.5), 0, 1)
 
 
-@operator("Swish")
+@operator("Swish", reads="alpha")
 def swish(node: Node, x: Value) -> Tensor:
     """x sigmoid(alpha x)."""
     made, alpha = tensor(x), node.get("alpha", 1.0)
     return F.silu(made) if alpha == 1.0 else made * torch.sigmoid(made * alpha)
 
 
-@operator("IsInf")
+@operator("IsInf", reads="detect_negative detect_positive")
 def is_inf(node: Node, x: Value) -> Tensor:
     """Whether an element is infinite, of the signs asked for."""
     made = tensor(x)

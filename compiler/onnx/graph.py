@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import keyword
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +65,16 @@ class Graph:
     constants: dict[str, Tensor]
     opset: int
 
+    @property
+    def input_names(self) -> dict[str, str]:
+        """What Python calls each input."""
+        return identifiers(item.name for item in self.inputs)
+
+    @property
+    def output_names(self) -> dict[str, str]:
+        """What Python calls each output."""
+        return identifiers(self.outputs)
+
     def readers(self) -> dict[str, list[Node]]:
         """The nodes that read each value."""
         found: dict[str, list[Node]] = {}
@@ -73,12 +85,35 @@ class Graph:
 
 
 def identifier(name: str) -> str:
-    """A name as Python takes it: `onnx::input.1` is `onnx__input_1`."""
+    """A name as Python takes it for an argument: `onnx::input.1` is `onnx__input_1`, `lambda` is
+    `lambda_`."""
     made = re.sub(r"\W", "_", name)
-    return made if made and not made[0].isdigit() else f"_{made}"
+    made = made if made and not made[0].isdigit() else f"_{made}"
+    if not made.isidentifier():  # such as a raised 2, which is a letter to `re` alone
+        made = re.sub(r"\W", "_", made, flags=re.ASCII)
+    return f"{made}_" if keyword.iskeyword(made) or made == "self" else made
+
+
+def identifiers(names: Iterable[str]) -> dict[str, str]:
+    """Names as Python takes them, each another: names that need no change keep theirs, of the rest
+    `a.b` beside `a_b` is `a_b_2`."""
+    every = list(dict.fromkeys(names))
+    made = {name: name for name in every if identifier(name) == name}
+    taken = set(made)
+    for name in every:
+        if name in made:
+            continue
+        chosen, count = identifier(name), 1
+        while chosen in taken:
+            count += 1
+            chosen = f"{identifier(name)}_{count}"
+        made[name] = chosen
+        taken.add(chosen)
+    return {name: made[name] for name in every}
 
 
 def dotted(name: str) -> str:
-    """A name as a path of modules: `/encoder/layer.0/MatMul` is `encoder.layer.0.MatMul`."""
+    """A name as a path of modules: `/encoder/layer.0/MatMul` is `encoder.layer.0.MatMul`; never
+    empty."""
     parts = [part for part in re.split(r"[/.]", name) if part]
-    return ".".join(re.sub(r"[^\w\-]", "_", part) for part in parts)
+    return ".".join(re.sub(r"[^\w\-]", "_", part) for part in parts) or "_"

@@ -6,6 +6,7 @@ ONNX writes shape arithmetic as operators on integer tensors. Here such tensors 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,14 +91,21 @@ def _rounded(number: Any, dtype: torch.dtype) -> Any:
     if dtype == torch.bool:
         return bool(number)
     if not dtype.is_floating_point:
-        return int(number)
+        whole = int(number)
+        if not -(2**63) <= whole < 2**63:
+            raise OverflowError(f"{dtype} does not hold a number of {whole.bit_length()} bits")
+        return whole
     return torch.tensor(float(number), dtype=dtype).item()
 
 
 def constant(value: Tensor) -> Value:
     """A constant of the file: numbers where it is small enough to be a shape or a scale."""
-    small = value.numel() == 1 or (not value.is_floating_point() and value.numel() <= MOST)
-    if not small or value.is_complex():
+    return small(value) if value.numel() == 1 or not value.is_floating_point() else value
+
+
+def small(value: Tensor) -> Value:
+    """A constant as numbers, floats too, where it has at most `MOST` elements."""
+    if value.numel() > MOST or value.is_complex():
         return value
     return host(value.tolist(), value.dtype, tuple(value.shape))
 
@@ -137,11 +145,22 @@ def scalar(value: Value, other: Tensor) -> Any:
 
 
 def elementwise(function: Callable[..., Any], dtype: torch.dtype | None, *values: Host) -> Host:
-    """A function of numbers on each element, broadcast; `dtype` None is that of the first."""
-    arrays = np.broadcast_arrays(*(value.array for value in values))
-    flat = [list(array.reshape(-1)) for array in arrays]
-    made = [function(*numbers) for numbers in zip(*flat, strict=True)]
-    return host(made, dtype or values[0].dtype, arrays[0].shape)
+    """A function of numbers on each element, broadcast; `dtype` None is that of the first.
+
+    Raises `Problem` A103 where numbers have no result, as whole numbers over zero.
+    """
+    try:
+        arrays = np.broadcast_arrays(*(value.array for value in values))
+        flat = [list(array.reshape(-1)) for array in arrays]
+        made = [function(*numbers) for numbers in zip(*flat, strict=True)]
+        return host(made, dtype or values[0].dtype, arrays[0].shape)
+    except (ArithmeticError, ValueError) as error:
+        raise Problem(
+            "A103",
+            "the graph computes with constants that have no result",
+            why=str(error),
+            help="export the model again",
+        ) from error
 
 
 def truncated(a: Any, b: Any) -> Any:
@@ -149,4 +168,24 @@ def truncated(a: Any, b: Any) -> Any:
     if isinstance(a, int | SymInt) and isinstance(b, int | SymInt):
         plain = isinstance(a, int) and isinstance(b, int)
         return -(-a // b) if plain and (a < 0) != (b < 0) else a // b
+    if isinstance(a, float) and isinstance(b, float):
+        with np.errstate(all="ignore"):  # over zero, floats give infinity or NaN
+            return float(np.float64(a) / np.float64(b))
     return a / b
+
+
+def powered(a: Any, b: Any) -> Any:
+    """A power; floats without a real one give NaN, whole numbers are cut towards zero."""
+    if isinstance(a, int) and isinstance(b, int):
+        if abs(a) > 1 and b >= 64:
+            raise OverflowError(f"{a} to the power {b} is no whole number of 64 bits")
+        return int(a**b)
+    if isinstance(a, int | float) and isinstance(b, int | float):
+        with np.errstate(all="ignore"):
+            return float(np.power(np.float64(a), np.float64(b)))
+    return a**b
+
+
+def whole(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A rounding of a number, which leaves infinity and NaN as they are."""
+    return lambda x: x if isinstance(x, float) and not math.isfinite(x) else function(x)

@@ -17,14 +17,14 @@ from attnopt.compiler.onnx.table import operator, refused
 _END = 2**31 - 1  # from here on an end of a Slice means the end of the dim
 
 
-@operator("Gather")
+@operator("Gather", reads="axis")
 def gather(node: Node, data: Value, index: Value) -> Value:
     """Slices along an axis. A float table of two dims is read as an embedding."""
     assert data is not None and index is not None
     rank = len(data.shape)
     axis = node.get("axis", 0) % rank
     if isinstance(data, Host) and isinstance(index, Host):
-        wanted = np.array([int(n) for n in index.numbers]).reshape(index.shape)
+        wanted = np.array([int(n) for n in index.numbers], np.int64).reshape(index.shape)
         return host(np.take(data.array, wanted, axis), data.dtype)
     if isinstance(index, Host):
         return _picked(tensor(data), axis, index)
@@ -40,7 +40,7 @@ def _picked(data: Tensor, axis: int, index: Host) -> Tensor:
     if not index.shape:
         return torch.select(data, axis, index.number)
     numbers = index.numbers
-    if len(index.shape) == 1 and all(isinstance(n, int) and n >= 0 for n in numbers):
+    if len(index.shape) == 1 and numbers and all(isinstance(n, int) and n >= 0 for n in numbers):
         first, steps = numbers[0], {b - a for a, b in pairwise(numbers)}
         if steps <= {1}:
             return torch.narrow(data, axis, first, len(numbers))
@@ -76,7 +76,7 @@ def _cut(node: Node, data: Any, dim: int, start: Any, end: Any, step: int) -> An
     raise refused(node, f"a Slice from {start} to {end} in steps of {step}")
 
 
-@operator("GatherElements")
+@operator("GatherElements", reads="axis")
 def gather_elements(node: Node, data: Value, index: Value) -> Tensor:
     """One element for each index, along an axis."""
     made, where, axis = tensor(data), tensor(index), node.get("axis", 0)
@@ -88,7 +88,7 @@ def _wrapped(index: Tensor, size: Any) -> Tensor:
     return torch.where(index < 0, index + size, index)
 
 
-@operator("GatherND")
+@operator("GatherND", reads="batch_dims")
 def gather_nd(node: Node, data: Value, index: Value) -> Tensor:
     """Slices by tuples of indices, which the last dim of `index` holds."""
     made, where = tensor(data), tensor(index)
@@ -106,7 +106,7 @@ def _columns(index: Tensor) -> tuple[Tensor, ...]:
     return tuple(index.select(-1, i) for i in range(index.shape[-1]))
 
 
-@operator("ScatterND")
+@operator("ScatterND", reads="reduction")
 def scatter_nd(node: Node, data: Value, index: Value, updates: Value) -> Tensor:
     """A copy with slices written over, or added to."""
     mode = node.get("reduction", "none")
@@ -117,7 +117,7 @@ def scatter_nd(node: Node, data: Value, index: Value, updates: Value) -> Tensor:
     return torch.index_put(tensor(data), places, tensor(updates), accumulate=mode == "add")
 
 
-@operator("ScatterElements")
+@operator("ScatterElements", reads="axis reduction")
 def scatter_elements(node: Node, data: Value, index: Value, updates: Value) -> Tensor:
     """A copy with single elements written over, or added to, along an axis."""
     mode = node.get("reduction", "none")
@@ -131,7 +131,7 @@ def scatter_elements(node: Node, data: Value, index: Value, updates: Value) -> T
     raise refused(node, f"the reduction {mode} is not built")
 
 
-@operator("OneHot")
+@operator("OneHot", reads="axis")
 def one_hot(node: Node, index: Value, depth: Value, values: Value) -> Tensor:
     """A new dim with one value at the index and another elsewhere."""
     count = sizes(depth, "the depth of a OneHot")[0]
@@ -144,14 +144,14 @@ def one_hot(node: Node, index: Value, depth: Value, values: Value) -> Tensor:
     return torch.where(hit, on, off)
 
 
-@operator("Trilu")
+@operator("Trilu", reads="upper")
 def trilu(node: Node, x: Value, k: Value = None) -> Tensor:
     """The triangle above or below a diagonal, zeros elsewhere."""
     diagonal = 0 if k is None else sizes(k, "the diagonal of a Trilu")[0]
     return (torch.triu if node.get("upper", 1) else torch.tril)(tensor(x), diagonal)
 
 
-@operator("CumSum")
+@operator("CumSum", reads="exclusive reverse")
 def cumsum(node: Node, x: Value, axis: Value) -> Tensor:
     """Running sums along an axis."""
     made, dim = tensor(x), sizes(axis, "the axis of a CumSum")[0]
@@ -163,7 +163,7 @@ def cumsum(node: Node, x: Value, axis: Value) -> Tensor:
     return total.flip(dim) if node.get("reverse", 0) else total
 
 
-@operator("TopK")
+@operator("TopK", reads="axis largest sorted")
 def top_k(node: Node, x: Value, k: Value) -> tuple[Tensor, Tensor]:
     """The greatest or least elements along an axis, with their places."""
     count = sizes(k, "the count of a TopK")[0]
@@ -172,7 +172,7 @@ def top_k(node: Node, x: Value, k: Value) -> tuple[Tensor, Tensor]:
     return made[0], made[1]
 
 
-@operator("ArgMax", "ArgMin")
+@operator("ArgMax", "ArgMin", reads="axis keepdims select_last_index")
 def arg(node: Node, x: Value) -> Tensor:
     """The place of the greatest or least element along an axis."""
     if node.get("select_last_index", 0):

@@ -22,18 +22,21 @@ def with_linears(graph: Graph) -> Graph:
     readers = graph.readers()
     constants = dict(graph.constants)
     replaced: dict[int, Node | None] = {}
-    weights: dict[str, str] = {}
+    taken = {item.name for item in graph.inputs} | set(constants)
+    taken |= {name for node in graph.nodes for name in node.outputs}
+    weights: dict[tuple[str, bool], str] = {}
     for node in graph.nodes:
         weight = _weight(node, graph)
         if weight is None:
             continue
         bias, last = _bias(node, graph, readers)
         flipped = node.operator == "MatMul" or not node.get("transB", 0)
-        name = weights.get(f"{weight}{flipped}") or _named(node, weight, constants)
-        if name not in constants:
+        name = weights.get((weight, flipped))
+        if name is None:
+            name = weights[weight, flipped] = _named(node, weight, flipped, taken)
+            taken.add(name)
             matrix = graph.constants[weight]
             constants[name] = matrix.t().contiguous() if flipped else matrix
-            weights[f"{weight}{flipped}"] = name
         inputs = (node.inputs[0], name) if bias is None else (node.inputs[0], name, bias)
         replaced[id(node)] = None
         replaced[id(last)] = replace(
@@ -95,16 +98,21 @@ def _is_bias(name: str, weight: Tensor, node: Node, graph: Graph) -> bool:
     return value is not None and list(value.shape) == [columns] and columns > 1
 
 
-def _named(node: Node, weight: str, constants: dict[str, Tensor]) -> str:
-    """A name for the matrix: its own, or the node's where the exporter made one up."""
+def _named(node: Node, weight: str, flipped: bool, taken: set[str]) -> str:
+    """A name for the matrix that no other value has: its own, or the node's where the exporter made
+    one up."""
     scope = node.path.rpartition(".")[0]
-    own = "." in weight and "::" not in weight
-    name = weight if own else f"{scope}.weight" if scope else f"{node.path}.weight"
+    if "." in weight and "::" not in weight:
+        if not flipped:
+            return weight
+        name = f"{weight}_T"
+    else:
+        name = f"{scope or node.path}.weight"
     made, count = name, 1
-    while made in constants and made != weight:
+    while made in taken:
         count += 1
         made = f"{name}_{count}"
-    return f"{made}_T" if made in constants else made
+    return made
 
 
 def with_safe_softmax(graph: Graph) -> Graph:

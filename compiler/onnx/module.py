@@ -25,8 +25,8 @@ from attnopt.compiler.onnx import (  # noqa: F401 - they fill the table
     reductions,
     shapes,
 )
-from attnopt.compiler.onnx.graph import Graph, Node, dotted, identifier
-from attnopt.compiler.onnx.host import Value, constant, tensor
+from attnopt.compiler.onnx.graph import Graph, Node, dotted
+from attnopt.compiler.onnx.host import Value, constant, small, tensor
 from attnopt.compiler.onnx.table import lookup
 
 
@@ -42,13 +42,14 @@ class OnnxModule(nn.Module):
     """A graph whose operators are all in the table; takes its inputs by name or in order, and
     returns its outputs by name.
 
-    Names that Python does not take are changed as `identifier` says.
+    Names that Python does not take, and those that come out alike, are changed as `identifiers`
+    says.
     """
 
     def __init__(self, graph: Graph) -> None:
         super().__init__()
         self._graph = graph
-        names = [identifier(item.name) for item in graph.inputs]
+        names = list(graph.input_names.values())
         signature = inspect.Signature(
             [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
         )
@@ -63,17 +64,18 @@ class OnnxModule(nn.Module):
         self._scopes = {node.name: (self._place(node.path),) for node in graph.nodes}
         self._numbers: dict[str, Value] = {}
         self._weights: dict[str, tuple[nn.Module, str]] = {}
+        scales = _scales(graph)
         for name, value in graph.constants.items():
-            self._keep(name, value)
+            self._keep(name, value, name in scales)
 
     @property
     def graph(self) -> Graph:
         """The graph that runs."""
         return self._graph
 
-    def _keep(self, name: str, value: Tensor) -> None:
+    def _keep(self, name: str, value: Tensor, scale: bool) -> None:
         """A constant as numbers, a parameter or a buffer."""
-        made = constant(value)
+        made = small(value) if scale else constant(value)
         if not isinstance(made, Tensor):
             self._numbers[name] = made
             return
@@ -110,7 +112,24 @@ class OnnxModule(nn.Module):
             made = self._scopes[node.name][0](_Call(node), *read)
             made = made if isinstance(made, tuple) else (made,)
             values.update(zip(node.outputs, made, strict=False))
-        return {identifier(name): tensor(values[name]) for name in self._graph.outputs}
+        made = self._graph.output_names.items()
+        return {ours: tensor(values[name]) for name, ours in made}
+
+
+def _scales(graph: Graph) -> set[str]:
+    """All values that the scales of a Resize are computed from, up to shapes."""
+    makers = {name: node for node in graph.nodes for name in node.outputs}
+    resizes = [node for node in graph.nodes if node.operator == "Resize"]
+    waiting = [name for node in resizes for name in node.inputs[2:3]]
+    found: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        if not name or name in found:
+            continue
+        found.add(name)
+        if name in makers and makers[name].operator not in ("Shape", "Size"):
+            waiting += makers[name].inputs
+    return found
 
 
 class _Call:

@@ -12,26 +12,26 @@ from attnopt.compiler.onnx.linears import OWN, SAFE_SOFTMAX
 from attnopt.compiler.onnx.table import MICROSOFT, operator, refused
 
 
-@operator("Softmax")
+@operator("Softmax", reads="axis")
 def softmax(node: Node, x: Value) -> Tensor:
     """A softmax along an axis."""
     return torch.softmax(tensor(x), node.get("axis", -1))
 
 
-@operator(SAFE_SOFTMAX, domain=OWN)
+@operator(SAFE_SOFTMAX, domain=OWN, reads="axis")
 def safe_softmax(node: Node, x: Value) -> Tensor:
     """A softmax along an axis; a row without any finite logit gives zeros."""
     made: Tensor = torch.ops.aten._safe_softmax(tensor(x), node.get("axis", -1))
     return made
 
 
-@operator("LogSoftmax")
+@operator("LogSoftmax", reads="axis")
 def log_softmax(node: Node, x: Value) -> Tensor:
     """The logarithm of a softmax along an axis."""
     return torch.log_softmax(tensor(x), node.get("axis", -1))
 
 
-@operator("LayerNormalization")
+@operator("LayerNormalization", reads="axis epsilon", only={"stash_type": 1})
 def layer_norm(node: Node, x: Value, scale: Value, bias: Value = None) -> Tensor:
     """Mean 0 and variance 1 over the dims from `axis` on, then scaled and shifted."""
     if node.has(1) or node.has(2):
@@ -50,7 +50,9 @@ def _layer_norm(x: Tensor, scale: Tensor, bias: Value, epsilon: float, axis: int
     return made if shift is None else made + shift
 
 
-@operator("RMSNormalization", "SimplifiedLayerNormalization")
+@operator(
+    "RMSNormalization", "SimplifiedLayerNormalization", reads="axis epsilon", only={"stash_type": 1}
+)
 def rms_norm(node: Node, x: Value, scale: Value) -> Tensor:
     """Root mean square 1 over the dims from `axis` on, then scaled; computed in float32."""
     if node.has(1):
@@ -65,7 +67,7 @@ def _rms_norm(x: Tensor, scale: Tensor, epsilon: float, axis: int) -> Tensor:
     return (wide * torch.rsqrt(square + epsilon)).to(x.dtype) * scale
 
 
-@operator("SkipLayerNormalization", domain=MICROSOFT)
+@operator("SkipLayerNormalization", domain=MICROSOFT, reads="epsilon")
 def skip_layer_norm(
     node: Node, x: Value, skip: Value, gamma: Value, beta: Value = None, bias: Value = None
 ) -> tuple[Tensor, None, None, Tensor]:
@@ -75,7 +77,7 @@ def skip_layer_norm(
     return made, None, None, total
 
 
-@operator("SkipSimplifiedLayerNormalization", domain=MICROSOFT)
+@operator("SkipSimplifiedLayerNormalization", domain=MICROSOFT, reads="epsilon")
 def skip_rms_norm(
     node: Node, x: Value, skip: Value, gamma: Value, bias: Value = None
 ) -> tuple[Tensor, None, None, Tensor]:
@@ -92,7 +94,7 @@ def _skipped(node: Node, x: Value, skip: Value, bias: Value) -> Tensor:
     return branch + tensor(skip)
 
 
-@operator("EmbedLayerNormalization", domain=MICROSOFT)
+@operator("EmbedLayerNormalization", domain=MICROSOFT, reads="epsilon mask_index_type")
 def embed_layer_norm(
     node: Node, words: Value, segments: Value, word: Value, position: Value,
     segment: Value, gamma: Value, beta: Value, mask: Value = None, positions: Value = None,
@@ -113,7 +115,7 @@ def embed_layer_norm(
     return made, count, total
 
 
-@operator("BatchNormalization")
+@operator("BatchNormalization", reads="epsilon momentum training_mode")
 def batch_norm(
     node: Node, x: Value, scale: Value, bias: Value, mean: Value, variance: Value
 ) -> Tensor:
@@ -126,14 +128,14 @@ def batch_norm(
     )  # fmt: skip
 
 
-@operator("InstanceNormalization")
+@operator("InstanceNormalization", reads="epsilon")
 def instance_norm(node: Node, x: Value, scale: Value, bias: Value) -> Tensor:
     """Each channel of each row normalised over the rest."""
     made, epsilon = tensor(x), node.get("epsilon", 1e-5)
     return F.instance_norm(made, weight=tensor(scale), bias=tensor(bias), eps=epsilon)
 
 
-@operator("GroupNormalization")
+@operator("GroupNormalization", reads="epsilon num_groups", only={"stash_type": 1})
 def group_norm(node: Node, x: Value, scale: Value, bias: Value) -> Tensor:
     """Groups of channels normalised together; before opset 21 scaled group by group."""
     made, groups = tensor(x), node.get("num_groups")
@@ -144,7 +146,7 @@ def group_norm(node: Node, x: Value, scale: Value, bias: Value) -> Tensor:
     return F.group_norm(made, groups, weight, shift, node.get("epsilon", 1e-5))
 
 
-@operator("LpNormalization")
+@operator("LpNormalization", reads="axis p")
 def lp_norm(node: Node, x: Value) -> Tensor:
     """Length 1 along an axis."""
     made, axis = tensor(x), node.get("axis", -1)

@@ -18,13 +18,13 @@ def matmul(node: Node, a: Value, b: Value) -> Tensor:
     return torch.matmul(tensor(a), tensor(b))
 
 
-@operator(LINEAR, domain=OWN)
+@operator(LINEAR, domain=OWN, reads="alpha beta transA transB")
 def linear(node: Node, x: Value, weight: Value, bias: Value = None) -> Tensor:
     """x [.., in] times a constant [out, in], plus a constant [out]."""
     return F.linear(tensor(x), tensor(weight), None if bias is None else tensor(bias))
 
 
-@operator("Gemm")
+@operator("Gemm", reads="alpha beta transA transB")
 def gemm(node: Node, a: Value, b: Value, c: Value = None) -> Tensor:
     """alpha a b + beta c, each of a and b transposed where asked for."""
     left, right = tensor(a), tensor(b)
@@ -39,7 +39,7 @@ def gemm(node: Node, a: Value, b: Value, c: Value = None) -> Tensor:
     return made + (added if beta == 1.0 else added * beta)
 
 
-@operator("FusedMatMul", domain=MICROSOFT)
+@operator("FusedMatMul", domain=MICROSOFT, reads="alpha transA transB transBatchA transBatchB")
 def fused_matmul(node: Node, a: Value, b: Value) -> Tensor:
     """alpha a b, the last two dims of each transposed where asked for."""
     left, right = tensor(a), tensor(b)
@@ -52,7 +52,7 @@ def fused_matmul(node: Node, a: Value, b: Value) -> Tensor:
     return made if alpha == 1.0 else made * alpha
 
 
-@operator("Einsum")
+@operator("Einsum", reads="equation")
 def einsum(node: Node, *values: Value) -> Tensor:
     """A sum of products by an equation."""
     equation = node.get("equation")

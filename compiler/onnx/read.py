@@ -6,6 +6,7 @@ Weights in other files have to lie in the model's directory or below it.
 from __future__ import annotations
 
 import ast
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from attnopt.compiler.onnx.table import FIRST, LAST
 
 _MAKE = "export the model again, for instance with torch.onnx.export(..., dynamo=True)"
 _SCOPES = "pkg.torch.onnx.name_scopes"
+_MOST_SCOPES = 1 << 16  # characters of them
 
 
 def read(path: Path) -> Graph:
@@ -97,7 +99,8 @@ def _node(proto: Any, index: int, opset: int, path: Path) -> Node:
     attributes: dict[str, Any] = {}
     for attribute in proto.attribute:
         if attribute.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS):
-            continue  # If, Loop and Scan: not in the table
+            attributes[attribute.name] = None  # of If, Loop and Scan: not in the table
+            continue
         if attribute.type == onnx.AttributeProto.TENSOR:
             value = _tensor(attribute.t, path)
             whole = proto.op_type == "Constant"
@@ -119,13 +122,19 @@ def _path(proto: Any, name: str) -> str:
     """The module that a node came from, as its exporter tells, and the node's name below it."""
     for item in proto.metadata_props:
         if item.key == _SCOPES:
-            try:
-                scopes = ast.literal_eval(item.value)
-            except (ValueError, SyntaxError):
-                break
+            scopes = _literal(item.value)
             if isinstance(scopes, list) and len(scopes) > 1:
                 return dotted(f"{scopes[-2]}.{name.rpartition('/')[2]}")
     return dotted(name)
+
+
+def _literal(text: str) -> Any:
+    """The Python value that a text spells, None for what is none."""
+    try:
+        return ast.literal_eval(text) if len(text) <= _MOST_SCOPES else None
+    # Text that nests deeply exhausts the parser.
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return None
 
 
 def _input(value: Any, path: Path) -> Input:
@@ -147,9 +156,11 @@ def _tensor(proto: Any, path: Path) -> Tensor:
     import onnx
 
     dtype = torch_dtype(proto.data_type, f"{path}: {proto.name}")
+    if any(size < 0 for size in proto.dims):
+        raise _damaged(proto, path, f"its sizes are {list(proto.dims)}")
     if proto.data_location == onnx.TensorProto.EXTERNAL:
         raw = _external(proto, path)
-        wanted = int(np.prod(proto.dims)) * dtype.itemsize
+        wanted = math.prod(proto.dims) * dtype.itemsize
         if len(raw) != wanted:
             raise _outside(proto, path, f"{len(raw)} bytes were found, {wanted} are needed")
         made = torch.frombuffer(raw, dtype=dtype) if wanted else torch.empty(0, dtype=dtype)
@@ -157,14 +168,18 @@ def _tensor(proto: Any, path: Path) -> Tensor:
     try:
         array = onnx.numpy_helper.to_array(proto)
     except (ValueError, TypeError) as error:
-        raise Problem(
-            "A103", f"the tensor {proto.name} is damaged", where=str(path),
-            why=str(error).split("\n")[0], help="download or save it again",
-        ) from error  # fmt: skip
+        raise _damaged(proto, path, str(error).split("\n")[0]) from error
     if dtype == torch.bfloat16:
         bits = np.ascontiguousarray(array).view(np.int16)
         return torch.from_numpy(bits.copy()).view(dtype).reshape(tuple(proto.dims))
     return torch.from_numpy(np.array(array))
+
+
+def _damaged(proto: Any, path: Path, why: str) -> Problem:
+    return Problem(
+        "A103", f"the tensor {proto.name} is damaged", where=str(path), why=why,
+        help="download or save it again",
+    )  # fmt: skip
 
 
 def _external(proto: Any, path: Path) -> bytearray:
@@ -177,7 +192,7 @@ def _external(proto: Any, path: Path) -> bytearray:
         raise _outside(proto, path, f"`{location}` is not in the model's directory")
     try:
         offset = int(entries.get("offset", 0) or 0)
-        wanted = int(np.prod(proto.dims)) * torch_dtype(proto.data_type, proto.name).itemsize
+        wanted = math.prod(proto.dims) * torch_dtype(proto.data_type, proto.name).itemsize
         length = int(entries.get("length", wanted) or wanted)
         with file.open("rb") as stream:
             if min(offset, length) < 0 or offset + length > file.stat().st_size:
@@ -198,6 +213,8 @@ def _outside(proto: Any, path: Path, why: str) -> Problem:
 def _check_whole(graph: Graph, path: Path) -> None:
     """Raise `Problem` A103 where a node or an output reads what nothing writes."""
     known = {item.name for item in graph.inputs} | set(graph.constants) | {""}
+    if len({item.name for item in graph.inputs}) < len(graph.inputs):
+        raise Problem("A103", "two inputs have one name", where=str(path), help=_MAKE)
     for node in graph.nodes:
         for name in node.inputs:
             if name not in known:

@@ -31,7 +31,7 @@ _OF_NUMBERS: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-@operator(*_REDUCTIONS, "ReduceProd")
+@operator(*_REDUCTIONS, "ReduceProd", reads="axes keepdims noop_with_empty_axes")
 def reduction(node: Node, x: Value, axes: Value = None) -> Value:
     """A reduction along some axes, or all; they are an attribute before opset 18."""
     assert x is not None

@@ -16,7 +16,7 @@ from attnopt.compiler.onnx.host import MOST, Host, Value, constant, host, sizes,
 from attnopt.compiler.onnx.table import operator, refused
 
 
-@operator("Constant")
+@operator("Constant", reads="value_int value_float value_ints value_floats")
 def constant_node(node: Node) -> Value:
     """A constant that is written as a node, other than by a tensor."""
     for name, dtype in (("value_int", torch.int64), ("value_float", torch.float32)):
@@ -28,7 +28,7 @@ def constant_node(node: Node) -> Value:
     raise refused(node, "its value is no tensor and no number")
 
 
-@operator("Shape")
+@operator("Shape", reads="start end")
 def shape(node: Node, x: Value) -> Host:
     """The sizes of a tensor, or of some of its dims."""
     assert x is not None
@@ -43,7 +43,7 @@ def size(node: Node, x: Value) -> Host:
     return host(math.prod(x.shape), torch.int64)
 
 
-@operator("Reshape")
+@operator("Reshape", reads="allowzero")
 def reshape(node: Node, x: Value, wanted: Value) -> Value:
     """Another shape; 0 keeps a dim's size unless `allowzero` is set, -1 is what is left."""
     assert x is not None
@@ -55,7 +55,7 @@ def reshape(node: Node, x: Value, wanted: Value) -> Value:
     return torch.reshape(x, target)
 
 
-@operator("Flatten")
+@operator("Flatten", reads="axis")
 def flatten(node: Node, x: Value) -> Tensor:
     """Two dims: those before `axis` and those from it on."""
     made = tensor(x)
@@ -64,7 +64,7 @@ def flatten(node: Node, x: Value) -> Tensor:
     return made.reshape(math.prod(made.shape[:axis]), math.prod(made.shape[axis:]))
 
 
-@operator("Transpose")
+@operator("Transpose", reads="perm")
 def transpose(node: Node, x: Value) -> Value:
     """Dims in another order; reversed where none is given."""
     assert x is not None
@@ -107,7 +107,7 @@ def unsqueeze(node: Node, x: Value, axes: Value) -> Value:
     return x
 
 
-@operator("Concat")
+@operator("Concat", reads="axis")
 def concat(node: Node, *values: Value) -> Value:
     """Tensors joined along an axis."""
     axis = int(node.get("axis"))
@@ -119,7 +119,7 @@ def concat(node: Node, *values: Value) -> Value:
     return torch.cat([tensor(part) for part in parts], axis)
 
 
-@operator("Split")
+@operator("Split", reads="axis num_outputs")
 def split(node: Node, x: Value, lengths: Value = None) -> tuple[Value, ...]:
     """A tensor cut along an axis, by lengths or into equal parts."""
     assert x is not None
@@ -168,12 +168,13 @@ def _same(x: Any, y: Any) -> Any:
 def tile(node: Node, x: Value, times: Value) -> Value:
     """A tensor repeated along its dims."""
     counts = sizes(times, "the repeats of a Tile")
-    if isinstance(x, Host) and all(isinstance(n, int) for n in counts):
+    known = isinstance(x, Host) and all(isinstance(n, int) for n in counts)
+    if isinstance(x, Host) and known and x.array.size * math.prod(counts) <= MOST:
         return Host(np.tile(x.array, counts), x.dtype)
     return tensor(x).repeat(counts)
 
 
-@operator("ConstantOfShape")
+@operator("ConstantOfShape", reads="value")
 def constant_of_shape(node: Node, wanted: Value) -> Value:
     """A tensor of one value."""
     target = sizes(wanted, "the shape of a ConstantOfShape")
@@ -195,7 +196,7 @@ def arange(node: Node, start: Value, limit: Value, delta: Value) -> Tensor:
     return torch.arange(*numbers, dtype=start.dtype)
 
 
-@operator("EyeLike")
+@operator("EyeLike", reads="dtype k")
 def eye_like(node: Node, x: Value) -> Tensor:
     """Ones on a diagonal of a matrix."""
     made, number = tensor(x), node.get("dtype")
@@ -205,7 +206,7 @@ def eye_like(node: Node, x: Value) -> Tensor:
     return hit.to(dtype)
 
 
-@operator("Pad")
+@operator("Pad", reads="mode")
 def pad(
     node: Node, x: Value, pads: Value, filler: Value = None, axes: Value = None
 ) -> Tensor:  # fmt: skip

@@ -6,7 +6,8 @@ alone or a tuple. Importing a module of operators enters its functions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from attnopt.compiler.errors import Problem
@@ -16,15 +17,29 @@ Operator = Callable[..., Any]
 MICROSOFT = "com.microsoft"
 FIRST, LAST = 17, 24  # the opsets whose operators these are
 
-_TABLE: dict[tuple[str, str], Operator] = {}
+
+@dataclass(frozen=True)
+class _Entry:
+    function: Operator
+    reads: frozenset[str]
+    only: Mapping[str, Any] = field(default_factory=dict)
 
 
-def operator(*names: str, domain: str = STANDARD) -> Callable[[Operator], Operator]:
-    """Enter a function under one or more operator types of a domain."""
+_TABLE: dict[tuple[str, str], _Entry] = {}
+
+
+def operator(
+    *names: str, domain: str = STANDARD, reads: str = "", only: Mapping[str, Any] | None = None
+) -> Callable[[Operator], Operator]:
+    """Enter a function under one or more operator types of a domain.
+
+    `reads` names the attributes that it takes into account, or that change nothing here; `only`
+    gives those that may stand at one value. A node with any other attribute is refused.
+    """
 
     def enter(function: Operator) -> Operator:
         for name in names:
-            _TABLE[domain, name] = function
+            _TABLE[domain, name] = _Entry(function, frozenset(reads.split()), only or {})
         return function
 
     return enter
@@ -32,7 +47,8 @@ def operator(*names: str, domain: str = STANDARD) -> Callable[[Operator], Operat
 
 def lookup(node: Node) -> Operator | None:
     """The function of a node, or None."""
-    return _TABLE.get((node.domain, node.operator))
+    entry = _TABLE.get((node.domain, node.operator))
+    return None if entry is None else entry.function
 
 
 def names() -> list[str]:
@@ -41,9 +57,12 @@ def names() -> list[str]:
 
 
 def check_supported(graph: Graph, where: str) -> None:
-    """Raise `Problem` A126 that lists every node whose operator is not in the table."""
+    """Raise `Problem` A126 that lists every node whose operator is not in the table, or that has an
+    attribute which its operator does not read."""
     missing = [node for node in graph.nodes if lookup(node) is None]
     if not missing:
+        for node in graph.nodes:
+            _check_attributes(node, where)
         return
     types = sorted({node.type for node in missing})
     count = len(missing)
@@ -54,6 +73,22 @@ def check_supported(graph: Graph, where: str) -> None:
         why=listed(missing),
         help="export the model with other operators, or give the PyTorch model itself",
     )
+
+
+def _check_attributes(node: Node, where: str) -> None:
+    entry = _TABLE[node.domain, node.operator]
+    for name, value in node.attributes.items():
+        if name in entry.reads or (name in entry.only and plain(value) == entry.only[name]):
+            continue
+        shown = f" of {plain(value)}" if isinstance(value, bytes | int | float) else ""
+        problem = refused(node, f"its attribute `{name}`{shown} is not built")
+        problem.where = where
+        raise problem
+
+
+def plain(value: Any) -> Any:
+    """The value of an attribute, a string as text."""
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
 def listed(nodes: Sequence[Node]) -> str:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import logging
+import mmap
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -76,6 +79,7 @@ def write_onnx(program: Program, path: Path, opset: int = OPSETS[0]) -> Written:
     with _beside(path) as fresh:
         size = sum(p.nbytes for p in program.module.state_dict().values())
         made.save(str(fresh), external_data=size > _INLINE)
+        _name_weights(fresh)
         error = _compared(program, fresh)
     return Written(path, opset, count, spelled, error)
 
@@ -158,7 +162,7 @@ def _quiet() -> Iterator[None]:
 @contextmanager
 def _beside(path: Path) -> Iterator[Path]:
     """A path of the same name in a new folder beside it; what is written there is moved to its
-    place when all went well, the model itself last."""
+    place when all went well, the model itself last. Weights that no model reads any more go."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".onnx-", dir=path.parent) as folder:
@@ -168,6 +172,8 @@ def _beside(path: Path) -> Iterator[Path]:
                 with made.open("rb") as stream:
                     os.fsync(stream.fileno())
                 os.replace(made, path.parent / made.name)
+        with contextlib.suppress(OSError):  # what is left over harms nobody
+            _drop_weights(path)
     except OSError as error:
         raise Problem(
             "A519",
@@ -176,6 +182,44 @@ def _beside(path: Path) -> Iterator[Path]:
             why=error.strerror or str(error),
             help="give another --onnx FILE, or make room",
         ) from error
+
+
+def _name_weights(fresh: Path) -> None:
+    """Give the weights beside a new model a name after what they hold, so that they never take the
+    place of those that an older model reads."""
+    import onnx
+
+    data = fresh.with_name(f"{fresh.name}.data")
+    if not data.exists():
+        return
+    with data.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+    name = f"{fresh.name}.{digest}.data"
+    model = onnx.load(str(fresh), load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = name
+    fresh.write_bytes(model.SerializeToString())
+    data.rename(fresh.with_name(name))
+
+
+def _drop_weights(path: Path) -> None:
+    """Remove weights that an earlier export left here under this model's name, where no model of
+    the folder names them."""
+    own = re.compile(re.escape(path.name) + r"(\.[0-9a-f]{16})?\.data")
+    models = [file for file in path.parent.iterdir() if file.suffix == ".onnx" and file.is_file()]
+    for file in list(path.parent.iterdir()):
+        if own.fullmatch(file.name) and not any(_names(model, file.name) for model in models):
+            file.unlink()
+
+
+def _names(model: Path, name: str) -> bool:
+    """Whether the name stands anywhere in a file."""
+    if not model.stat().st_size:
+        return False
+    with model.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as held:
+        return held.find(name.encode()) >= 0
 
 
 def _compared(program: Program, path: Path) -> float | None:

@@ -118,3 +118,13 @@ def test_a_batch_for_every_role_is_read(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(runs, "gather", lambda *more: made)
     loaded = cast(Any, SimpleNamespace(weights="real"))
     assert runs.calibration(loaded, Wanted(inputs=Path("x")), "") == tuple(parts)
+
+
+def test_diagnostics_that_fail_do_not_end_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **more: Any) -> None:
+        raise IndexError("index 1 is out of bounds\nand more")
+
+    monkeypatch.setattr(runs, "diagnose", fails)
+    found = runs.within(decoder(2, 24), _data(), Request())
+    assert found is not None and not found.sites
+    assert found.skipped == "they failed: IndexError: index 1 is out of bounds"

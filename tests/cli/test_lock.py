@@ -41,6 +41,9 @@ class Model(nn.Module):
 def before():
     return Model().eval(), torch.randn(2, 6, 16)
 
+def odd():
+    return Model((True,)).eval(), torch.randn(2, 6, 16)
+
 def after():
     return Model((False, True)).eval(), torch.randn(2, 6, 16)
 """
@@ -93,6 +96,14 @@ def test_nothing_is_locked_where_too_little_is_understood(command: Command, lock
         "--require-coverage", "100%",
     )  # fmt: skip
     assert ended.code == 3 and locked.read_bytes() == before
+
+
+def test_a_question_does_not_hide_that_nothing_was_locked(command: Command, locked: Path) -> None:
+    argv = ("inspect", "lock_model:odd", "--no-time", "--why", "u0", "--json")
+    assert command("attnopt", *argv).code == 0
+    ended = command("attnopt", *argv, "--lock", "odd.lock")
+    assert ended.code == 3 and ended.error["code"] and not Path("odd.lock").exists()
+    assert not locked.with_name("odd.lock").exists()
 
 
 def test_options_of_the_lock_are_taken_over(

@@ -184,7 +184,7 @@ def test_a_damaged_lock_is_a_problem(
     assert caught.value.code == "A516" and why in caught.value.why
 
 
-@pytest.mark.parametrize("text", [None, "", "{", "[]", "\x00\xff"])
+@pytest.mark.parametrize("text", [None, "", "{", "[]", "\x00\xff", "[" * 100_000])
 def test_what_is_no_lock_is_a_problem(tmp_path: Path, text: str | None) -> None:
     path = tmp_path / "attnopt.lock"
     if text is not None:

@@ -63,6 +63,93 @@ def test_an_induction_head_copies_and_a_uniform_one_does_not() -> None:
     assert site.per_head["induction"][1] < 0.05 and site.per_head["retrieval"][1] == 0.0
 
 
+class Masked(Induction):
+    """The same under a mask, True at real tokens; or at padding, where `turned`."""
+
+    turned = False
+
+    def forward(self, ids: Tensor, told: Tensor) -> Tensor:  # type: ignore[override]
+        now = self.words(ids)
+        before = torch.cat((torch.zeros_like(now[:, :1]), now[:, :-1]), dim=1)
+        q = torch.stack((now, torch.zeros_like(now)), dim=1)
+        k = torch.stack((before, before), dim=1)
+        keep = torch.logical_not(told) if self.turned else told
+        made: Tensor = ATTENTION(q, k, q, [keep], self.line)
+        return made
+
+
+def masked(keep: Tensor, turned: bool = False) -> Program:
+    spec = AttentionSpec(2, 2, WORDS, WORDS, scale=1.0, mask=CAUSAL, extras=("padding",))
+    ids = torch.stack([torch.randperm(WORDS)[:150] for _ in range(2)])
+    model = Masked(spec)
+    model.turned = turned
+    args = (ids, ~keep if turned else keep)
+    module = torch.export.export(model, args, strict=False).module()
+    assert isinstance(module, torch.fx.GraphModule)
+    program = Program(module, Batch(args), name="masked induction")
+    (node,) = program.attentions()
+    return program.with_sites([Site("s0", node.name, "", "", spec, 2)])
+
+
+def test_copies_that_a_given_mask_hides_do_not_count() -> None:
+    keep = torch.ones(2, 150, dtype=torch.bool)
+    keep[1, :100] = False
+    program = masked(keep)
+    found = diagnose(program, [program.example])
+    assert found.sites[0].per_head["retrieval"][0] == 1.0
+    assert found.sites[0].per_head["induction"][0] == pytest.approx(1.0, abs=1e-4)
+    assert any("126 positions that a given mask hides" in note for note in found.notes)
+
+
+def test_where_a_given_mask_hides_all_copies_nothing_is_measured() -> None:
+    keep = torch.ones(2, 150, dtype=torch.bool)
+    keep[:, :100] = False
+    program = masked(keep)
+    (site,) = diagnose(program, [program.example]).sites
+    assert "retrieval" not in site.per_head and "induction" not in site.per_head
+    assert "a mask of the data hides" in site.missing["retrieval"]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_mask_that_says_what_is_real_is_filled(turned: bool) -> None:
+    keep = torch.ones(2, 150, dtype=torch.bool)
+    keep[:, :100] = False
+    program = masked(keep, turned)
+    found = diagnose(program, [Batch(program.example.args, valid=keep)])
+    assert found.sites[0].per_head["retrieval"][0] == 1.0
+    assert not any("hides" in note for note in found.notes)
+
+
+class Memory(nn.Module):
+    """Attention to the keys and values of one sequence, the same for all rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part(x).view(x.shape[0], x.shape[1], 4, 4) for part in self.qkv)
+        weights = torch.einsum("bshd,thd->bhst", q, k[0]).softmax(-1)
+        return torch.einsum("bhst,thd->bshd", weights, v[0])
+
+
+def test_keys_without_a_batch() -> None:
+    x = torch.randn(3, 7, 16)
+    program = raise_program(traced(Memory(), x))
+    assert len(program.sites) == 1
+    found = diagnose(program, [Batch((x,))])
+
+    assert found.sites[0].queries == 21
+
+
+def test_inputs_that_lie_deeper() -> None:
+    from attnopt.compiler.diagnostics.diagnose import _positions, _rows
+
+    batch = Batch(({"x": (torch.zeros(3, 7, 16),)},))
+    assert (_rows(batch), _positions(batch)) == (3, 21)
+    assert (_rows(Batch()), _positions(Batch())) == (0, 0)
+
+
 def test_without_token_ids_copying_is_not_measured_and_says_why() -> None:
     program = one_attention(AttentionSpec(2, 2, 4, 4, 0.5, CAUSAL), seq=20)
     (site,) = diagnose(program, [program.example]).sites

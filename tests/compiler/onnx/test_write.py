@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -133,11 +135,64 @@ def test_a_wrong_answer_is_not_written(tmp_path: Path, monkeypatch: pytest.Monke
     assert (tmp_path / "a.onnx").read_bytes() == b"as it was" and len(list(tmp_path.iterdir())) == 1
 
 
+def _weights(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir() if file.suffix == ".data")
+
+
 def test_many_weights_lie_beside_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from attnopt.compiler.onnx import write
 
     monkeypatch.setattr(write, "_INLINE", 0)
     written = write_onnx(decoder().copy(), tmp_path / "a.onnx")
     assert written.attentions == 2
-    assert {file.name for file in tmp_path.iterdir()} == {"a.onnx", "a.onnx.data"}
+    (data,) = _weights(tmp_path)
+    assert re.fullmatch(r"a\.onnx\.[0-9a-f]{16}\.data", data)
+    assert len(list(tmp_path.iterdir())) == 2
     assert read_onnx(tmp_path / "a.onnx").graph.opset == 23
+
+
+def _other() -> Program:
+    program = decoder().copy()
+    program.set_weight("head.weight", 2 * program.weight("head.weight"))
+    return program
+
+
+def test_a_model_keeps_its_weights_where_the_next_one_is_not_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from attnopt.compiler.onnx import write
+
+    monkeypatch.setattr(write, "_INLINE", 0)
+    path = tmp_path / "a.onnx"
+    write_onnx(decoder().copy(), path)
+    ids = {"input_ids": decoder().example.kwargs["input_ids"]}
+    before, move = answers(path, ids)[0], os.replace
+
+    def cut_off(source: Path, target: Path) -> None:
+        if Path(target) == path:
+            raise OSError("no more")
+        move(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(write.os, "replace", cut_off)
+        with pytest.raises(Problem):
+            write_onnx(_other(), path)
+    assert torch.equal(answers(path, ids)[0], before)
+    write_onnx(_other(), path)
+    assert torch.allclose(answers(path, ids)[0], 2 * before, rtol=1e-4, atol=1e-4)
+    assert len(_weights(tmp_path)) == 1
+
+
+def test_weights_that_another_model_reads_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from attnopt.compiler.onnx import write
+
+    monkeypatch.setattr(write, "_INLINE", 0)
+    write_onnx(decoder().copy(), tmp_path / "a.onnx")
+    (tmp_path / "copy.onnx").write_bytes((tmp_path / "a.onnx").read_bytes())
+    (tmp_path / "a.onnx.data").touch()
+    write_onnx(_other(), tmp_path / "a.onnx")
+    assert len(_weights(tmp_path)) == 2
+    read_onnx(tmp_path / "copy.onnx")
+    assert "a.onnx.data" not in _weights(tmp_path)
