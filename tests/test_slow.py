@@ -1,0 +1,15 @@
+"""`tests/slow.txt` names tests that are there."""
+
+from __future__ import annotations
+
+import ast
+
+from tests.tree import ROOT
+
+
+def test_every_slow_test_exists() -> None:
+    for line in (ROOT / "tests/slow.txt").read_text(encoding="utf-8").split():
+        file, *_, name = line.split("::")
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        assert name in names, line
