@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
 
@@ -17,6 +16,8 @@ from attnopt.compiler.onnx import read_onnx
 from attnopt.compiler.onnx.host import MOST, Host, host
 from attnopt.compiler.onnx.shapes import tile
 from tests.onnx_files import answers, node, save
+
+onnx = pytest.importorskip("onnx")
 
 
 def _file(path: Path, operator: str, numbers: list[Any], **more: Any) -> Path:

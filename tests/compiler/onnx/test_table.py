@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import onnx.defs
 import pytest
 import torch
 
@@ -13,6 +12,8 @@ from attnopt.compiler.errors import Problem
 from attnopt.compiler.onnx import read_onnx
 from attnopt.compiler.onnx.table import names
 from tests.onnx_files import MICROSOFT, node, save
+
+onnx = pytest.importorskip("onnx")
 
 X = {"x": (np.float32, [2, 4])}
 
