@@ -4,7 +4,7 @@ folder again."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from attnopt.compiler.errors import Problem
 from attnopt.compiler.intake.loaded import Loaded, require_weights
 from attnopt.compiler.intake.source import load
 from attnopt.compiler.pipeline import apply_plan, read
-from attnopt.compiler.plan import Outcome, Plan
+from attnopt.compiler.plan import Outcome, Plan, require_applied
 from attnopt.compiler.program import Program
 
 Progress = Callable[[str, float], None]
@@ -116,7 +116,7 @@ def apply(
     made, outcomes = apply_plan(program, steps, notes, step)
     sha = source_sha256(model) if Path(model).exists() else ""
     known = saved is not None and sha != "" and (sha, steps) == (saved.model_sha256, saved.plan)
-    _require_applied(_wanted(steps, saved, known), outcomes, home)
+    require_applied(_wanted(steps, saved, known), outcomes, home)
     warnings = (UNMEASURED,) if saved is not None and not known else ()
     folder = None
     if out is not None:
@@ -154,34 +154,12 @@ def _wanted(plan: Plan, saved: Result | None, known: bool) -> list[tuple[str, st
     """
     outcomes = saved.outcomes if saved else ()
     refused = {(o.rewrite, o.target) for o in outcomes if not o.applied}
-    named = [
-        (read_pass(step.rewrite).text, target)
-        for step in plan.steps
-        for target in step.targets
-        if target != "*"
-    ]
     recorded = [
         (o.rewrite, o.target)
         for o in outcomes
         if known and o.applied and o.exactness != Exactness.GUARDED.value
     ]
-    return [*(pair for pair in named if pair not in refused), *recorded]
-
-
-def _require_applied(
-    wanted: Iterable[tuple[str, str]], outcomes: Iterable[Outcome], home: Path
-) -> None:
-    found = {(outcome.rewrite, outcome.target): outcome for outcome in outcomes}
-    for rewrite, target in wanted:
-        outcome = found.get((rewrite, target))
-        if outcome is None or not outcome.applied:
-            raise Problem(
-                "A512", f"`{rewrite}` does not apply to `{target}` of this model",
-                where=outcome.at if outcome else "",
-                why=outcome.reason if outcome else "the model has no such target",
-                help=f"give the model that the plan in {home} was made for, "
-                "or search again with optimize",
-            )  # fmt: skip
+    return [*(pair for pair in plan.named() if pair not in refused), *recorded]
 
 
 def _unmeasured(

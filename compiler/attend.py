@@ -28,13 +28,13 @@ def reference(
 
     Every other backend is tested against it.
     """
-    return torch.matmul(weights(q, k, extras, spec).to(v.dtype), _repeat(v, spec.group))
+    return torch.matmul(weights(q, k, extras, spec).to(v.dtype), repeated(v, spec.group))
 
 
 def weights(q: Tensor, k: Tensor, extras: Sequence[Tensor], spec: AttentionSpec) -> Tensor:
     """The softmax weights `[batch, heads, S, T]` of the definition; zeros in a row that reads no
     key (fill "-inf"). Sinks take their share of each row."""
-    logits = torch.matmul(q, _repeat(k, spec.group).transpose(-1, -2)) * spec.scale
+    logits = torch.matmul(q, repeated(k, spec.group).transpose(-1, -2)) * spec.scale
     if spec.softcap:
         logits = torch.tanh(logits / spec.softcap) * spec.softcap
     bias = extra(extras, spec, "bias")
@@ -169,7 +169,8 @@ def with_sinks(q: Tensor, k: Tensor, mask: Tensor | None, sinks: Tensor) -> Tens
     return torch.cat((mask.to(q.dtype).expand(shape), column), -1)
 
 
-def _repeat(x: Tensor, times: int) -> Tensor:
+def repeated(x: Tensor, times: int) -> Tensor:
+    """Key/value heads as often as query heads share them."""
     return x if times == 1 else x.repeat_interleave(times, dim=1)
 
 

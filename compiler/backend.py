@@ -102,15 +102,20 @@ def _rewritten(
     graph: fx.GraphModule, inputs: Sequence[Any], check: bool = True, saved: SavedPlan | None = None
 ) -> tuple[fx.GraphModule, list[int]] | None:
     """The graph with its attentions rewritten, and the places of the inputs whose values went into
-    it; None where the graph stays as it is, which no plan allows."""
+    it; None where the graph stays as it is, which a plan allows of graphs without attention."""
     try:
         program, lifted = _read(graph, inputs, facts=saved is not None)
         if not program.attentions():
+            if saved is not None:
+                _log.warning("the plan is not applied to a graph that holds no known attention")
             return None
         watched = _read_by_masks(program, graph, lifted)
         program = _applied(program)
         lowered = _with_inputs(lower(program), graph, lifted)
-    except (Problem, *RUN_ERRORS, NotImplementedError) as error:
+    except Problem as problem:
+        _left(problem.what, saved)
+        return None
+    except RUN_ERRORS as error:
         _left(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}", saved)
         return None
     wrong = _wrong(graph, lowered, inputs) if check else ""
@@ -183,7 +188,7 @@ def _read(
         traced = make_fx(graph, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
     without_own_writes(traced.graph)
     if any(writes(node) for node in traced.graph.nodes):
-        raise NotImplementedError("the graph writes into tensors in place")
+        raise Problem("A204", "the graph writes into tensors in place")
     if not any(node.target in (SDPA, *SOFTMAX) for node in traced.graph.nodes):
         return Program(traced, Batch()), {}
     lifted, rest = {}, []

@@ -27,7 +27,7 @@ from attnopt.compiler.artifact import (
 from attnopt.compiler.contract import Exactness, Notes, read_pass
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.pipeline import apply_pass
-from attnopt.compiler.plan import Plan
+from attnopt.compiler.plan import Outcome, Plan, require_applied
 from attnopt.compiler.program import Batch, Program
 
 _KEY = re.compile(r"L\['(\w+)'\]|.*\['kwargs'\]\['(\w+)'\]")
@@ -80,19 +80,16 @@ class SavedPlan:
             inputs.batches(role, self.inputs) for role in (self.calibration, self.heldout)
         )
         notes = Notes(program, fitted, held, seed=self.seed)
-        for step in self.plan.steps:
-            rewrite = read_pass(step.rewrite)
-            if rewrite.exactness is not Exactness.APPROXIMATE:
-                continue
-            program, outcomes = apply_pass(program, rewrite, step.targets, notes, verify=False)
-            for outcome in outcomes:
-                idle = (outcome.rewrite, outcome.target) in self.idle
-                if not outcome.applied and not idle and "*" not in step.targets:
-                    raise Problem(
-                        "A512", f"`{outcome.rewrite}` does not apply to `{outcome.target}`",
-                        where=str(self.home), why=outcome.reason,
-                        help="give the model that the plan was made for",
-                    )  # fmt: skip
+        steps = [(read_pass(step.rewrite), step.targets) for step in self.plan.steps]
+        outcomes: list[Outcome] = []
+        made: list[str] = []
+        for rewrite, targets in steps:
+            if rewrite.exactness is Exactness.APPROXIMATE:
+                program, done = apply_pass(program, rewrite, targets, notes, verify=False)
+                outcomes += done
+                made.append(rewrite.text)
+        named = (pair for pair in self.plan.named() if pair[0] in made and pair not in self.idle)
+        require_applied(named, outcomes, self.home)
         return program
 
     def _same(self, program: Program) -> None:

@@ -8,7 +8,6 @@ heads of a key/value head are rows of one product, so that keys and values are r
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -91,17 +90,16 @@ def forward(
     names, extras = _extras(attention_mask, position_bias, s_aux)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     single = query.shape[2] == 1
-    spec = _spec(
-        query.shape[1], key.shape[1], query.shape[3], value.shape[3],
-        1.0 / math.sqrt(query.shape[3]) if scaling is None else float(scaling),
-        CAUSAL if attention_mask is None and causal and not single else FULL,
-        softcap or 0.0, tuple(names), query.dtype.itemsize < 4,
+    spec = AttentionSpec(
+        heads=query.shape[1], kv_heads=key.shape[1], head_dim=query.shape[3], v_dim=value.shape[3],
+        scale=1.0 / math.sqrt(query.shape[3]) if scaling is None else float(scaling),
+        mask=CAUSAL if attention_mask is None and causal and not single else FULL,
+        softcap=softcap or 0.0, extras=tuple(names), softmax32=query.dtype.itemsize < 4,
     )  # fmt: skip
     if dropout or more.get("output_attentions"):
         weights = attend.weights(query, key, extras, spec).to(query.dtype)
         weights = F.dropout(weights, dropout, module.training)
-        shared = value.repeat_interleave(spec.group, 1) if spec.group > 1 else value
-        return torch.matmul(weights, shared).transpose(1, 2).contiguous(), weights
+        return _laid_out(torch.matmul(weights, attend.repeated(value, spec.group))), weights
     left = getattr(attention_mask, _WINDOW, 0)
     if left:
         window = spec.with_(mask=Mask("window", left=left), extras=())
@@ -130,17 +128,6 @@ def _extras(
     if sinks is not None:
         names, extras = [*names, "sinks"], [*extras, sinks.reshape(1, -1, 1, 1)]
     return names, extras
-
-
-@lru_cache(maxsize=1024)
-def _spec(
-    heads: int, kv_heads: int, head_dim: int, v_dim: int, scale: float, kind: Mask, softcap: float,
-    names: tuple[str, ...], narrow: bool,
-) -> AttentionSpec:  # fmt: skip
-    return AttentionSpec(
-        heads=heads, kv_heads=kv_heads, head_dim=head_dim, v_dim=v_dim, scale=scale, mask=kind,
-        softcap=softcap, extras=names, softmax32=narrow,
-    )  # fmt: skip
 
 
 def _headless(extras: list[Tensor], spec: AttentionSpec) -> bool:

@@ -3,8 +3,9 @@ what each of them did."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from attnopt.compiler.contract import read_pass
@@ -57,6 +58,15 @@ class Plan:
             read_pass(step.rewrite)
         return Plan(steps, bool(data.get("compiled", False)))
 
+    def named(self) -> list[tuple[str, str]]:
+        """Each rewrite with each target that the plan names for it."""
+        return [
+            (read_pass(step.rewrite).text, target)
+            for step in self.steps
+            for target in step.targets
+            if target != "*"
+        ]
+
     def then(self, rewrite: str, targets: Sequence[str] = ("*",)) -> Plan:
         """The plan with one more step."""
         return Plan((*self.steps, Step(rewrite, tuple(targets))), self.compiled)
@@ -84,3 +94,20 @@ class Outcome:
     def as_json(self) -> dict[str, Any]:
         """The outcome as a JSON object."""
         return asdict(self)
+
+
+def require_applied(
+    wanted: Iterable[tuple[str, str]], outcomes: Iterable[Outcome], home: Path
+) -> None:
+    """Raise `Problem` A512 unless every wanted rewrite was applied to its target."""
+    found = {(outcome.rewrite, outcome.target): outcome for outcome in outcomes}
+    for rewrite, target in wanted:
+        outcome = found.get((rewrite, target))
+        if outcome is None or not outcome.applied:
+            raise Problem(
+                "A512", f"`{rewrite}` does not apply to `{target}` of this model",
+                where=outcome.at if outcome else "",
+                why=outcome.reason if outcome else "the model has no such target",
+                help=f"give the model that the plan in {home} was made for, "
+                "or search again with optimize",
+            )  # fmt: skip

@@ -86,7 +86,7 @@ class Explanation:
 def explain(found: Inspection, wanted: str) -> Explanation:
     """Explain the attention `wanted`: an id, a module path, or a part of one that names no other.
 
-    Raises `Problem` A213 for one that is not there.
+    Raises `Problem` A215 for one that is not there.
     """
     row = _row(found, wanted)
     program = found.program

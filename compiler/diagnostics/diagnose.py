@@ -115,7 +115,7 @@ def _copy(
     clock: Callable[[], None],
 ) -> None:
     """Run the copying test at the sites that it has a meaning at."""
-    able = [site for site in sites if site.uncopied == "not measured"]
+    able = [site for site in sites if not site.unfit]
     if not able:
         return
     for draw in range(DRAWS):

@@ -65,9 +65,12 @@ class KVReader:
                 tokens = rows(value, real(self.program, node, batch))
                 self.held[which] = tokens[:, path.channels.reshape(-1)]
         if len(self.held) == 2:
-            both = torch.cat([self.held[which].double() for which in self.paths], dim=1)
-            self.joint.add(both[:, None])
+            k, v = (self.held[which].double() for which in self.paths)
             self.held.clear()
+            if len(k) != len(v):  # a memory that all sequences share on one side alone
+                self.reason = f"{len(k)} tokens make keys, {len(v)} make values"
+                return
+            self.joint.add(torch.cat((k, v), dim=1)[:, None])
 
     def figures(self, query: Tensor, spec: AttentionSpec) -> KVFigures:
         """What was found. `query` `[heads, dim, dim]` are the queries' second moments as the

@@ -55,7 +55,9 @@ class SiteReader:
         for moment, operand, told in (
             (self.q, q, of_queries), (self.k, k, of_keys), (self.v, v, of_keys),
         ):  # fmt: skip
-            moment.add(operand.transpose(1, 2)[told])
+            tokens = operand.transpose(1, 2)
+            alone = len(tokens) != len(told)  # keys or values that all sequences share
+            moment.add(tokens.flatten(0, 1) if alone else tokens[told])
         extras = self._extras(read)
         for row in _some(len(q), SEQUENCES):
             at = self._sampled(of_queries[row].nonzero()[:, 0], row)
@@ -136,15 +138,20 @@ class SiteReader:
         return WindowChange(output, widths, SINK, "sinks" in self.spec.extras)
 
     @property
+    def unfit(self) -> str:
+        """Why copying has no meaning here, or ""."""
+        if self.maps.looks_ahead and not self.elsewhere:
+            return "the attention also reads later tokens, so that nothing has to be copied"
+        return self.elsewhere
+
+    @property
     def uncopied(self) -> str:
         """Why copying is not measured, or ""."""
-        if self.elsewhere:
-            return self.elsewhere
-        if self.maps.looks_ahead:
-            return "the attention also reads later tokens, so that nothing has to be copied"
-        if self.hidden and not self.copying.queries:
+        if self.unfit or self.copying.queries:
+            return self.unfit
+        if self.hidden:
             return "a mask of the data hides the tokens that come twice"
-        return self.no_copying or ("" if self.copying.queries else "not measured")
+        return self.no_copying or "no query of the copies was read"
 
     def _spectra(self, missing: dict[str, str]) -> dict[str, Tensor]:
         """Singular values per query head `[heads, dim]` by name."""

@@ -18,6 +18,7 @@ from attnopt.compiler.errors import Problem
 from attnopt.compiler.onnx.dtypes import torch_dtype
 from attnopt.compiler.onnx.graph import STANDARD, Graph, Input, Node, dotted
 from attnopt.compiler.onnx.host import constant
+from attnopt.compiler.onnx.package import package
 from attnopt.compiler.onnx.table import FIRST, LAST
 
 _MAKE = "export the model again, for instance with torch.onnx.export(..., dynamo=True)"
@@ -31,7 +32,7 @@ def read(path: Path) -> Graph:
     Raises `Problem` A124 (the package onnx is missing), A103 (damaged), A125 (an opset that cannot
     be read), A128 (a type that cannot) and A129 (weights in other files).
     """
-    onnx = _package(path)
+    onnx = package(path, "onnx", "onnx.inliner")
     from google.protobuf.message import DecodeError
 
     try:
@@ -63,18 +64,6 @@ def read(path: Path) -> Graph:
     )
     _check_whole(graph, path)
     return graph
-
-
-def _package(path: Path) -> Any:
-    try:
-        import onnx
-        import onnx.inliner
-    except ImportError as error:
-        raise Problem(
-            "A124", "reading ONNX needs the package onnx", where=str(path),
-            help="pip install 'attnopt[onnx]'",
-        ) from error  # fmt: skip
-    return onnx
 
 
 def _opset(model: Any, path: Path) -> int:

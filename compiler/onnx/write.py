@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.lower import export
 from attnopt.compiler.onnx.express import expressed
+from attnopt.compiler.onnx.package import package
 from attnopt.compiler.ops import ATTENTION
 from attnopt.compiler.program import Batch, Program
 from attnopt.compiler.verify import BOUND, own_dtype
@@ -61,11 +62,11 @@ class Written:
 def write_onnx(program: Program, path: Path, opset: int = OPSETS[0]) -> Written:
     """Write the program to a file in one step, and run it in ONNX Runtime where that is installed.
 
-    Raises `Problem` A516 (packages that are missing), A517 (an opset without the operator), A518
+    Raises `Problem` A124 (packages that are missing), A517 (an opset without the operator), A518
     (what ONNX has no operator for), A519 (a file that cannot be written) and A520 (ONNX Runtime
     answers otherwise, or refuses the file).
     """
-    _require(path)
+    package(path, "onnx", "onnxscript")
     if opset not in OPSETS:
         raise Problem(
             "A517",
@@ -82,21 +83,6 @@ def write_onnx(program: Program, path: Path, opset: int = OPSETS[0]) -> Written:
         _name_weights(fresh)
         error = _compared(program, fresh)
     return Written(path, opset, count, spelled, error)
-
-
-def _require(path: Path) -> None:
-    try:
-        import onnx
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise Problem(
-            "A521",
-            "writing ONNX needs the packages onnx and onnxscript",
-            where=str(path),
-            why=str(error),
-            help="pip install 'attnopt[onnx]'",
-        ) from error
-    assert onnx
 
 
 def _refuse_packed(program: Program) -> None:

@@ -76,7 +76,7 @@ def test_generate_gives_the_same_tokens(kind: str, cache: str) -> None:
                    cache_implementation=cache, disable_compile=True)
         for m in (eager, ours)
     ]  # fmt: skip
-    assert made[0].shape == (2, 64) or 2 in made[0]
+    assert made[0].shape[1] > 40
     assert torch.equal(*made)
 
 

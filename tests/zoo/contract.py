@@ -27,7 +27,7 @@ from attnopt.compiler.pipeline import apply_pass
 from attnopt.compiler.program import Batch, Program
 from attnopt.compiler.verify import RUN_ERRORS, difference
 from tests.zoo.architecture import Architecture, Inputs
-from tests.zoo.survey import ALL, ALLOWED, cast, held, read
+from tests.zoo.survey import ALL, ALLOWED, cast, held, named, read
 
 OPTIONS = {"sliding_window": "sliding_window{left=4 sink=1}"}  # small enough for these models
 CALIBRATION = ((4, 16), (4, 13), (5, 12), (6, 12))
@@ -166,12 +166,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="architectures whose name holds this")
     parser.add_argument("--jobs", type=int, default=2)
     chosen = parser.parse_args(arguments)
-    cases = [
-        (i, spelling)
-        for i, architecture in enumerate(ALL)
-        if chosen.only.lower() in architecture.name.lower()
-        for spelling in architecture.spellings
-    ]
+    cases = named(chosen.only)
+    if not cases:
+        parser.error(f"no architecture has {chosen.only!r} in its name")
     fired, models, worst, broken = Counter[str](), 0, Counter[str](), 0
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(chosen.jobs, mp_context=context) as pool:

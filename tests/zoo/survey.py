@@ -200,6 +200,16 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def named(part: str) -> list[tuple[int, str]]:
+    """The places in `ALL` of the architectures whose name holds `part`, with each spelling."""
+    return [
+        (i, spelling)
+        for i, architecture in enumerate(ALL)
+        if part.lower() in architecture.name.lower()
+        for spelling in architecture.spellings
+    ]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Survey the zoo; exit code 1 when a raised program differs or under 95% is raised."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -207,12 +217,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="the page to write; printed when left out")
     parser.add_argument("--jobs", type=int, default=2)
     chosen = parser.parse_args(arguments)
-    cases = [
-        (i, spelling)
-        for i, architecture in enumerate(ALL)
-        if chosen.only.lower() in architecture.name.lower()
-        for spelling in architecture.spellings
-    ]
+    cases = named(chosen.only)
     if not cases:
         parser.error(f"no architecture has {chosen.only!r} in its name")
     rows: list[Row] = []

@@ -142,6 +142,25 @@ def test_keys_without_a_batch() -> None:
     assert found.sites[0].queries == 21
 
 
+class SharedKeys(Memory):
+    """Keys of one sequence, the same for all rows, and values of each."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = (-1, 7, 4, 4)
+        q, v = (self.qkv[i](x).view(heads).transpose(1, 2) for i in (0, 2))
+        k = self.qkv[1](x[:1]).view(heads).transpose(1, 2)
+        return (q @ k.transpose(-1, -2)).softmax(-1) @ v
+
+
+def test_keys_without_a_batch_beside_values_with_one() -> None:
+    x = torch.randn(3, 7, 16)
+    program = raise_program(traced(SharedKeys(), x))
+    assert len(program.sites) == 1
+    found = diagnose(program, [Batch((x,))])
+
+    assert found.sites[0].missing["kv"] == "7 tokens make keys, 21 make values"
+
+
 def test_inputs_that_lie_deeper() -> None:
     from attnopt.compiler.diagnostics.diagnose import _positions, _rows
 
