@@ -1,9 +1,11 @@
 """The folder of a finished optimization: `save` writes it in one step, `load` gives its model back.
 
 model.pt2        the optimized program; plain `torch.export.load` opens it when it holds aten only
-plan.json        the rewrites as text, and the evidence for them report.*         what it cost and
-why (docs/report.md) calibration.pt   the batches that rewrites were fitted on, so that the plan
-replays without the text
+decode.pt2       the same with its attentions as they were recognised and without weights, where it
+                 can be decoded with a cache
+plan.json        the rewrites as text, and the evidence for them
+report.*         what it cost and why (docs/report.md)
+calibration.pt   the batches that rewrites were fitted on, so that the plan replays without the text
 
 The folder is replaced whole; see `attnopt.compiler.folder`.
 """
@@ -48,6 +50,7 @@ __all__ = [
 ]
 
 MODEL, PLAN, REPORT, CALIBRATION = "model.pt2", "plan.json", "report.json", "calibration.pt"
+DECODE = "decode.pt2"
 _OPS = ("attnopt.compiler.ops", "attnopt.compiler.packed_ops")
 
 
@@ -76,13 +79,16 @@ def save(
 
     check_writable(folder)
     exported = export(program)
+    decoding, graph = _decoding(program)
     document = {
         **plan.as_json(),
         "inputs": Signature.of(exported).as_json(),
+        "decode": decoding,
         "evidence": dict(result.evidence()),
     }
     files: dict[str, folders.Content] = {
         MODEL: lambda path: torch.export.save(exported, path),
+        **graph,
         PLAN: json.dumps(document, indent=1, ensure_ascii=False).encode() + b"\n",
         **result.files(),
     }
@@ -91,6 +97,20 @@ def save(
         plain = {role: [_plain(batch) for batch in batches] for role, batches in roles.items()}
         files[CALIBRATION] = lambda path: torch.save(plain, path)
     return write(folder, files)
+
+
+def _decoding(program: Program) -> tuple[dict[str, Any], dict[str, folders.Content]]:
+    """What the plan tells of decoding with a cache, and the file for it where it can be done."""
+    from attnopt.compiler.decode.decoder import derive
+    from attnopt.compiler.decode.stored import unweighted
+
+    try:
+        decoder = derive(program)
+        made = unweighted(program)
+    except Problem as problem:
+        return {"why_not": ": ".join(filter(None, (problem.what, problem.why)))}, {}
+    told = {"cache_bytes_per_token": decoder.bytes_per_token()}
+    return told, {DECODE: lambda path: torch.export.save(made, path)}
 
 
 def load(folder: str | Path) -> Optimized:

@@ -3,7 +3,7 @@ not stop the run.
 
 Bugs stay plain exceptions and are never caught broadly. "Not here, because" is neither: it is the
 value `contract.Miss`. Codes: A1xx intake, A2xx trace and raise, A3xx passes, A4xx search and
-measuring, A5xx artifacts, A6xx command line.
+measuring, A5xx artifacts, A6xx command line, A7xx decoding.
 """
 
 from __future__ import annotations

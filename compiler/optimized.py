@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from attnopt.compiler.errors import Notice
+from attnopt.compiler.errors import Notice, Problem
 from attnopt.compiler.plan import Plan
 from attnopt.compiler.signature import Signature
+
+if TYPE_CHECKING:
+    from attnopt.compiler.decode.decoder import Decoder
 
 
 class Outputs(dict[Any, Any]):
@@ -65,6 +70,46 @@ class Optimized:
         them.
         """
         return Plan.from_json(self._plan)
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """The model as a prompt and single steps over a cache.
+
+        Raises `Problem` A708 where none was derived of it, with the reason.
+        """
+        from attnopt.compiler.decode.stored import restored
+
+        path = self.folder / "decode.pt2"
+        if not path.is_file():
+            told = self._plan.get("decode") or {}
+            raise Problem(
+                "A708", "this model cannot be decoded with a cache", where=str(self.folder),
+                why=str(told.get("why_not", "the run was saved before caches were derived")),
+                help="" if told else "run optimize again",
+            )  # fmt: skip
+        return restored(path, self.exported)
+
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **how: Any
+    ) -> Tensor:
+        """The prompts with new tokens after them, int64 `[batch, prompt + new]`.
+
+        `input_ids` is int64 `[batch, prompt]`, padded on the left where `attention_mask`, of that
+        shape, is 0; the other arguments are those of `Generation`: `max_new_tokens`, `do_sample`,
+        `temperature`, `top_k`, `top_p`, `seed`, `eos_token_id`, `pad_token_id`, `prefill_chunk`.
+        Raises `Problem` A707 on arguments that do not fit and A708 as `decoder` does.
+        """
+        from attnopt.compiler.decode.generate import generate, read
+
+        return generate(self.decoder, input_ids, read(how), attention_mask)
+
+    def stream(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **how: Any
+    ) -> Iterator[Tensor]:
+        """As `generate`: gives each new column, int64 `[batch]`, as soon as it is there."""
+        from attnopt.compiler.decode.generate import read, stream
+
+        return stream(self.decoder, input_ids, read(how), attention_mask)
 
     @property
     def compiled(self) -> bool:

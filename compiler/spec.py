@@ -116,7 +116,7 @@ class AttentionSpec:
         unknown = [extra for extra in self.extras if extra not in EXTRAS]
         if unknown:
             raise Problem("A301", f"unknown extras {unknown}", help=f"known: {', '.join(EXTRAS)}")
-        if not math.isfinite(self.scale):
+        if not -math.inf < self.scale < math.inf:  # as torch.compile can follow
             raise Problem("A301", f"the softmax scale must be finite, got {self.scale}")
 
     @property

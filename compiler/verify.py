@@ -70,7 +70,7 @@ def compare(before: Program, after: Program, valid_only: bool = False) -> Compar
         runs = _runs(before, dtype, cast)
         if runs is None:
             continue
-        outputs = _outputs(_in(after, dtype) if cast else after, runs.batches)
+        outputs = _outputs(widened(after, dtype) if cast else after, runs.batches)
         if outputs is None and cast:
             continue
         worst = math.inf
@@ -103,7 +103,7 @@ def _runs(program: Program, dtype: torch.dtype, cast: bool) -> _Runs | None:
     known = _LAST.get(program.module)
     if known is not None and (known.dtype, known.cast) == (dtype, cast):
         return known
-    made = _in(program, dtype) if cast else program
+    made = widened(program, dtype) if cast else program
     batches, outputs = list[Batch](), list[Any]()
     wanted = dtype if cast else None
 
@@ -261,7 +261,7 @@ def _padded(mask: Tensor, test: Test) -> Iterator[Tensor]:
         yield torch.where(keep, real, samples[~says][0])
 
 
-def _in(program: Program, dtype: torch.dtype) -> Program:
+def widened(program: Program, dtype: torch.dtype) -> Program:
     """The program computed in a wider dtype throughout: the dtypes that its graph fixes are widened
     as well."""
     module = copy.deepcopy(program.module).to(dtype)

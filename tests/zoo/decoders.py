@@ -19,13 +19,13 @@ from tests.zoo.architecture import (
 
 _COMMON: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "vocab_size": VOCABULARY, "max_position_embeddings": 128, "pad_token_id": 0,
+    "vocab_size": VOCABULARY, "max_position_embeddings": 192, "pad_token_id": 0,
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 _PLAIN = {**_COMMON, "num_key_value_heads": 2}
 _GROUPED = {**_PLAIN, "head_dim": 16}
 _TOKENS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-_GPT = {**_TOKENS, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
+_GPT = {**_TOKENS, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 192}
 
 
 def _decoder(
@@ -95,7 +95,7 @@ DECODERS = (
     _decoder("GPT-J", "GPTJ", spellings=("eager",), double=False, **_GPT, rotary_dim=8),
     _decoder("GPT-Neo", "GPTNeo", double=False, **_TOKENS, hidden_size=64, num_layers=2,
              num_heads=4,
-             intermediate_size=96, max_position_embeddings=128, window_size=6,
+             intermediate_size=96, max_position_embeddings=192, window_size=6,
              attention_types=[[["global", "local"], 1]], spellings=("eager",)),
     _decoder("GPT-NeoX", "GPTNeoX", **_COMMON, rotary_pct=0.25),
     _decoder("GPT-BigCode (MQA)", "GPTBigCode", **_GPT, multi_query=True),
@@ -107,12 +107,12 @@ DECODERS = (
     _decoder("Falcon, ALiBi", "Falcon", **_TOKENS, hidden_size=64, num_hidden_layers=2,
              num_attention_heads=4, multi_query=False, new_decoder_architecture=False,
              alibi=True, parallel_attn=False),
-    _decoder("MPT (ALiBi)", "Mpt", **_TOKENS, d_model=64, n_heads=4, n_layers=2, max_seq_len=128,
+    _decoder("MPT (ALiBi)", "Mpt", **_TOKENS, d_model=64, n_heads=4, n_layers=2, max_seq_len=192,
              spellings=("eager",)),
     _decoder("BLOOM (ALiBi)", "Bloom", **_TOKENS, hidden_size=64, n_layer=2, n_head=4,
              spellings=("eager",)),
     _decoder("OPT", "OPT", **_TOKENS, hidden_size=64, ffn_dim=96, num_hidden_layers=2,
-             num_attention_heads=4, max_position_embeddings=128, word_embed_proj_dim=64),
+             num_attention_heads=4, max_position_embeddings=192, word_embed_proj_dim=64),
     _decoder("StableLM", "StableLm", **_PLAIN),
     _decoder("OLMo2", "Olmo2", **_PLAIN),
     _decoder("Cohere", "Cohere", **_PLAIN),
@@ -132,7 +132,7 @@ DECODERS = (
     _decoder("BioGPT", "BioGpt", **_COMMON),
     _decoder("XGLM", "XGLM", double=False, **_TOKENS, d_model=64, ffn_dim=96, num_layers=2,
              attention_heads=4,
-             max_position_embeddings=128, spellings=("eager",)),
+             max_position_embeddings=192, spellings=("eager",)),
     _decoder("Helium", "Helium", **_GROUPED),
     _decoder("ERNIE 4.5", "Ernie4_5", **_GROUPED),
     _decoder("EXAONE 4", "Exaone4", **_PLAIN,

@@ -1,0 +1,201 @@
+"""`Decoder`: a causal model that reads each token once, and `derive`, which makes it of a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from attnopt.compiler.decode.caches import Cache, cache_of
+from attnopt.compiler.decode.causal import require_causal
+from attnopt.compiler.decode.phases import phase, tables
+from attnopt.compiler.decode.split import Split, merged, split
+from attnopt.compiler.errors import Problem
+from attnopt.compiler.program import Program
+from attnopt.compiler.spec import parse_spec
+
+
+@dataclass
+class State:
+    """The tokens read so far: caches, tables, and how many tokens there are.
+
+    `masks` are the inputs `[batch, capacity]` that say which positions are real. `length` may be
+    lowered with `rewind`.
+    """
+
+    batch: int
+    capacity: int
+    caches: list[tuple[Tensor, Tensor]]
+    tables: list[Tensor]
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    length: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that the caches take."""
+        return sum(x.nbytes for pair in self.caches for x in pair)
+
+
+class Decoder:
+    """A causal model as two programs: `prefill` reads a prompt, `step` what follows it.
+
+    Both take tokens `[batch, S]` and a `State`, and give logits `[batch, S, vocabulary]` or, where
+    `last`, those of the last position `[batch, 1, vocabulary]`. They equal what the whole program
+    gives at these positions.
+    """
+
+    def __init__(
+        self, program: Program, parts: Split, slack: int = 0, dtype: torch.dtype | None = None
+    ) -> None:
+        self.program, self.split, self.slack, self.dtype = program, parts, slack, dtype
+        self.caches: dict[str, Cache] = {
+            node.name: cache_of(parse_spec(str(node.args[4])), slack)
+            for node in program.attentions()
+        }
+        self._phases: dict[tuple[str, bool], Any] = {}
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next((p.device for p in self.program.module.parameters()), torch.device("cpu"))
+
+    def state(self, batch: int, capacity: int, masks: Mapping[str, Tensor] | None = None) -> State:
+        """An empty state for sequences of at most `capacity` tokens.
+
+        `masks` gives the inputs of the model that say which positions are real, `[batch, n]` for
+        the first n positions; later ones are real. Raises `Problem` A704 for a capacity that the
+        model has no positions for.
+        """
+        given = {name: _extended((masks or {}).get(name), batch, capacity, self._fake(name))
+                 for name in self.split.masks}  # fmt: skip
+        caches = []
+        for name, cache in self.caches.items():
+            _, k, v = (n.meta["val"] for n in self.program.node(name).args[:3])  # type: ignore[union-attr]
+            slots = cache.slots(capacity)
+            caches.append(tuple(
+                torch.zeros(
+                    batch, x.shape[1], slots, x.shape[3],
+                    dtype=self.dtype or x.dtype, device=self.device,
+                )
+                for x in (k, v)
+            ))  # fmt: skip
+        state = State(batch, capacity, caches, [], given)  # type: ignore[arg-type]
+        state.tables = self._make_tables(state)
+        return state
+
+    def prefill(self, state: State, *tokens: Tensor, last: bool = False) -> Tensor:
+        """Read a prompt into an empty state."""
+        return self._run("prefill", state, tokens, last)
+
+    def step(self, state: State, *tokens: Tensor, last: bool = False) -> Tensor:
+        """Read what follows: one token of each sequence, or several."""
+        return self._run("step" if state.length else "prefill", state, tokens, last)
+
+    def rewind(self, state: State, length: int) -> None:
+        """Take tokens back, so that `length` are left.
+
+        Raises `Problem` A705 where a window's cache has overwritten what would be needed.
+        """
+        back = state.length - length
+        most = min(cache.back(state.length) for cache in self.caches.values())
+        if not 0 <= back <= most or length < 0:
+            raise Problem(
+                "A705", f"a state of {state.length} tokens cannot go back to {length}",
+                why=f"the cache can take back {most} tokens" if back > most else "",
+                help="derive the decoder with more slack" if back > most else "",
+            )  # fmt: skip
+        state.length = length
+
+    def reorder(self, state: State, rows: Tensor) -> None:
+        """Let row i of the batch go on from row `rows[i]`, as a beam search needs."""
+        state.caches = [(k[rows], v[rows]) for k, v in state.caches]
+        state.masks = {name: mask[rows] for name, mask in state.masks.items()}
+        state.tables = self._make_tables(state)
+
+    def bytes_per_token(self) -> int:
+        """Bytes of cache that a token of one sequence takes, where it is kept."""
+        found = 0
+        for name in self.caches:
+            for n in self.program.node(name).args[1:3]:
+                fake = n.meta["val"]  # type: ignore[union-attr]
+                found += int(fake.shape[1]) * int(fake.shape[3]) * fake.dtype.itemsize
+        return found
+
+    def phase(self, kind: str, last: bool) -> fx.GraphModule:
+        """The graph of a phase; see `phases.phase`."""
+        return phase(self.program, self.split, self.caches, kind, last)  # type: ignore[arg-type]
+
+    def _run(self, kind: str, state: State, tokens: Sequence[Tensor], last: bool) -> Tensor:
+        new = tokens[0].shape[1]
+        if state.length + new > state.capacity:
+            raise Problem(
+                "A704", f"{state.length} tokens and {new} more do not fit into {state.capacity}",
+                help="make a state of a larger capacity",
+            )  # fmt: skip
+        if (kind, last) not in self._phases:
+            self._phases[kind, last] = self.phase(kind, last)
+        start = () if kind == "prefill" else (state.length,)
+        with torch.no_grad():
+            logits: Tensor = self._phases[kind, last](*tokens, state.tables, state.caches, *start)
+        state.length += new
+        return logits
+
+    def _make_tables(self, state: State) -> list[Tensor]:
+        if not self.split.tables:
+            return []
+        whole = [self._dummy(name, state) for name in self.split.tokens]
+        names = [n.name for n in self._tables.graph.find_nodes(op="placeholder")]
+        given = dict(zip(self.split.tokens, whole, strict=True)) | state.masks
+        try:
+            with torch.no_grad():
+                made: list[Tensor] = self._tables(*(given[name] for name in names))
+        except (RuntimeError, IndexError) as error:
+            raise Problem(
+                "A704", f"{self.program.name} has no positions for {state.capacity} tokens",
+                why=str(error).splitlines()[0], help="make a state of a smaller capacity",
+            ) from error  # fmt: skip
+        return made
+
+    @cached_property
+    def _tables(self) -> fx.GraphModule:
+        return tables(self.program, self.split)
+
+    def _dummy(self, name: str, state: State) -> Tensor:
+        """An input of the right size whose values nobody reads."""
+        fake = self._fake(name)
+        shape = (state.batch, state.capacity, *map(int, fake.shape[2:]))
+        return torch.zeros((), dtype=fake.dtype, device=self.device).expand(shape)
+
+    def _fake(self, name: str) -> Tensor:
+        fake: Tensor = self.program.node(name).meta["val"]
+        return fake
+
+
+def _extended(mask: Tensor | None, batch: int, capacity: int, fake: Tensor) -> Tensor:
+    made = torch.ones(batch, capacity, dtype=fake.dtype)
+    if mask is not None:
+        made[:, : mask.shape[1]] = mask
+    return made
+
+
+def derive(program: Program, slack: int = 0, check: bool = True) -> Decoder:
+    """A decoder with a cache, of a raised program that maps tokens `[batch, seq]` to logits.
+
+    Caches of windows can take back `slack` tokens. With `check`, every operator is shown to let no
+    token change an earlier position, and the decoder is compared with the program. Raises `Problem`
+    A701 to A706.
+    """
+    program = merged(program)
+    parts = split(program)
+    if check:
+        require_causal(program, parts)
+    made = Decoder(program, parts, slack)
+    if check:
+        from attnopt.compiler.decode.equal import require_equal
+
+        require_equal(made)
+    return made

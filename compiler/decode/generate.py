@@ -1,0 +1,132 @@
+"""Generating text with a decoder: prompt in, prompt and new tokens out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnopt.compiler.decode.decoder import Decoder, State
+from attnopt.compiler.decode.sampling import Sampling
+from attnopt.compiler.errors import Problem
+
+
+@dataclass(frozen=True)
+class Generation(Sampling):
+    """How much to generate, and how: `max_new_tokens` at most.
+
+    A row ends after one of `eos_token_id` and is filled with `pad_token_id` (the first of
+    `eos_token_id` unless given); all stop once every row has ended. `prefill_chunk` reads the
+    prompt in parts of so many tokens, which bounds the memory that a long one takes.
+    """
+
+    max_new_tokens: int = 20
+    eos_token_id: int | Sequence[int] | None = None
+    pad_token_id: int | None = None
+    prefill_chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("max_new_tokens", "prefill_chunk"):
+            given = getattr(self, name)
+            if given is not None and given < 1:
+                raise Problem("A707", f"{name} must be at least 1, got {given}")
+
+    @property
+    def ends(self) -> list[int]:
+        """The tokens that end a row."""
+        if self.eos_token_id is None:
+            return []
+        return [self.eos_token_id] if isinstance(self.eos_token_id, int) else [*self.eos_token_id]
+
+
+def read(how: Mapping[str, Any]) -> Generation:
+    """Arguments by name. Raises `Problem` A707 on unknown ones."""
+    known = [item.name for item in fields(Generation)]
+    for name in how:
+        if name not in known:
+            raise Problem("A707", f"generate has no argument `{name}`",
+                          help=f"it takes {', '.join(known)}")  # fmt: skip
+    return Generation(**how)
+
+
+def generate(
+    decoder: Decoder, input_ids: Tensor, how: Generation, attention_mask: Tensor | None = None
+) -> Tensor:
+    """The prompt with new tokens after it, int64 `[batch, prompt + new]`.
+
+    `input_ids` is int64 `[batch, prompt]`; prompts of other lengths are padded on the left, and
+    `attention_mask` of that shape is 0 there. Raises `Problem` A707 on inputs that do not fit.
+    """
+    columns = [tokens[:, None] for tokens in stream(decoder, input_ids, how, attention_mask)]
+    return torch.cat((input_ids, *columns), 1)
+
+
+def stream(
+    decoder: Decoder, input_ids: Tensor, how: Generation, attention_mask: Tensor | None = None
+) -> Iterator[Tensor]:
+    """As `generate`: gives each new column, int64 `[batch]`, as soon as it is there."""
+    mask = _checked(decoder, input_ids, attention_mask)
+    batch, prompt = input_ids.shape
+    capacity = prompt + how.max_new_tokens
+    state = decoder.state(batch, capacity, dict.fromkeys(decoder.split.masks, mask))
+    positions = mask.long().cumsum(1).sub(1).clamp(min=0)
+    generator = how.generator(input_ids.device)
+    logits = _read(decoder, state, input_ids, positions, how.prefill_chunk or prompt)
+    ends = torch.tensor(how.ends, device=input_ids.device)
+    fill = how.ends[0] if how.pad_token_id is None and how.ends else how.pad_token_id or 0
+    going = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
+    at = positions[:, -1:]
+    for left in range(how.max_new_tokens - 1, -1, -1):
+        tokens = how.next(logits[:, -1], generator)
+        if how.ends:
+            tokens = torch.where(going, tokens, fill)
+            going = going & ~torch.isin(tokens, ends)
+        yield tokens
+        if not left or (how.ends and not going.any()):
+            return
+        at = at + 1
+        logits = decoder.step(state, *_inputs(decoder, tokens[:, None], at), last=True)
+
+
+def _read(decoder: Decoder, state: State, ids: Tensor, positions: Tensor, chunk: int) -> Tensor:
+    for start in range(0, ids.shape[1], chunk):
+        part = slice(start, start + chunk)
+        given = _inputs(decoder, ids[:, part], positions[:, part])
+        logits = decoder.step(state, *given, last=True)
+    return logits
+
+
+def _inputs(decoder: Decoder, tokens: Tensor, positions: Tensor) -> list[Tensor]:
+    """The inputs that come token by token, in order."""
+    return [positions if "position" in name else tokens for name in decoder.split.tokens]
+
+
+def _checked(decoder: Decoder, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """The mask of the prompt, whole where none is given."""
+    if ids.dim() != 2 or not ids.shape[1] or ids.is_floating_point():
+        raise Problem("A707", f"input_ids are whole numbers [batch, prompt], got {ids.dtype} "
+                      f"{list(ids.shape)}")  # fmt: skip
+    others = [n for n in decoder.split.tokens if "position" not in n]
+    if len(others) != 1:
+        raise Problem(
+            "A707", f"the model reads more than tokens: {', '.join(others)}",
+            help="call prefill and step of the decoder with all of them",
+        )  # fmt: skip
+    if mask is None:
+        return torch.ones_like(ids)
+    if mask.shape != ids.shape:
+        raise Problem("A707", f"attention_mask {list(mask.shape)} and input_ids "
+                      f"{list(ids.shape)} differ in shape")  # fmt: skip
+    if not bool((mask[:, -1] != 0).all()):
+        raise Problem("A707", "the last position of a prompt is padding",
+                      help="pad prompts on the left")  # fmt: skip
+    if not bool(mask.all()) and not decoder.split.masks:
+        raise Problem(
+            "A707", "the model was traced without an attention_mask and takes no padding",
+            help="give prompts of one length, or trace it with attention_mask among its inputs",
+        )  # fmt: skip
+    return mask

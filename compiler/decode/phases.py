@@ -1,0 +1,189 @@
+"""The programs of a decoder, as graphs: the tables, the prompt (prefill), and what follows it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, fx
+from torch.fx.graph import CodeGen
+
+from attnopt.compiler import attend
+from attnopt.compiler.decode.caches import Cache
+from attnopt.compiler.decode.split import Split
+from attnopt.compiler.layout import same_size
+from attnopt.compiler.program import Program, copy_module
+from attnopt.compiler.spec import AttentionSpec
+
+aten = torch.ops.aten
+Kind = Literal["prefill", "step"]
+END = torch.iinfo(torch.int64).max
+
+
+def tables(program: Program, split: Split) -> fx.GraphModule:
+    """`(tokens..., masks...) -> [table, ...]`, in the order of `split`; of the tokens it reads the
+    sizes alone."""
+    module = _bare(program)
+    made = _nodes(module)
+    (output,) = module.graph.find_nodes(op="output")
+    output.args = ([made[table.node] for table in split.tables],)
+    return _finished(module, keep=(*split.tokens, *split.masks))
+
+
+def phase(
+    program: Program, split: Split, caches: Mapping[str, Cache], kind: Kind, last: bool
+) -> fx.GraphModule:
+    """The graph that new tokens run through.
+
+    "prefill": `(tokens..., [table, ...], [(keys, values), ...]) -> logits`, an empty cache;
+    "step": `(tokens..., tables, caches, start) -> logits`. Tables reach over all positions,
+    caches are written in place, in the order of `caches` (attention node -> cache). The logits are
+    `[batch, S, vocabulary]`, those of the last position alone where `last`.
+    """
+    module = _bare(program)
+    return _Writer(module, split, caches, kind).write(last)
+
+
+class _Writer:
+    def __init__(
+        self, module: fx.GraphModule, split: Split, caches: Mapping[str, Cache], kind: Kind
+    ) -> None:
+        self.module, self.graph = module, module.graph
+        self.split, self.caches, self.kind = split, caches, kind
+        self.nodes = _nodes(module)
+        self.moving = {self.nodes[name] for name in split.moving}
+
+    def write(self, last: bool) -> fx.GraphModule:
+        holders = self.graph.find_nodes(op="placeholder")
+        with self.graph.inserting_after(holders[-1]):
+            given = [self.graph.placeholder(name) for name in ("tables", "caches")[::-1]][::-1]
+        if self.kind == "step":
+            with self.graph.inserting_after(given[-1]):
+                given.append(self.graph.placeholder("start"))
+        self.given = given
+        tokens = self.nodes[self.split.tokens[0]]
+        with self.graph.inserting_after(given[-1]):
+            self.seq = self.graph.call_function(aten.sym_size.int, (tokens, 1))
+            self.batch = self.graph.call_function(aten.sym_size.int, (tokens, 0))
+        self.at = self.seq
+        self.start: Any = given[2] if self.kind == "step" else 0
+        self.end = self._call(operator.add, self.start, self.seq) if self.start != 0 else self.seq
+        self._sizes()
+        self._tables()
+        for index, (name, cache) in enumerate(self.caches.items()):
+            self._attention(self.nodes[name], index, cache)
+        logits = self.nodes[self.split.logits]
+        if last:
+            logits = self._last(logits)
+        (output,) = self.graph.find_nodes(op="output")
+        output.args = (logits,)
+        return _finished(self.module, keep=(*self.split.tokens, *(n.name for n in given)))
+
+    def _call(self, target: Callable[..., Any], *args: Any) -> fx.Node:
+        with self.graph.inserting_after(self.at):
+            self.at = self.graph.call_function(target, args)
+        return self.at
+
+    def _sizes(self) -> None:
+        """Sizes of the sequence and the batch that moving nodes use are those of the new tokens."""
+        for name, node in self.nodes.items():
+            size = node.meta.get("val")
+            if node.target is not aten.sym_size.int or not isinstance(size, torch.SymInt):
+                continue
+            for mine, known in ((self.seq, self.split.seq), (self.batch, self.split.batch)):
+                if same_size(size, known):
+                    node.replace_all_uses_with(mine)
+                    self.nodes[name] = mine
+
+    def _tables(self) -> None:
+        for index, table in enumerate(self.split.tables):
+            made = self._call(operator.getitem, self.given[0], index)
+            source = self.nodes[table.node]
+            for axis, start in ((table.rows, self.start), (table.keys, 0)):
+                if axis is not None:
+                    made = self._call(aten.slice.Tensor, made, axis, start, self.end)
+            made.meta = dict(source.meta)
+            source.replace_all_uses_with(made, delete_user_cb=lambda user: user in self.moving)
+
+    def _attention(self, node: fx.Node, index: int, cache: Cache) -> None:
+        q, k, v, extras, _ = cast(tuple[Any, ...], node.args)
+        pair = self._call(operator.getitem, self.given[1], index)
+        keys = self._call(operator.getitem, pair, 0)
+        values = self._call(operator.getitem, pair, 1)
+        bound = prefilled(cache) if self.kind == "prefill" else stepped(cache)
+        with self.graph.inserting_before(node):
+            made = self.graph.call_function(bound, (q, k, v, keys, values, self.start, *extras))
+        made.meta = {**node.meta, "stands_for": node.name}
+        node.replace_all_uses_with(made)
+        self.graph.erase_node(node)
+        self.nodes[node.name] = made
+
+    def _last(self, logits: fx.Node) -> fx.Node:
+        """The logits of the last position, cut before the projection that makes them."""
+        node = logits
+        while True:
+            above = [n for n in node.all_input_nodes if n in self.moving]
+            pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+            linear = node.target in (aten.linear.default, aten.matmul.default)
+            if len(above) != 1 or not (pointwise or linear) or node.args[0] is not above[0]:
+                break
+            if linear:
+                with self.graph.inserting_before(node):
+                    cut = self.graph.call_function(aten.slice.Tensor, (above[0], 1, -1, END))
+                node.replace_input_with(above[0], cut)
+                return logits
+            node = above[0]
+        with self.graph.inserting_after(logits):
+            return self.graph.call_function(aten.slice.Tensor, (logits, 1, -1, END))
+
+
+def prefilled(cache: Cache) -> Callable[..., Tensor]:
+    """The attention among the tokens of a prompt, as it was; the cache is filled besides."""
+    spec: AttentionSpec = cache.spec
+
+    def attention(
+        q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, start: int, *extras: Tensor
+    ) -> Tensor:
+        cache.store(k, v, keys, values, start)
+        return attend.run(q, k, v, extras, spec)
+
+    return attention
+
+
+def stepped(cache: Cache) -> Callable[..., Tensor]:
+    """The attention of new tokens to the cache and among themselves."""
+
+    def attention(
+        q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, start: Any, *extras: Tensor
+    ) -> Tensor:
+        return cache.step(q, k, v, keys, values, start, extras)
+
+    return attention
+
+
+def _bare(program: Program) -> fx.GraphModule:
+    """A copy whose inputs and outputs are plain."""
+    module = copy_module(program.module)
+    module.graph._codegen = CodeGen()
+    return module
+
+
+def _nodes(module: fx.GraphModule) -> dict[str, fx.Node]:
+    return {node.name: node for node in module.graph.nodes}
+
+
+def _finished(module: fx.GraphModule, keep: Iterable[str]) -> fx.GraphModule:
+    """The module without what is dead; the inputs that are not to be kept go too."""
+    names = set(keep)
+    module.graph.eliminate_dead_code(
+        is_impure_node=lambda node: node.op in ("placeholder", "output")
+    )
+    for node in module.graph.find_nodes(op="placeholder"):
+        if node.name not in names:
+            module.graph.erase_node(node)
+    module.delete_all_unused_submodules()
+    module.graph.lint()
+    module.recompile()
+    return module

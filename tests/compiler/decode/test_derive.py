@@ -1,0 +1,239 @@
+"""Decoders with a cache: they give what the whole program gives, or say which operator stands in
+the way."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from attnopt.compiler.decode import Decoder, derive
+from attnopt.compiler.decode.caches import Ring
+from attnopt.compiler.errors import Problem
+from attnopt.compiler.intake.loaded import Loaded
+from attnopt.compiler.program import Program
+from attnopt.compiler.raising import raise_program
+from attnopt.compiler.trace import trace
+from tests.programs import rewritten
+from tests.tolerance import assert_close
+from tests.zoo.survey import ALL, read
+
+STEPS = 128
+CASES = (
+    "Llama", "Llama, padded", "Llama 4 (text)", "Qwen3", "Qwen3-MoE", "Mistral", "Gemma 2",
+    "Gemma 3", "Phi-3", "GPT-2", "GPT-Neo", "GPT-NeoX", "OPT", "Falcon, new decoder",
+    "Falcon, ALiBi", "BLOOM (ALiBi)", "MPT (ALiBi)", "DeepSeek-V2 (MLA)", "GPT-OSS (sinks)",
+    "x-transformers rotary", "of no library",
+)  # fmt: skip
+
+
+@lru_cache(maxsize=4)
+def zoo(name: str) -> Program:
+    """A random tiny model with the exact rewrites."""
+    if name == "of no library":
+        return traced(Small(""), input_ids=torch.randint(0, 50, (2, 12)))
+    (architecture,) = [a for a in ALL if a.name == name]
+    try:
+        _, program = read(architecture, architecture.spellings[0])
+    except ImportError as missing:
+        pytest.skip(f"{missing.name} is not installed")
+    return rewritten(program)
+
+
+def traced(model: nn.Module, **inputs: Tensor) -> Program:
+    torch.manual_seed(0)
+    return rewritten(raise_program(trace(Loaded(model.eval(), None, (), inputs, "m", "callable"))))
+
+
+def whole(program: Program, decoder: Decoder, *inputs: Tensor) -> Tensor:
+    """The logits of the program itself."""
+    names = (*decoder.split.tokens, *decoder.split.masks)
+    with torch.no_grad():
+        out = program(**dict(zip(names, inputs, strict=True)))
+    return next(x for x in pytree.tree_leaves(out) if isinstance(x, Tensor))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_steps_give_what_the_whole_gives(name: str) -> None:
+    program = zoo(name)
+    decoder = derive(program)
+    prompt = 7
+    ids = torch.randint(3, 50, (2, prompt + STEPS))
+    masks = [torch.ones_like(ids) for _ in decoder.split.masks]
+    expected = whole(program, decoder, ids, *masks)
+    state = decoder.state(2, ids.shape[1])
+    actual = [decoder.prefill(state, ids[:, :prompt])]
+    actual += [decoder.step(state, ids[:, at : at + 1]) for at in range(prompt, ids.shape[1])]
+    found = torch.cat(actual, 1)
+
+    assert_close(found.float(), expected.float())
+    assert torch.equal(found.argmax(-1), expected.argmax(-1))
+
+
+@pytest.mark.parametrize("name", ["Llama, padded", "Mistral", "GPT-OSS (sinks)", "MPT (ALiBi)"])
+@pytest.mark.parametrize("chunk", [1, 4, 5])
+def test_a_prompt_in_chunks(name: str, chunk: int) -> None:
+    program = zoo(name)
+    decoder = derive(program, check=False)
+    ids = torch.randint(3, 60, (3, 23))
+    masks = [torch.ones_like(ids) for _ in decoder.split.masks]
+    state = decoder.state(3, 23)
+    made = [decoder.step(state, ids[:, at : at + chunk]) for at in range(0, 23, chunk)]
+    expected = whole(program, decoder, ids, *masks)
+    assert_close(torch.cat(made, 1).float(), expected.float())
+
+
+def test_left_padding() -> None:
+    program = zoo("Llama, padded")
+    decoder = derive(program, check=False)
+    ids = torch.randint(3, 60, (3, 16))
+    keep = torch.ones_like(ids)
+    keep[0, :5], keep[2, :1] = 0, 0
+    state = decoder.state(3, 16, {decoder.split.masks[0]: keep[:, :10]})
+    made = [decoder.prefill(state, ids[:, :10])]
+    made += [decoder.step(state, ids[:, at : at + 1]) for at in range(10, 16)]
+    expected = whole(program, decoder, ids, keep)
+    real = keep.bool()
+    assert_close(torch.cat(made, 1)[real], expected[real])
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral"])
+def test_taking_tokens_back(name: str) -> None:
+    program = zoo(name)
+    decoder = derive(program, slack=4, check=False)
+    ids, other = torch.randint(3, 60, (2, 2, 20))
+    state = decoder.state(2, 20)
+    decoder.prefill(state, other[:, :10])
+    decoder.step(state, other[:, 10:14])
+    decoder.rewind(state, 10)
+    joined = torch.cat((other[:, :10], ids[:, 10:]), 1)
+    made = [decoder.step(state, joined[:, at : at + 1]) for at in range(10, 20)]
+    expected = whole(program, decoder, joined)[:, 10:]
+    assert_close(torch.cat(made, 1), expected)
+
+
+def test_a_ring_takes_back_no_more_than_its_slack() -> None:
+    decoder = derive(zoo("Mistral"), slack=2, check=False)
+    state = decoder.state(1, 20)
+    decoder.prefill(state, torch.randint(3, 60, (1, 12)))
+    with pytest.raises(Problem, match="cannot go back to 9") as caught:
+        decoder.rewind(state, 9)
+    assert caught.value.code == "A705"
+    decoder.rewind(state, 10)
+    assert state.length == 10
+
+
+def test_a_window_keeps_no_more_than_it_reads() -> None:
+    decoder = derive(zoo("Mistral"), check=False)
+    state = decoder.state(1, 100)
+    assert all(isinstance(cache, Ring) for cache in decoder.caches.values())
+    assert [tuple(k.shape) for k, _ in state.caches] == [(1, 2, 6, 16)] * 2
+    assert state.bytes == 2 * 2 * 2 * 6 * 16 * 8
+    assert decoder.bytes_per_token() == 2 * 2 * 2 * 16 * 8
+
+
+def test_rows_in_another_order() -> None:
+    program = zoo("Llama, padded")
+    decoder = derive(program, check=False)
+    ids = torch.randint(3, 60, (3, 12))
+    keep = torch.ones_like(ids)
+    keep[1, :4] = 0
+    name = decoder.split.masks[0]
+    state = decoder.state(3, 12, {name: keep[:, :8]})
+    decoder.prefill(state, ids[:, :8])
+    rows = torch.tensor([1, 1, 2])
+    decoder.reorder(state, rows)
+    mixed = torch.cat((ids[rows, :8], ids[:, 8:]), 1)
+    made = decoder.step(state, mixed[:, 8:])
+    expected = whole(program, decoder, mixed, keep[rows])[:, 8:]
+    assert_close(made, expected)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma 2"])
+def test_the_last_logits_alone(name: str) -> None:
+    decoder = derive(zoo(name), check=False)
+    ids = torch.randint(3, 60, (2, 9))
+    every = decoder.prefill(decoder.state(2, 9), ids)
+    last = decoder.prefill(decoder.state(2, 9), ids, last=True)
+    assert_close(last, every[:, -1:])
+    cut = [
+        n
+        for n in decoder.phase("prefill", True).graph.nodes
+        if n.target is torch.ops.aten.linear.default
+    ]
+    assert cut[-1].args[0].target is torch.ops.aten.slice.Tensor
+
+
+class Small(nn.Module):
+    """One causal attention, and a mix of tokens besides."""
+
+    def __init__(self, mix: str) -> None:
+        super().__init__()
+        self.mix = mix
+        self.embed = nn.Embedding(50, 32)
+        self.qkv, self.out, self.head = nn.Linear(32, 96), nn.Linear(32, 32), nn.Linear(32, 50)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        if self.mix == "mean":
+            x = x + x.mean(1, keepdim=True)
+        if self.mix == "cumsum":
+            x = x + x.cumsum(1)
+        shape = (*x.shape[:2], 3, 4, 8)
+        q, k, v = self.qkv(x).view(shape).permute(2, 0, 3, 1, 4)
+        causal = self.mix != "both ways"
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        x = x + self.out(y.transpose(1, 2).reshape(x.shape))
+        if self.mix == "head":
+            return self.head(x.mean(1))
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    ("mix", "code", "told"),
+    [
+        ("both ways", "A703", "attention_default"),
+        ("mean", "A703", "mean"),
+        ("cumsum", "A706", "cumsum"),
+        ("head", "A701", "no logits"),
+    ],
+)
+def test_what_cannot_be_cached_is_named(mix: str, code: str, told: str) -> None:
+    program = traced(Small(mix), input_ids=torch.randint(0, 50, (2, 12)))
+    with pytest.raises(Problem) as caught:
+        derive(program)
+    assert caught.value.code == code
+    assert told in f"{caught.value.what} {caught.value.why}"
+    if code != "A701":
+        assert "test_derive.py:" in caught.value.where
+
+
+def test_a_small_causal_model_can_be() -> None:
+    program = traced(Small(""), input_ids=torch.randint(0, 50, (2, 12)))
+    assert derive(program).bytes_per_token() == 2 * 32 * 4
+
+
+def test_an_encoder_is_refused() -> None:
+    (architecture,) = [a for a in ALL if a.name == "BERT"]
+    _, program = read(architecture, "sdpa")
+    with pytest.raises(Problem) as caught:
+        derive(rewritten(program))
+    assert caught.value.code in ("A701", "A703")
+
+
+def test_more_tokens_than_fit() -> None:
+    decoder = derive(zoo("Llama"), check=False)
+    state = decoder.state(1, 4)
+    decoder.prefill(state, torch.randint(3, 60, (1, 3)))
+    with pytest.raises(Problem, match="do not fit into 4"):
+        decoder.step(state, torch.randint(3, 60, (1, 2)))
+    assert state.length == 3
+
+
+def test_more_tokens_than_positions() -> None:
+    decoder = derive(zoo("GPT-2"), check=False)
+    with pytest.raises(Problem, match="no positions for 1000 tokens"):
+        decoder.state(1, 1000)
