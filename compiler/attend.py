@@ -182,4 +182,14 @@ def _chunked(
     return chunked(q, k, v, extras, spec)
 
 
-BACKENDS: dict[str, Backend] = {"reference": reference, "sdpa": sdpa, "chunked": _chunked}
+def _column(
+    q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: AttentionSpec
+) -> Tensor:
+    from attnopt.compiler.attend_column import column
+
+    return column(q, k, v, extras, spec)
+
+
+BACKENDS: dict[str, Backend] = {
+    "reference": reference, "sdpa": sdpa, "chunked": _chunked, "column": _column,
+}  # fmt: skip

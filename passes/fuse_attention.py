@@ -4,23 +4,29 @@ reference.
 The fused kernel computes softmax(scale q k^T + mask) v in tiles, keeping a running maximum and sum
 per query (Dao et al., FlashAttention, arXiv:2205.14135, section 3.1), so the score matrix never
 lies in memory. It is the same function up to the order of sums. Half-precision inputs are
-accumulated in float32 inside the kernel, so a spec that asks for a float32 softmax keeps it.
+accumulated in float32 inside the kernel, so a spec that asks for a float32 softmax keeps it. A
+causal attention whose bias is one number per key (ALiBi) gets it as one more column of the keys.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
+
+from torch import fx
 
 from attnopt.compiler.attend import runs_on_sdpa
+from attnopt.compiler.attend_column import takes
+from attnopt.compiler.bounds import moderate
 from attnopt.compiler.contract import Edit, Exactness, Miss, Notes, Pass
 from attnopt.compiler.program import Program
 from attnopt.compiler.site import Site
+from attnopt.compiler.spec import AttentionSpec
 
 
 @dataclass(frozen=True)
 class FuseAttention(Pass):
-    """Set the backend "sdpa" where it computes the spec."""
+    """Set the backend "sdpa", or "column" where that computes the spec."""
 
     name: ClassVar[str] = "fuse_attention"
     exactness: ClassVar[Exactness] = Exactness.EXACT
@@ -35,4 +41,16 @@ class FuseAttention(Pass):
         reason = runs_on_sdpa(spec)
         if reason:
             return Miss(reason, at=target.node)
+        if _bias_is_a_column(program, program.node(target.node), spec):
+            note = "runs on scaled_dot_product_attention, its bias as a column of the keys"
+            return Edit(spec=spec.with_(backend="column"), note=note)
         return Edit(spec=spec.with_(backend="sdpa"), note="runs on scaled_dot_product_attention")
+
+
+def _bias_is_a_column(program: Program, attention: fx.Node, spec: AttentionSpec) -> bool:
+    """Whether the bias is one moderate number per key: with a mask among its numbers, a query that
+    reads no key would give something else."""
+    if spec.extras != ("bias",):
+        return False
+    (bias,) = cast(list[fx.Node], attention.args[3])
+    return takes(spec, bias.meta["val"]) and moderate(program, bias)
