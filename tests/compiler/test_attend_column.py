@@ -104,7 +104,7 @@ def test_only_a_moderate_bias_becomes_a_column(kind: str, backend: str) -> None:
     spec = program.spec(program.sites[0])
     assert spec.backend == backend, spec
     bias = node.args[3][spec.extras.index("bias")]  # type: ignore[index]
-    assert moderate(program, bias) == (kind in ("alibi", "filled"))  # type: ignore[arg-type]
+    assert moderate(program, bias) == (kind == "alibi")  # type: ignore[arg-type]
 
 
 def test_a_row_without_keys_is_what_it_was() -> None:
