@@ -1,7 +1,7 @@
 """`make bench`: measures what the README states, prints a table and writes it as JSON with device,
 versions and date; `cpu.md` beside it is the report of all sections measured so far.
 
-python benchmarks/run.py [--only padded,full,pylm,eager,large,backend,onnx,scale] [--out FOLDER]
+python benchmarks/run.py [--only SECTION,SECTION] [--out FOLDER]
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from attnopt.autotune.environment import environment
 
 ROOT = Path(__file__).parent
-SECTIONS = ("padded", "full", "pylm", "eager", "large", "backend", "onnx", "scale")
+SECTIONS = ("padded", "full", "pylm", "eager", "large", "backend", "onnx", "scale", "decode")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnopt.compiler import attend
+from attnopt.compiler.attend_step import to_all
 from attnopt.compiler.attend_window import chunked, pays
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.spec import CAUSAL, FULL, AttentionSpec, Mask
@@ -105,8 +106,8 @@ def forward(
         window = spec.with_(mask=Mask("window", left=left), extras=())
         if len(extras) == 1 and pays(window, key.shape[2]):
             return _laid_out(chunked(query, key, value, [], window)), None
-    if single and spec.group > 1 and not softcap and _headless(extras, spec):
-        return _folded(query, key, value, extras, spec), None
+    if single:
+        return _laid_out(to_all(query, key, value, extras, spec)), None
     run = attend.reference if softcap else attend.sdpa
     return _laid_out(run(query, key, value, extras, spec)), None
 
@@ -128,19 +129,3 @@ def _extras(
     if sinks is not None:
         names, extras = [*names, "sinks"], [*extras, sinks.reshape(1, -1, 1, 1)]
     return names, extras
-
-
-def _headless(extras: list[Tensor], spec: AttentionSpec) -> bool:
-    """Whether no extra differs between heads."""
-    return "sinks" not in spec.extras and all(x.dim() < 3 or x.shape[-3] == 1 for x in extras)
-
-
-def _folded(
-    query: Tensor, key: Tensor, value: Tensor, extras: list[Tensor], spec: AttentionSpec
-) -> Tensor:
-    """One query per sequence: `[batch, 1, heads, v_dim]`, with a group's heads as rows."""
-    batch = query.shape[0]
-    rows = query.reshape(batch, spec.kv_heads, spec.group, spec.head_dim)
-    alone = spec.with_(heads=spec.kv_heads, mask=FULL)
-    made = attend.sdpa(rows, key, value, extras, alone)
-    return made.reshape(batch, 1, spec.heads, spec.v_dim)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from attnopt.compiler.errors import Notice, Problem
+from attnopt.compiler.compiled import Compiled
+from attnopt.compiler.errors import Problem
 from attnopt.compiler.plan import Plan
 from attnopt.compiler.signature import Signature
 
@@ -54,14 +54,18 @@ class Optimized:
         self.signature = Signature.of(exported)
         self.module: Callable[..., Any] = exported.module().requires_grad_(False)
         self._plan = dict(plan)
-        self._compiled = torch.compile(self.module) if plan.get("compiled") else None
+        if plan.get("compiled"):
+            self.module = Compiled(
+                self.module, "the optimized model", where=str(folder),
+                help="it was measured under torch.compile, which needs a C++ compiler",
+            )  # fmt: skip
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The outputs in the structure that the model returns. Raises `Problem` A506 on other
         inputs.
         """
         fitted, named = self.signature.fit(args, kwargs)
-        outputs = self._run(fitted, named)
+        outputs = self.module(*fitted, **named)
         return Outputs(outputs) if isinstance(outputs, dict) else outputs
 
     @property
@@ -111,33 +115,24 @@ class Optimized:
 
         return stream(self.decoder, input_ids, read(how), attention_mask)
 
+    def as_transformers(self, config: Any) -> Any:
+        """The decoder as a `PreTrainedModel`: transformers' `generate()`, its pipelines and
+        evaluation harnesses run it.
+
+        `config` is the original model's folder or its `PretrainedConfig`. Raises `Problem` A115
+        without transformers, and A708 as `decoder` does.
+        """
+        from attnopt.compiler.decode.hf import as_transformers
+
+        return as_transformers(self.decoder, config)
+
     @property
     def compiled(self) -> bool:
         """Whether calls run under torch.compile."""
-        return self._compiled is not None
+        return isinstance(self.module, Compiled) and self.module.form is not None
 
     def __repr__(self) -> str:
         steps = [str(step.get("rewrite", "")) for step in self._plan.get("steps", ())]
         return (
             f"Optimized({self.folder}: {', '.join(steps) or 'unchanged'}; takes {self.signature})"
         )
-
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._compiled is None:
-            return self.module(*args, **kwargs)
-        try:
-            return self._compiled(*args, **kwargs)
-        except (RuntimeError, OSError, ImportError) as error:
-            outputs = self.module(*args, **kwargs)  # an error of the inputs is raised again here
-            self._compiled = None
-            told = [line.strip() for line in str(error).splitlines() if line.strip()]
-            why = f"{type(error).__name__}: {' '.join(told[:2]) or 'no message'}"
-            notice = Notice(
-                "A507",
-                "the optimized model runs uncompiled",
-                where=str(self.folder),
-                why=why,
-                help="it was measured under torch.compile, which needs a C++ compiler",
-            )
-            warnings.warn(str(notice), RuntimeWarning, stacklevel=3)
-            return outputs

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnopt.compiler.decode import attention
+from attnopt.compiler.attend_step import to_all, to_positions
 from attnopt.compiler.spec import AttentionSpec
 
 
@@ -50,9 +50,9 @@ class Contiguous:
         self.store(k, v, keys, values, start)
         k, v = keys[:, :, :end], values[:, :, :end]
         if new == 1:
-            return attention.to_all(q, k, v, extras, self.spec)
+            return to_all(q, k, v, extras, self.spec)
         j = torch.arange(end, device=q.device)
-        return attention.to_positions(q, k, v, extras, self.spec, start + j[:new], j)
+        return to_positions(q, k, v, extras, self.spec, start + j[:new], j)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Ring:
             x if name == "sinks" or x.shape[-1] == 1 else x[..., held.clamp(min=0)]
             for name, x in zip(self.spec.extras, extras, strict=True)
         ]
-        out = attention.to_positions(q, k, v, extras, self.spec, fresh, held)
+        out = to_positions(q, k, v, extras, self.spec, fresh, held)
         if new > 1:
             self.store(k[:, :, -new:], v[:, :, -new:], keys, values, start)
         return out

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from attnopt.compiler.compiled import Compiled
 from attnopt.compiler.decode.caches import Cache, cache_of
 from attnopt.compiler.decode.causal import require_causal
 from attnopt.compiler.decode.phases import phase, tables
@@ -56,7 +56,8 @@ class Decoder:
             node.name: cache_of(parse_spec(str(node.args[4])), slack)
             for node in program.attentions()
         }
-        self._phases: dict[tuple[str, bool], Any] = {}
+        self._phases: dict[tuple[str, bool], Callable[..., Tensor]] = {}
+        self._single: Compiled | None = None
 
     @cached_property
     def device(self) -> torch.device:
@@ -87,6 +88,18 @@ class Decoder:
         state.tables = self._make_tables(state)
         return state
 
+    def masks(self, attention_mask: Tensor | None) -> dict[str, Tensor]:
+        """The model's mask inputs for prompts `[batch, prompt]` that are padded where the mask is
+        0. Raises `Problem` A707 where the model has none and there is padding."""
+        if attention_mask is None:
+            return {}
+        if not self.split.masks and not bool(attention_mask.all()):
+            raise Problem(
+                "A707", "the model was traced without an attention_mask and takes no padding",
+                help="give prompts of one length, or trace it with attention_mask among its inputs",
+            )  # fmt: skip
+        return dict.fromkeys(self.split.masks, attention_mask)
+
     def prefill(self, state: State, *tokens: Tensor, last: bool = False) -> Tensor:
         """Read a prompt into an empty state."""
         return self._run("prefill", state, tokens, last)
@@ -110,6 +123,15 @@ class Decoder:
             )  # fmt: skip
         state.length = length
 
+    def grow(self, state: State, capacity: int) -> None:
+        """Make room for more tokens. Raises `Problem` A704 as `state` does."""
+        larger = self.state(state.batch, capacity, state.masks)
+        for new, old in zip(larger.caches, state.caches, strict=True):
+            for to, of in zip(new, old, strict=True):
+                to[:, :, : of.shape[2]] = of
+        state.capacity, state.caches = capacity, larger.caches
+        state.masks, state.tables = larger.masks, larger.tables
+
     def reorder(self, state: State, rows: Tensor) -> None:
         """Let row i of the batch go on from row `rows[i]`, as a beam search needs."""
         state.caches = [(k[rows], v[rows]) for k, v in state.caches]
@@ -125,6 +147,17 @@ class Decoder:
                 found += int(fake.shape[1]) * int(fake.shape[3]) * fake.dtype.itemsize
         return found
 
+    def compile(self) -> None:
+        """Run single tokens (`step` of one token with `last`) under torch.compile from now on.
+
+        The first call takes the time of a compilation, and a second one for other batch sizes.
+        """
+        self._single = Compiled(
+            self.phase("step", last=True), "the decoder's step",
+            help="torch.compile needs a C++ compiler", fullgraph=True, dynamic=True,
+            options={"cpp_wrapper": True, "freezing": True},
+        )  # fmt: skip
+
     def phase(self, kind: str, last: bool) -> fx.GraphModule:
         """The graph of a phase; see `phases.phase`."""
         return phase(self.program, self.split, self.caches, kind, last)  # type: ignore[arg-type]
@@ -136,13 +169,19 @@ class Decoder:
                 "A704", f"{state.length} tokens and {new} more do not fit into {state.capacity}",
                 help="make a state of a larger capacity",
             )  # fmt: skip
-        if (kind, last) not in self._phases:
-            self._phases[kind, last] = self.phase(kind, last)
+        run = self._form(kind, last, new)
         start = () if kind == "prefill" else (state.length,)
         with torch.no_grad():
-            logits: Tensor = self._phases[kind, last](*tokens, state.tables, state.caches, *start)
+            logits: Tensor = run(*tokens, state.tables, state.caches, *start)
         state.length += new
         return logits
+
+    def _form(self, kind: str, last: bool, new: int) -> Callable[..., Tensor]:
+        if self._single is not None and (kind, last, new) == ("step", True, 1):
+            return self._single
+        if (kind, last) not in self._phases:
+            self._phases[kind, last] = self.phase(kind, last)
+        return self._phases[kind, last]
 
     def _make_tables(self, state: State) -> list[Tensor]:
         if not self.split.tables:

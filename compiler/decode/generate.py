@@ -72,7 +72,7 @@ def stream(
     mask = _checked(decoder, input_ids, attention_mask)
     batch, prompt = input_ids.shape
     capacity = prompt + how.max_new_tokens
-    state = decoder.state(batch, capacity, dict.fromkeys(decoder.split.masks, mask))
+    state = decoder.state(batch, capacity, decoder.masks(mask))
     positions = mask.long().cumsum(1).sub(1).clamp(min=0)
     generator = how.generator(input_ids.device)
     logits = _read(decoder, state, input_ids, positions, how.prefill_chunk or prompt)
@@ -124,9 +124,4 @@ def _checked(decoder: Decoder, ids: Tensor, mask: Tensor | None) -> Tensor:
     if not bool((mask[:, -1] != 0).all()):
         raise Problem("A707", "the last position of a prompt is padding",
                       help="pad prompts on the left")  # fmt: skip
-    if not bool(mask.all()) and not decoder.split.masks:
-        raise Problem(
-            "A707", "the model was traced without an attention_mask and takes no padding",
-            help="give prompts of one length, or trace it with attention_mask among its inputs",
-        )  # fmt: skip
     return mask

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from attnopt.compiler import artifact
+from attnopt.compiler.compiled import Compiled
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.optimized import Optimized
 from attnopt.compiler.plan import Plan
@@ -251,7 +252,8 @@ def test_an_unreadable_plan_says_so(folder: Path) -> None:
 def test_a_compiled_plan_runs_compiled(folder: Path, tokens: Tensor) -> None:
     loaded = _compiled(folder)
     assert loaded.compiled
-    loaded._compiled = torch.compile(loaded.module, backend="eager")
+    assert isinstance(loaded.module, Compiled)
+    loaded.module.form = torch.compile(loaded.module.module, backend="eager")
     assert_close(loaded(tokens).logits, artifact.load(folder)(tokens).logits)
     assert loaded.compiled
 
@@ -263,7 +265,8 @@ def test_where_compiling_fails_it_runs_uncompiled_with_one_warning(
         raise RuntimeError("no C++ compiler")
 
     loaded = _compiled(folder)
-    loaded._compiled = torch.compile(loaded.module, backend=broken)
+    assert isinstance(loaded.module, Compiled)
+    loaded.module.form = torch.compile(loaded.module.module, backend=broken)
     with pytest.warns(RuntimeWarning, match=r"warning\[A507\].*\n.*\n.*no C\+\+ compiler"):
         outputs = loaded(tokens)
     assert_close(outputs.logits, artifact.load(folder)(tokens).logits)

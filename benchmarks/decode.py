@@ -1,0 +1,163 @@
+"""Generating with the derived decoder against transformers' `generate()` with its dynamic and its
+static cache, and with its static cache under torch.compile: greedy, float32, 512 tokens of prompt,
+128 new ones, batch 1 and 8. Nothing is approximated: the tokens have to be the same.
+
+The floor of a token is what has to be read for it, weights and cache, over the bandwidth that a
+plain sum of a large tensor reaches.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnopt.autotune.timing import Contender, compare
+from attnopt.compiler.contract import Notes, read_pass
+from attnopt.compiler.decode import Decoder, derive
+from attnopt.compiler.decode.generate import Generation, generate
+from attnopt.compiler.intake.loaded import Loaded
+from attnopt.compiler.pipeline import apply_pass
+from attnopt.compiler.program import Batch
+from attnopt.compiler.raising import raise_program
+from attnopt.compiler.trace import trace
+from benchmarks.run import Row
+
+PYLM = Path(__file__).parents[1] / "examples" / "models" / "pylm"
+PROMPT, NEW = 512, 128
+EXACT = ("simplify_mask", "fold_repeated_kv", "fuse_attention")
+BARS = {("pylm", 1): 2.5, ("pylm", 8): 2.5, ("8x512", 1): 1.1, ("8x512", 8): 1.3}
+
+
+class _Logits(nn.Module):
+    def __init__(self, hf: Any) -> None:
+        super().__init__()
+        self.hf = hf
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        made: Tensor = self.hf(input_ids=input_ids, use_cache=False).logits
+        return made
+
+
+def rows() -> list[Row]:
+    """One row per model and batch size."""
+    bandwidth = _bandwidth()
+    found = [Row("read bandwidth", f"{bandwidth / 1e9:.1f} GB/s", numbers={"bytes": bandwidth})]
+    for name, model in (("pylm", _pylm()), ("8x512", _random())):
+        decoder = _decoder(model)
+        decoder.compile()
+        found += [_row(name, model, decoder, batch, bandwidth) for batch in (1, 8)]
+    return found
+
+
+def _pylm() -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(PYLM, dtype=torch.float32).eval()
+
+
+def _random() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(
+        hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8,
+        vocab_size=8192, max_position_embeddings=1024,
+    )).eval()  # fmt: skip
+
+
+def _decoder(model: Any) -> Decoder:
+    inputs = {"input_ids": torch.randint(3, 1000, (2, 64))}
+    loaded = Loaded(_Logits(model).eval(), None, (), inputs, "model", "hf", root_prefix="hf.")
+    program = raise_program(trace(loaded))
+    for name in EXACT:
+        program, _ = apply_pass(program, read_pass(name), ("*",), Notes(program))
+    return derive(program)
+
+
+def _row(name: str, model: Any, decoder: Decoder, batch: int, bandwidth: float) -> Row:
+    torch.manual_seed(0)
+    ids = torch.randint(3, 1000, (batch, PROMPT))
+    how = Generation(max_new_tokens=NEW)
+    forms = {
+        "dynamic": lambda input_ids: _theirs(model, input_ids),
+        "static": lambda input_ids: _theirs(model, input_ids, "static"),
+        "static, compiled": _compiled(model),
+        "attnopt": lambda input_ids: generate(decoder, input_ids, how),
+    }
+    case = f"{name}, batch {batch}"
+    made = {form: run(ids) for form, run in forms.items()}
+    wrong = [form for form, tokens in made.items() if not torch.equal(tokens, made["dynamic"])]
+    if wrong:
+        return Row(case, f"other tokens than the dynamic cache: {', '.join(wrong)}", met=False)
+    timing = compare(
+        [Contender(*form) for form in forms.items()], [Batch((), {"input_ids": ids})],
+        seconds=60.0, rounds=5,
+    )  # fmt: skip
+    best = timing.fastest([form for form in forms if form != "attnopt"])
+    over = timing.ratio("attnopt", best)
+    step = _step(decoder, ids)
+    floor = (_weights(decoder) + batch * decoder.bytes_per_token() * (PROMPT + NEW / 2)) / bandwidth
+    bar = BARS[name, batch]
+    said = f"{over.value:.2f}x transformers' {best} cache ({over.interval.low:.2f} to "
+    said += f"{over.interval.high:.2f}), {NEW * batch / timing.median('attnopt'):.0f} tokens/s; "
+    said += f"a step {step * 1e3:.2f} ms, its floor {floor * 1e3:.2f} ms"
+    numbers = {"over_best": over.as_json(), "step": step, "floor": floor,
+               "seconds": {form: timing.median(form) for form in forms}}  # fmt: skip
+    return Row(case, said, f"at least {bar}x the best of them", over.value >= bar, numbers)
+
+
+def _theirs(model: Any, input_ids: Tensor, cache: str | None = None) -> Tensor:
+    more = {"cache_implementation": cache, "disable_compile": True} if cache else {}
+    with torch.no_grad():
+        made: Tensor = model.generate(
+            input_ids, attention_mask=torch.ones_like(input_ids), max_new_tokens=NEW,
+            do_sample=False, pad_token_id=0, eos_token_id=None, **more,
+        )  # fmt: skip
+    return made
+
+
+def _compiled(model: Any) -> Any:
+    """Their static cache with the model's forward under torch.compile."""
+    plain = model.forward
+    form = torch.compile(plain, dynamic=True)
+
+    def run(input_ids: Tensor) -> Tensor:
+        model.forward = form
+        try:
+            return _theirs(model, input_ids, "static")
+        finally:
+            model.forward = plain
+
+    return run
+
+
+def _step(decoder: Decoder, ids: Tensor) -> float:
+    """Median seconds of a single step after the prompt."""
+    state = decoder.state(len(ids), PROMPT + NEW)
+    token = decoder.prefill(state, ids, last=True)[:, -1].argmax(-1, keepdim=True)
+    taken = []
+    for _ in range(NEW):
+        begun = time.perf_counter()
+        decoder.step(state, token, last=True)
+        taken.append(time.perf_counter() - begun)
+    return sorted(taken)[len(taken) // 2]
+
+
+def _weights(decoder: Decoder) -> int:
+    seen = {p.data_ptr(): p.nbytes for p in decoder.program.module.parameters()}
+    return sum(seen.values())
+
+
+def _bandwidth() -> float:
+    """Bytes per second that a sum over a tensor larger than the caches reads, the best of ten."""
+    large = torch.randn(64 << 20)
+    best = float("inf")
+    for _ in range(10):
+        begun = time.perf_counter()
+        large.sum()
+        best = min(best, time.perf_counter() - begun)
+    return large.nbytes / best

@@ -1,0 +1,92 @@
+"""A derived decoder inside transformers: its `generate()` in several ways, and a pipeline."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+
+from attnopt.compiler.decode import Decoder, derive
+from attnopt.compiler.decode.hf import ROOM, as_transformers
+from attnopt.compiler.errors import Problem
+from attnopt.compiler.intake.loaded import Loaded
+from attnopt.compiler.raising import raise_program
+from attnopt.compiler.trace import trace
+from tests.compiler.decode.test_generate import decoder, llama, prompts
+from tests.families import Decoder as Plain
+from tests.programs import rewritten
+from tests.tree import ROOT
+
+transformers = pytest.importorskip("transformers")
+PYLM = ROOT / "examples" / "models" / "pylm"
+
+
+@lru_cache(maxsize=1)
+def made() -> Any:
+    return as_transformers(decoder(), llama()[0].config)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"do_sample": False},
+        {"do_sample": False, "num_beams": 3},
+        {"do_sample": False, "prompt_lookup_num_tokens": 3},
+        {"do_sample": True, "top_k": 7},
+        {"do_sample": False, "num_return_sequences": 2, "num_beams": 2},
+        {"do_sample": False, "use_cache": False},
+    ],
+)
+def test_generate_gives_the_tokens_of_the_model(how: dict[str, Any]) -> None:
+    ids, keep = prompts()
+    if "prompt_lookup_num_tokens" in how:  # transformers takes one prompt there
+        ids, keep = ids[2:], keep[2:]
+    made_of = []
+    for model in (llama()[0], made()):
+        torch.manual_seed(4)
+        made_of.append(model.generate(
+            ids, attention_mask=keep, max_new_tokens=24, pad_token_id=0, eos_token_id=None, **how
+        ))  # fmt: skip
+    assert torch.equal(*made_of)
+
+
+def test_more_tokens_than_a_state_begins_with() -> None:
+    ids, _ = prompts()
+    tokens = [
+        model.generate(ids[2:], attention_mask=torch.ones_like(ids[2:]), max_new_tokens=ROOM + 20,
+                       do_sample=False, pad_token_id=0, eos_token_id=None)
+        for model in (llama()[0], made())
+    ]  # fmt: skip
+    assert tokens[0].shape[1] == 9 + ROOM + 20
+    assert torch.equal(*tokens)
+
+
+@lru_cache(maxsize=1)
+def pylm() -> tuple[Any, Decoder]:
+    hf = transformers.AutoModelForCausalLM.from_pretrained(PYLM, dtype=torch.float32).eval()
+    plain = Plain(hf).eval()
+    inputs = {"input_ids": torch.randint(3, 1000, (2, 32))}
+    loaded = Loaded(plain, None, (), inputs, "pylm", "hf", root_prefix="hf.")
+    return hf, derive(rewritten(raise_program(trace(loaded))))
+
+
+def test_a_pipeline() -> None:
+    hf, derived = pylm()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(PYLM)
+    texts = [
+        transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)(
+            "def main():\n", max_new_tokens=40, do_sample=False
+        )[0]["generated_text"]
+        for model in (hf, as_transformers(derived, PYLM))
+    ]
+    assert len(texts[0]) > 30
+    assert texts[0] == texts[1]
+
+
+def test_padding_that_the_model_does_not_take() -> None:
+    _, derived = pylm()
+    ids, keep = prompts()
+    with pytest.raises(Problem, match="takes no padding"):
+        as_transformers(derived, PYLM).generate(ids, attention_mask=keep, max_new_tokens=2)
