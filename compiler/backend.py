@@ -36,7 +36,7 @@ from attnopt.compiler.raising.anchor import SDPA, SOFTMAX
 from attnopt.compiler.trace import normalise, without_own_writes, writes
 from attnopt.compiler.verify import RUN_ERRORS, difference
 
-PASSES = ("simplify_mask", "fold_repeated_kv", "fuse_attention")
+PASSES = ("simplify_mask", "fold_repeated_kv", "toeplitz_bias", "fuse_attention")
 # What another order of sums may do; another function does more.
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.25}
 _log = logging.getLogger("attnopt.backend")

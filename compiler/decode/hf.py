@@ -15,16 +15,18 @@ ROOM = 256  # tokens that a state has room for beyond the prompt; it doubles whe
 
 
 class Past:
-    """The tokens read so far, with the methods that transformers asks of a cache."""
+    """The tokens read so far, with the methods that transformers asks of a cache. The state is made
+    with the first of them."""
 
     is_compileable = False
 
-    def __init__(self, decoder: Decoder, state: State) -> None:
-        self.decoder, self.state = decoder, state
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.state: State | None = None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """How many tokens there are."""
-        return self.state.length
+        return 0 if self.state is None else self.state.length
 
     def get_max_cache_shape(self, layer_idx: int = 0) -> int:
         """The most tokens that fit: as many as are wanted."""
@@ -32,12 +34,34 @@ class Past:
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row i go on from row `beam_idx[i]`."""
-        self.decoder.reorder(self.state, beam_idx)
+        if self.state is not None:
+            self.decoder.reorder(self.state, beam_idx)
 
     def crop(self, max_length: int) -> None:
-        """Keep the first `max_length` tokens; negative numbers count those to take back."""
-        wanted = max_length if max_length >= 0 else self.state.length + max_length
-        self.decoder.rewind(self.state, min(wanted, self.state.length))
+        """Keep the first `max_length` tokens; numbers up to 0 count those to take back."""
+        if self.state is not None:
+            wanted = max_length if max_length > 0 else self.state.length + max_length
+            self.decoder.rewind(self.state, min(wanted, self.state.length))
+
+    def activate_past_recording(self) -> None:
+        """Nothing has to be prepared for `crop`; a window takes back its slack."""
+
+    def read(
+        self, ids: Tensor, mask: Tensor | None, positions: Tensor | None, last: bool
+    ) -> Tensor:
+        """Read new tokens int64 `[batch, S]`; `mask` `[batch, n]` reaches over those before too."""
+        decoder = self.decoder
+        if self.state is None:
+            capacity = ids.shape[1] + ROOM
+            self.state = decoder.state(ids.shape[0], capacity, decoder.masks(mask))
+        needed = self.state.length + ids.shape[1]
+        if needed > self.state.capacity:
+            decoder.grow(self.state, max(needed, 2 * self.state.capacity))
+        if positions is None:
+            at = torch.arange(self.state.length, needed, device=ids.device)
+            positions = at.expand(ids.shape)
+        given = [positions if "position" in name else ids for name in decoder.split.tokens]
+        return decoder.step(self.state, *given, last=last)
 
 
 def as_transformers(decoder: Decoder, config: Any) -> Any:
@@ -51,14 +75,18 @@ def as_transformers(decoder: Decoder, config: Any) -> Any:
 
     class DecoderForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixin):  # type: ignore[name-defined]
         main_input_name = "input_ids"
+        # Whatever the configuration asks for, the attentions are the decoder's own.
+        _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
 
         def __init__(self, settings: Any) -> None:
             super().__init__(settings)
             self.weights = decoder.program.module
 
-        @classmethod
-        def _supports_default_dynamic_cache(cls) -> bool:
-            return False  # the cache is the decoder's own
+        def _prepare_cache_for_generation(
+            self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any, **__: Any
+        ) -> None:
+            if generation_config.use_cache is not False:
+                model_kwargs.setdefault("past_key_values", Past(decoder))
 
         @torch.no_grad()
         def forward(
@@ -73,8 +101,8 @@ def as_transformers(decoder: Decoder, config: Any) -> Any:
         ) -> CausalLMOutputWithPast:
             """Logits `[batch, S, vocabulary]`, or those of the last position where
             `logits_to_keep` is 1, and the tokens read so far."""
-            past = past_key_values or Past(decoder, _started(decoder, input_ids, attention_mask))
-            logits = _read(past, input_ids, position_ids, last=logits_to_keep == 1)
+            past = past_key_values or Past(decoder)
+            logits = past.read(input_ids, attention_mask, position_ids, logits_to_keep == 1)
             return CausalLMOutputWithPast(
                 logits=logits,
                 past_key_values=past if use_cache is not False else None,  # type: ignore[arg-type]
@@ -94,20 +122,3 @@ def _config(transformers: Any, config: Any) -> Any:
     if isinstance(config, transformers.PretrainedConfig):
         return config
     return transformers.AutoConfig.from_pretrained(config, local_files_only=True)
-
-
-def _started(decoder: Decoder, ids: Tensor, mask: Tensor | None) -> State:
-    masks = decoder.masks(mask)
-    return decoder.state(ids.shape[0], ids.shape[1] + ROOM, masks)
-
-
-def _read(past: Past, ids: Tensor, positions: Tensor | None, last: bool) -> Tensor:
-    decoder, state = past.decoder, past.state
-    needed = state.length + ids.shape[1]
-    if needed > state.capacity:
-        decoder.grow(state, max(needed, 2 * state.capacity))
-    if positions is None:
-        at = torch.arange(state.length, needed, device=ids.device)
-        positions = at.expand(ids.shape)
-    given = [positions if "position" in name else ids for name in decoder.split.tokens]
-    return decoder.step(state, *given, last=last)
