@@ -27,9 +27,9 @@ class Contiguous:
         """Tokens that are kept of a sequence of at most `capacity`."""
         return capacity
 
-    def back(self, length: int) -> int:
-        """How many of `length` tokens can be taken back."""
-        return length
+    def least(self, reached: int) -> int:
+        """The fewest tokens that can be left of `reached` that were read."""
+        return 0
 
     def store(self, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, start: Any) -> None:
         """Write new keys and values `[batch, kv_heads, S, dim]` into the cache."""
@@ -75,9 +75,9 @@ class Ring:
         """Tokens that are kept of a sequence of at most `capacity`."""
         return min(capacity, self.spec.mask.sink + self.turn)
 
-    def back(self, length: int) -> int:
-        """How many of `length` tokens can be taken back."""
-        return length if length <= self.spec.mask.sink + self.turn else self.slack
+    def least(self, reached: int) -> int:
+        """The fewest tokens that can be left of `reached` that were read."""
+        return 0 if reached <= self.spec.mask.sink + self.turn else reached - self.slack
 
     def store(self, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, start: Any) -> None:
         """Write new keys and values `[batch, kv_heads, S, dim]` into the cache, less those that

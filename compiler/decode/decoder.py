@@ -24,7 +24,7 @@ class State:
     """The tokens read so far: caches, tables, and how many tokens there are.
 
     `masks` are the inputs `[batch, capacity]` that say which positions are real. `length` may be
-    lowered with `rewind`.
+    lowered with `rewind`; `reached` is the most that it ever was.
     """
 
     batch: int
@@ -33,6 +33,7 @@ class State:
     tables: list[Tensor]
     masks: dict[str, Tensor] = field(default_factory=dict)
     length: int = 0
+    reached: int = 0
 
     @property
     def bytes(self) -> int:
@@ -101,7 +102,12 @@ class Decoder:
         return dict.fromkeys(self.split.masks, attention_mask)
 
     def prefill(self, state: State, *tokens: Tensor, last: bool = False) -> Tensor:
-        """Read a prompt into an empty state."""
+        """Read a prompt into an empty state. Raises `Problem` A704 where it is not empty."""
+        if state.length:
+            raise Problem(
+                "A704", f"the state holds {state.length} tokens, a prompt needs an empty one",
+                help="read what follows with step, or make another state",
+            )  # fmt: skip
         return self._run("prefill", state, tokens, last)
 
     def step(self, state: State, *tokens: Tensor, last: bool = False) -> Tensor:
@@ -113,13 +119,14 @@ class Decoder:
 
         Raises `Problem` A705 where a window's cache has overwritten what would be needed.
         """
-        back = state.length - length
-        most = min(cache.back(state.length) for cache in self.caches.values())
-        if not 0 <= back <= most or length < 0:
+        least = max(cache.least(state.reached) for cache in self.caches.values())
+        if not 0 <= length <= state.length:
+            raise Problem("A705", f"a state of {state.length} tokens cannot go back to {length}")
+        if length < least:
             raise Problem(
                 "A705", f"a state of {state.length} tokens cannot go back to {length}",
-                why=f"the cache can take back {most} tokens" if back > most else "",
-                help="derive the decoder with more slack" if back > most else "",
+                why=f"{state.reached} tokens were read, and a window keeps what {least} need",
+                help="derive the decoder with more slack",
             )  # fmt: skip
         state.length = length
 
@@ -174,6 +181,7 @@ class Decoder:
         with torch.no_grad():
             logits: Tensor = run(*tokens, state.tables, state.caches, *start)
         state.length += new
+        state.reached = max(state.reached, state.length)
         return logits
 
     def _form(self, kind: str, last: bool, new: int) -> Callable[..., Tensor]:

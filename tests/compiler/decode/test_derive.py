@@ -124,6 +124,18 @@ def test_a_ring_takes_back_no_more_than_its_slack() -> None:
     assert caught.value.code == "A705"
     decoder.rewind(state, 10)
     assert state.length == 10
+    with pytest.raises(Problem, match="cannot go back to 9"):  # nor in two steps
+        decoder.rewind(state, 9)
+    with pytest.raises(Problem, match="cannot go back to 11"):
+        decoder.rewind(state, 11)
+
+
+def test_a_prompt_needs_an_empty_state() -> None:
+    decoder = derive(zoo("Mistral"), check=False)
+    state = decoder.state(1, 20)
+    decoder.prefill(state, torch.randint(3, 60, (1, 5)))
+    with pytest.raises(Problem, match="holds 5 tokens"):
+        decoder.prefill(state, torch.randint(3, 60, (1, 5)))
 
 
 def test_a_window_keeps_no_more_than_it_reads() -> None:
