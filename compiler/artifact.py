@@ -35,6 +35,7 @@ from attnopt.compiler.optimized import Optimized
 from attnopt.compiler.plan import Plan
 from attnopt.compiler.program import Batch, Program
 from attnopt.compiler.signature import Signature
+from attnopt.compiler.verify import RUN_ERRORS
 
 __all__ = [
     "check_writable",
@@ -109,6 +110,8 @@ def _decoding(program: Program) -> tuple[dict[str, Any], dict[str, folders.Conte
         made = unweighted(program)
     except Problem as problem:
         return {"why_not": ": ".join(filter(None, (problem.what, problem.why)))}, {}
+    except RUN_ERRORS as error:  # a finished run is not lost for want of a cache
+        return {"why_not": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}, {}
     told = {"cache_bytes_per_token": decoder.bytes_per_token()}
     return told, {DECODE: lambda path: torch.export.save(made, path)}
 

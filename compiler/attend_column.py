@@ -23,7 +23,7 @@ def column(
 ) -> Tensor:
     """The attention of a spec that `takes` is true of; shapes as in `attnopt.compiler.spec`."""
     bias = attend.extra(extras, spec, "bias")
-    if bias is None or not takes(spec, bias):  # a later rewrite has changed the spec
+    if bias is None or not takes(spec, q, bias):  # a later rewrite has changed the spec
         return attend.sdpa(q, k, v, extras, spec)
     per_key = (bias / spec.scale).to(k.dtype).transpose(-1, -2).expand(*k.shape[:3], 1)
     wide = spec.head_dim + 1
@@ -35,11 +35,11 @@ def column(
     return made[..., : spec.v_dim]
 
 
-def takes(spec: AttentionSpec, bias: Tensor) -> bool:
-    """Whether `column` computes the spec, for a bias of this shape that is known to be moderate: in
-    half precision a bias over the scale may leave the range."""
+def takes(spec: AttentionSpec, q: Tensor, bias: Tensor) -> bool:
+    """Whether `column` computes the spec, for queries of this dtype and a bias of this shape that
+    is known to be moderate: in half precision a bias over the scale may leave the range."""
     per_head = spec.group == 1 or bias.dim() < 3 or bias.shape[-3] == 1
     one_row = bias.dim() >= 2 and bias.shape[-2] == 1
     causal = spec.mask.kind == "causal" and not spec.softcap and spec.extras == ("bias",)
-    wide = bias.dtype in (torch.float32, torch.float64)
+    wide = q.dtype in (torch.float32, torch.float64)
     return causal and one_row and per_head and wide and spec.v_dim <= spec.head_dim + 1

@@ -161,7 +161,7 @@ def variations(program: Program, dtype: torch.dtype | None = None) -> Iterator[B
     names = [n for n in program.graph.nodes if n.op == "placeholder"]
     tree = pytree.tree_structure((program.example.args, dict(program.example.kwargs)))
     order = _in_call_order(program, names)
-    padding = _padding(program)
+    padding = padding_input(program)
     for i, sizes in enumerate(_sizes(program)):
         leaves = []
         for node in order:
@@ -176,7 +176,7 @@ def variations(program: Program, dtype: torch.dtype | None = None) -> Iterator[B
             yield _batch(leaves, tree)
             continue
         at, test = order.index(padding[0]), padding[1]
-        for mask in (leaves[at], *(_padded(leaves[at], test) if i == 0 else ())):
+        for mask in (leaves[at], *(padded(leaves[at], test) if i == 0 else ())):
             leaves[at] = mask
             yield _batch(leaves, tree, _real(mask, test))
 
@@ -195,7 +195,7 @@ def _batch(leaves: list[Any], tree: Any, valid: Tensor | None = None) -> Batch:
     return Batch(args, kwargs, valid)
 
 
-def _padding(program: Program) -> tuple[fx.Node, Test] | None:
+def padding_input(program: Program) -> tuple[fx.Node, Test] | None:
     """The input `[batch, seq]` that says which positions are real, and how it says so: by its name,
     or as the attentions were proved to read it."""
     for node in program.graph.nodes:
@@ -246,7 +246,7 @@ def _in_call_order(program: Program, nodes: list[Any]) -> list[Any]:
     return [by_name[name] for name in program.example.kwargs]
 
 
-def _padded(mask: Tensor, test: Test) -> Iterator[Tensor]:
+def padded(mask: Tensor, test: Test) -> Iterator[Tensor]:
     """The padding input with the rows cut to different lengths, padded on the right and on the
     left."""
     samples = torch.tensor([0, 1, test.value, test.value + 1]).to(mask.dtype)

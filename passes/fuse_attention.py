@@ -53,4 +53,5 @@ def _bias_is_a_column(program: Program, attention: fx.Node, spec: AttentionSpec)
     if spec.extras != ("bias",):
         return False
     (bias,) = cast(list[fx.Node], attention.args[3])
-    return takes(spec, bias.meta["val"]) and moderate(program, bias)
+    q = cast(fx.Node, attention.args[0]).meta["val"]
+    return takes(spec, q, bias.meta["val"]) and moderate(program, bias)

@@ -93,7 +93,10 @@ def _distance(bias: fx.Node) -> _Distance | None:
 
 
 def _as_distance(node: fx.Node) -> _Distance | None:
-    if node.target not in (aten.sub.Tensor, aten.subtract.Tensor) or node.kwargs.get("alpha"):
+    if (
+        node.target not in (aten.sub.Tensor, aten.subtract.Tensor)
+        or node.kwargs.get("alpha", 1) != 1
+    ):
         return None
     a, b = node.args[:2]
     value = node.meta.get("val")
@@ -116,8 +119,8 @@ def _counts(node: fx.Node) -> tuple[fx.Node, int] | None:
     while node.target in (*_MOVES, aten.add.Tensor, aten.to.dtype, aten._to_copy.default):
         if node.target is aten.add.Tensor and node.args[1] != 0:
             return None
-        if node.meta["val"].is_floating_point():
-            return None
+        if node.meta["val"].dtype not in (torch.int32, torch.int64):
+            return None  # a narrower one may wrap
         node = cast(fx.Node, node.args[0])
     from_zero = node.target is aten.arange.start and node.args[0] == 0
     return (node, axis) if from_zero or node.target is aten.arange.default else None
@@ -204,6 +207,7 @@ def _write(program: Program, found: _Distance, region: list[str], bias: str) -> 
     every = call(aten.cat.default, ([behind, count],), before=distance)
     if not found.forward:
         every = call(aten.neg.default, (every,), before=distance)
+    every = call(aten.to.dtype, (every, distance.meta["val"].dtype), before=distance)
     made = {distance: call(aten.unsqueeze.default, (every, 0), before=distance)}
     for name in region:
         node = here[name]

@@ -3,7 +3,8 @@ that differ from one position on side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from attnopt.compiler.decode.split import Split, sample, where_of
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.layout import is_symbol, same_size
 from attnopt.compiler.program import Program
-from attnopt.compiler.verify import BOUND, difference
+from attnopt.compiler.verify import BOUND, RUN_ERRORS, difference
 
 
 def require_causal(program: Program, split: Split, seed: int = 0) -> None:
@@ -26,7 +27,13 @@ def require_causal(program: Program, split: Split, seed: int = 0) -> None:
         name: _changed(x, length // 2, generator) if name in split.tokens else x
         for name, x in given.items()
     }
-    with torch.no_grad():
+    if all(torch.equal(x, other[name]) for name, x in given.items() if name in split.tokens):
+        raise Problem(
+            "A703", f"whether {program.name} is causal cannot be told",
+            why="its example holds one token everywhere, and no table says which others there are",
+            help="give an example of several tokens",
+        )  # fmt: skip
+    with torch.no_grad(), running(program, length):
         twins = _Twins(program, split, length // 2, list(other.values()))
         twins.run(*given.values(), enable_io_processing=False)
 
@@ -43,6 +50,19 @@ def _changed(tokens: Tensor, at: int, generator: torch.Generator) -> Tensor:
 def is_unset(node: fx.Node) -> bool:
     """Whether a node makes memory that is not yet written to."""
     return "empty" in str(getattr(node.target, "overloadpacket", ""))
+
+
+@contextmanager
+def running(program: Program, length: int) -> Iterator[None]:
+    """Raise `Problem` A706 where a program does not run on so many tokens."""
+    try:
+        yield
+    except RUN_ERRORS as error:
+        raise Problem(
+            "A706", f"{program.name} does not run on {length} tokens",
+            why=(str(error).splitlines() or [type(error).__name__])[0],
+            help="its graph holds fast how many tokens there are",
+        ) from error  # fmt: skip
 
 
 class _Twins(fx.Interpreter):

@@ -68,11 +68,15 @@ class Decoder:
     def state(self, batch: int, capacity: int, masks: Mapping[str, Tensor] | None = None) -> State:
         """An empty state for sequences of at most `capacity` tokens.
 
-        `masks` gives the inputs of the model that say which positions are real, `[batch, n]` for
-        the first n positions; later ones are real. Raises `Problem` A704 for a capacity that the
-        model has no positions for.
+        `masks` gives the input of the model that says which positions are real, `[batch, n]` for
+        the first n positions; later ones are real (see the method `masks`).
+
+        Raises `Problem` A704 for a capacity that the model has no positions for, and A707 for a
+        mask that does not fit.
         """
-        given = {name: _extended((masks or {}).get(name), batch, capacity, self._fake(name))
+        if capacity < 1:
+            raise Problem("A704", f"a state needs room for one token at least, got {capacity}")
+        given = {name: self._extended(name, (masks or {}).get(name), batch, capacity)
                  for name in self.split.masks}  # fmt: skip
         caches = []
         for name, cache in self.caches.items():
@@ -99,7 +103,11 @@ class Decoder:
                 "A707", "the model was traced without an attention_mask and takes no padding",
                 help="give prompts of one length, or trace it with attention_mask among its inputs",
             )  # fmt: skip
-        return dict.fromkeys(self.split.masks, attention_mask)
+        real = attention_mask != 0
+        return {
+            name: torch.where(real, self.split.real, self.split.padded).to(self._fake(name).dtype)
+            for name in self.split.masks
+        }
 
     def prefill(self, state: State, *tokens: Tensor, last: bool = False) -> Tensor:
         """Read a prompt into an empty state. Raises `Problem` A704 where it is not empty."""
@@ -139,11 +147,26 @@ class Decoder:
         state.capacity, state.caches = capacity, larger.caches
         state.masks, state.tables = larger.masks, larger.tables
 
+    def pad(self, state: State, masks: Mapping[str, Tensor]) -> None:
+        """Mark positions that are still to be read as padding: the inputs of `masks` `[batch, n]`
+        for all positions so far and these."""
+        larger = {
+            name: self._extended(name, masks[name], state.batch, state.capacity)
+            for name in state.masks
+        }
+        for name, mask in larger.items():
+            if not torch.equal(mask[:, : state.length], state.masks[name][:, : state.length]):
+                raise Problem("A707", "the mask of tokens that were read has changed")
+        state.masks = larger
+        state.tables = self._make_tables(state)
+
     def reorder(self, state: State, rows: Tensor) -> None:
         """Let row i of the batch go on from row `rows[i]`, as a beam search needs."""
         state.caches = [(k[rows], v[rows]) for k, v in state.caches]
-        state.masks = {name: mask[rows] for name, mask in state.masks.items()}
-        state.tables = self._make_tables(state)
+        state.batch = len(rows)
+        if state.masks:
+            state.masks = {name: mask[rows] for name, mask in state.masks.items()}
+            state.tables = self._make_tables(state)
 
     def bytes_per_token(self) -> int:
         """Bytes of cache that a token of one sequence takes, where it is kept."""
@@ -170,7 +193,14 @@ class Decoder:
         return phase(self.program, self.split, self.caches, kind, last)  # type: ignore[arg-type]
 
     def _run(self, kind: str, state: State, tokens: Sequence[Tensor], last: bool) -> Tensor:
-        new = tokens[0].shape[1]
+        wanted = self.split.tokens
+        sizes = {tuple(x.shape[:2]) for x in tokens}
+        if len(tokens) != len(wanted) or len(sizes) != 1 or 0 in (*sizes,)[0]:
+            raise Problem("A707", f"the model reads {', '.join(wanted)}, each [batch, S]",
+                          why=f"it was given {[list(x.shape) for x in tokens]}")  # fmt: skip
+        batch, new = tokens[0].shape[:2]
+        if batch != state.batch:
+            raise Problem("A707", f"the state is of {state.batch} sequences, the tokens of {batch}")
         if state.length + new > state.capacity:
             raise Problem(
                 "A704", f"{state.length} tokens and {new} more do not fit into {state.capacity}",
@@ -205,6 +235,14 @@ class Decoder:
                 "A704", f"{self.program.name} has no positions for {state.capacity} tokens",
                 why=str(error).splitlines()[0], help="make a state of a smaller capacity",
             ) from error  # fmt: skip
+        for table, value in zip(self.split.tables, made, strict=True):
+            sizes = [value.shape[axis] for axis in (table.rows, table.keys) if axis is not None]
+            if any(size != state.capacity for size in sizes):
+                raise Problem(
+                    "A704", f"{self.program.name} has no positions for {state.capacity} tokens",
+                    why=f"`{table.node}` reaches over {min(sizes)}",
+                    help="make a state of a smaller capacity",
+                )  # fmt: skip
         return made
 
     @cached_property
@@ -217,16 +255,19 @@ class Decoder:
         shape = (state.batch, state.capacity, *map(int, fake.shape[2:]))
         return torch.zeros((), dtype=fake.dtype, device=self.device).expand(shape)
 
+    def _extended(self, name: str, mask: Tensor | None, batch: int, capacity: int) -> Tensor:
+        made = torch.full((batch, capacity), self.split.real, device=self.device)
+        made = made.to(self._fake(name).dtype)
+        if mask is not None:
+            if mask.shape[0] != batch or mask.shape[1] > capacity:
+                raise Problem("A707", f"the mask {list(mask.shape)} does not fit into a state "
+                              f"[{batch}, {capacity}]")  # fmt: skip
+            made[:, : mask.shape[1]] = mask
+        return made
+
     def _fake(self, name: str) -> Tensor:
         fake: Tensor = self.program.node(name).meta["val"]
         return fake
-
-
-def _extended(mask: Tensor | None, batch: int, capacity: int, fake: Tensor) -> Tensor:
-    made = torch.ones(batch, capacity, dtype=fake.dtype)
-    if mask is not None:
-        made[:, : mask.shape[1]] = mask
-    return made
 
 
 def derive(program: Program, slack: int = 0, check: bool = True) -> Decoder:

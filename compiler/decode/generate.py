@@ -32,8 +32,8 @@ class Generation(Sampling):
         super().__post_init__()
         for name in ("max_new_tokens", "prefill_chunk"):
             given = getattr(self, name)
-            if given is not None and given < 1:
-                raise Problem("A707", f"{name} must be at least 1, got {given}")
+            if given is not None and (not isinstance(given, int) or given < 1):
+                raise Problem("A707", f"{name} must be a whole number from 1 on, got {given!r}")
 
     @property
     def ends(self) -> list[int]:
@@ -50,7 +50,7 @@ def read(how: Mapping[str, Any]) -> Generation:
         if name not in known:
             raise Problem("A707", f"generate has no argument `{name}`",
                           help=f"it takes {', '.join(known)}")  # fmt: skip
-    return Generation(**how)
+    return Generation(**{name: value for name, value in how.items() if value is not None})
 
 
 def generate(
@@ -71,7 +71,7 @@ def stream(
     """As `generate`: gives each new column, int64 `[batch]`, as soon as it is there."""
     mask = _checked(decoder, input_ids, attention_mask)
     batch, prompt = input_ids.shape
-    capacity = prompt + how.max_new_tokens
+    capacity = prompt + how.max_new_tokens - 1  # the last token is not read
     state = decoder.state(batch, capacity, decoder.masks(mask))
     positions = mask.long().cumsum(1).sub(1).clamp(min=0)
     generator = how.generator(input_ids.device)
@@ -107,7 +107,10 @@ def _inputs(decoder: Decoder, tokens: Tensor, positions: Tensor) -> list[Tensor]
 
 def _checked(decoder: Decoder, ids: Tensor, mask: Tensor | None) -> Tensor:
     """The mask of the prompt, whole where none is given."""
-    if ids.dim() != 2 or not ids.shape[1] or ids.is_floating_point():
+    for name, given in (("input_ids", ids), ("attention_mask", mask)):
+        if given is not None and not isinstance(given, Tensor):
+            raise Problem("A707", f"{name} is a tensor, not {type(given).__name__}")
+    if ids.dim() != 2 or not ids.shape[1] or ids.dtype not in (torch.int64, torch.int32):
         raise Problem("A707", f"input_ids are whole numbers [batch, prompt], got {ids.dtype} "
                       f"{list(ids.shape)}")  # fmt: skip
     others = [n for n in decoder.split.tokens if "position" not in n]

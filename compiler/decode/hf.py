@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attnopt.compiler.decode.decoder import Decoder, State
+from attnopt.compiler.errors import Problem
 from attnopt.compiler.intake.hf_config import require_transformers
 
 ROOM = 256  # tokens that a state has room for beyond the prompt; it doubles when they are used up
@@ -52,16 +53,25 @@ class Past:
         """Read new tokens int64 `[batch, S]`; `mask` `[batch, n]` reaches over those before too."""
         decoder = self.decoder
         if self.state is None:
-            capacity = ids.shape[1] + ROOM
-            self.state = decoder.state(ids.shape[0], capacity, decoder.masks(mask))
+            rows, prompt = ids.shape
+            given = decoder.masks(mask)
+            try:
+                self.state = decoder.state(rows, prompt + ROOM, given)
+            except Problem:  # the model has no positions for so many
+                self.state = decoder.state(rows, prompt, given)
         needed = self.state.length + ids.shape[1]
         if needed > self.state.capacity:
-            decoder.grow(self.state, max(needed, 2 * self.state.capacity))
+            try:
+                decoder.grow(self.state, 2 * needed)
+            except Problem:
+                decoder.grow(self.state, needed)
+        if mask is not None and not bool(mask[:, self.state.length : needed].all()):
+            decoder.pad(self.state, decoder.masks(mask[:, :needed]))
         if positions is None:
             at = torch.arange(self.state.length, needed, device=ids.device)
             positions = at.expand(ids.shape)
-        given = [positions if "position" in name else ids for name in decoder.split.tokens]
-        return decoder.step(self.state, *given, last=last)
+        read = [positions if "position" in name else ids for name in decoder.split.tokens]
+        return decoder.step(self.state, *read, last=last)
 
 
 def as_transformers(decoder: Decoder, config: Any) -> Any:
@@ -121,4 +131,10 @@ def as_transformers(decoder: Decoder, config: Any) -> Any:
 def _config(transformers: Any, config: Any) -> Any:
     if isinstance(config, transformers.PretrainedConfig):
         return config
-    return transformers.AutoConfig.from_pretrained(config, local_files_only=True)
+    try:
+        return transformers.AutoConfig.from_pretrained(config, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise Problem(
+            "A707", f"no configuration of transformers in {config}",
+            why=str(error).splitlines()[0], help="give the folder of the original model",
+        ) from error  # fmt: skip

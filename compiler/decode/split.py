@@ -14,10 +14,12 @@ from attnopt.compiler.layout import is_symbol, same_size
 from attnopt.compiler.ops import ATTENTION
 from attnopt.compiler.program import Program
 from attnopt.compiler.raising.evaluate import example_input, resized
+from attnopt.compiler.spec import parse_spec
 from attnopt.compiler.stack import own
+from attnopt.compiler.verify import padding_input
 
 aten = torch.ops.aten
-SHORTEST, LONGEST = 12, 256  # tokens that a derived decoder is tried on
+SHORTEST, USUAL, LONGEST = 4, 12, 256  # tokens that a derived decoder is tried on
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,16 @@ class Table:
 
 @dataclass(frozen=True)
 class Split:
-    """`tokens` are the inputs `[batch, seq, ...]` that come token by token, `masks` those that say
-    which positions are real; `batch` and `seq` the symbols of these axes, `logits` the output node
+    """`tokens` are the inputs `[batch, seq, ...]` that come token by token, `masks` the one
+    `[batch, seq]`, if any, that says which positions are `real` and which `padded`, by these
+    values; `batch` and `seq` the symbols of the axes, `logits` the output node
     `[batch, seq, vocabulary]`. `moving` are the nodes that depend on the tokens.
     """
 
     tokens: tuple[str, ...]
     masks: tuple[str, ...]
+    real: Any
+    padded: Any
     batch: Any
     seq: Any
     logits: str
@@ -66,27 +71,49 @@ def split(program: Program) -> Split:
         raise Problem("A701", f"{program.name} has no attention, so there is nothing to cache")
     tokens, masks = _inputs(program)
     batch, seq = _axes(program, tokens)
+    real, padded = _values(program, masks, batch, seq)
     moving = _moving(program, tokens)
     return Split(
-        tuple(node.name for node in tokens), tuple(node.name for node in masks), batch, seq,
+        tuple(node.name for node in tokens), tuple(node.name for node in masks), real, padded,
+        batch, seq,
         _logits(program, batch, seq, moving), frozenset(node.name for node in moving),
         _tables(program, moving, seq),
     )  # fmt: skip
 
 
 def sample(program: Program, parts: Split, dtype: torch.dtype | None = None) -> dict[str, Any]:
-    """A few rows of the example by name of input, long enough to be read in parts, in a dtype."""
+    """A few rows like the example's by name of input, of random tokens and without padding, long
+    enough to be read in parts, in a dtype."""
     found: dict[str, Any] = {}
     for node in program.graph.find_nodes(op="placeholder"):
         value = example_input(program, node)
         if isinstance(value, Tensor) and node.name in (*parts.tokens, *parts.masks):
             rows = min(len(value), 2) if is_symbol(parts.batch) else len(value)
-            length = min(max(value.shape[1], SHORTEST), LONGEST)
+            length = min(value.shape[1] if value.shape[1] >= SHORTEST else USUAL, LONGEST)
             value = resized(value, [rows, length, *value.shape[2:]])
+            if node.name in parts.masks:
+                value = torch.full_like(value, parts.real)
+            elif "position" not in node.name:
+                value = _drawn(program, node, value)
         if isinstance(value, Tensor) and dtype is not None and value.is_floating_point():
             value = value.to(dtype)
         found[node.name] = value
     return found
+
+
+def _drawn(program: Program, node: fx.Node, value: Tensor) -> Tensor:
+    """Random tokens of a shape: rows of the tables that the input looks up, or normal numbers."""
+    generator = torch.Generator().manual_seed(0)
+    if value.is_floating_point():
+        return torch.randn(value.shape, generator=generator).to(value.dtype)
+    looked_up = [
+        user.args[0] for user in node.users
+        if user.target is aten.embedding.default and user.args[1] is node
+    ]  # fmt: skip
+    rows = [table.meta["val"].shape[0] for table in looked_up if isinstance(table, fx.Node)]
+    if not rows:
+        return value
+    return torch.randint(0, min(map(int, rows)), value.shape, generator=generator).to(value.dtype)
 
 
 def _inputs(program: Program) -> tuple[list[fx.Node], list[fx.Node]]:
@@ -121,6 +148,31 @@ def _axes(program: Program, tokens: list[fx.Node]) -> tuple[Any, Any]:
                 why="a cache is derived for models that read one",
             )  # fmt: skip
     return batch, seq
+
+
+def _values(program: Program, masks: list[fx.Node], batch: Any, seq: Any) -> tuple[Any, Any]:
+    """The values by which the input of the masks tells real positions from padding."""
+    if not masks:
+        return 1, 0
+    found = padding_input(program)
+    for node in masks:
+        value = node.meta["val"]
+        known = found is not None and found[0].name == node.name
+        if not known or value.is_floating_point() or value.dim() != 2:
+            raise Problem(
+                "A702", f"what the input `{node.name}` says of the tokens is not known",
+                why=f"it is {value.dtype} {list(value.shape)}, and not shown to tell real "
+                "positions [batch, seq] from padding",
+            )  # fmt: skip
+        if not _begins(node, batch, seq):
+            raise Problem("A702", f"the input `{node.name}` is not as long as the tokens")
+    assert found is not None
+    test = found[1]
+    samples = torch.tensor([1, 0, test.value, test.value + 1]).to(masks[0].meta["val"].dtype)
+    says = getattr(torch, test.op)(samples, test.value)
+    if says.all() or not says.any():
+        raise Problem("A702", f"the input `{masks[0].name}` tells no position from another")
+    return samples[says][0].item(), samples[~says][0].item()
 
 
 def _begins(node: fx.Node, batch: Any, seq: Any) -> bool:
@@ -197,7 +249,9 @@ def _table(user: fx.Node, source: fx.Node, seq: Any) -> Table | None:
     shape = source.meta["val"].shape
     if user.target is ATTENTION:
         # What its axes mean is known, whatever their sizes are written as.
-        if len(shape) == 2:  # padding [batch, keys]
+        names = parse_spec(str(user.args[4])).extras
+        extras = cast(list[fx.Node], user.args[3])
+        if source in extras and names[extras.index(source)] == "padding":  # [batch, keys]
             return Table(source.name, None, 1)
         along = [axis for axis, size in enumerate(shape) if size != 1]
         rows, keys = len(shape) - 2, len(shape) - 1

@@ -36,7 +36,7 @@ def test_it_is_the_reference(
     spec = AttentionSpec(heads, kv_heads, 8, v_dim, 0.3, CAUSAL, extras=("bias",))
     q, k, v = operands(spec, 33, dtype)
     bias = torch.randn(shape, dtype=dtype)
-    assert takes(spec, bias)
+    assert takes(spec, q, bias)
     assert_close(column(q, k, v, [bias], spec), attend.reference(q, k, v, [bias], spec))
 
 
@@ -52,13 +52,14 @@ def test_it_is_the_reference(
 def test_what_it_cannot_do_runs_as_before(spec: AttentionSpec, shape: tuple[int, ...]) -> None:
     q, k, v = operands(spec, 12, torch.float64)
     bias = torch.randn(shape, dtype=torch.float64)
-    assert not takes(spec, bias)
+    assert not takes(spec, q, bias)
     assert_close(column(q, k, v, [bias], spec), attend.reference(q, k, v, [bias], spec))
 
 
 def test_half_precision_is_left_alone() -> None:
     spec = AttentionSpec(4, 4, 8, 8, 0.3, CAUSAL, extras=("bias",))
-    assert not takes(spec, torch.zeros(4, 1, 12, dtype=torch.float16))
+    q = torch.zeros(1, 4, 12, 8, dtype=torch.float16)
+    assert not takes(spec, q, torch.zeros(4, 1, 12))
 
 
 class Biased(nn.Module):

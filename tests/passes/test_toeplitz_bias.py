@@ -40,6 +40,9 @@ class Biased(nn.Module):
         far = at[None, :] - at[:, None]
         if self.kind == "query minus key":
             far = at[:, None] - at[None, :]
+        if self.kind == "narrow":
+            at = at.to(torch.int8)
+            far = (at[None, :] - at[:, None]).long()
         if self.kind == "doubled":
             far = 2 * at[None, :] - at[:, None]
         if self.kind == "shifted":
@@ -86,6 +89,7 @@ def test_the_bias_is_the_same_bit_for_bit(kind: str, length: int) -> None:
     ("kind", "reason"),
     [
         ("doubled", "not made of arange"),
+        ("narrow", "not made of arange"),
         ("shifted", "not made of arange"),
         ("position added", "each distance alone"),
         ("summed", "each distance alone"),

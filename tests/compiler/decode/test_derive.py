@@ -186,12 +186,18 @@ class Small(nn.Module):
         super().__init__()
         self.mix = mix
         self.embed = nn.Embedding(50, 32)
+        self.register_buffer("positions", torch.randn(20, 32))
         self.qkv, self.out, self.head = nn.Linear(32, 96), nn.Linear(32, 32), nn.Linear(32, 50)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x = self.embed(input_ids)
         if self.mix == "mean":
             x = x + x.mean(1, keepdim=True)
+        if self.mix == "length":
+            at = torch.arange(x.shape[1])
+            x = x + torch.sin(6 * at / x.shape[1])[:, None]
+        if self.mix == "table":
+            x = x + self.positions[: x.shape[1]]
         if self.mix == "cumsum":
             x = x + x.cumsum(1)
         shape = (*x.shape[:2], 3, 4, 8)
@@ -210,6 +216,7 @@ class Small(nn.Module):
         ("both ways", "A703", "attention_default"),
         ("mean", "A703", "mean"),
         ("cumsum", "A706", "cumsum"),
+        ("length", "A706", "add"),
         ("head", "A701", "no logits"),
     ],
 )
@@ -249,3 +256,72 @@ def test_more_tokens_than_positions() -> None:
     decoder = derive(zoo("GPT-2"), check=False)
     with pytest.raises(Problem, match="no positions for 1000 tokens"):
         decoder.state(1, 1000)
+
+
+def test_an_example_of_equal_tokens_hides_nothing() -> None:
+    program = traced(Small("both ways"), input_ids=torch.ones(2, 12, dtype=torch.int64))
+    with pytest.raises(Problem) as caught:
+        derive(program)
+    assert caught.value.code == "A703"
+
+
+def test_a_table_of_fewer_positions() -> None:
+    decoder = derive(traced(Small("table"), input_ids=torch.randint(0, 50, (2, 12))))
+    assert decoder.state(1, 20).capacity == 20
+    with pytest.raises(Problem, match="no positions for 21 tokens"):
+        decoder.state(1, 21)
+
+
+class Masked(nn.Module):
+    """One causal attention with a mask `[batch, seq]` that is True at padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.small = Small("")
+
+    def forward(self, input_ids: Tensor, key_padding_mask: Tensor) -> Tensor:
+        x = self.small.embed(input_ids)
+        q, k, v = self.small.qkv(x).view(*x.shape[:2], 3, 4, 8).permute(2, 0, 3, 1, 4)
+        keep = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+        keep = keep & ~key_padding_mask[:, None, None, :]
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=keep)
+        return self.small.head(x + self.small.out(y.transpose(1, 2).reshape(x.shape)))
+
+
+def test_a_mask_that_is_true_at_padding() -> None:
+    ids = torch.randint(0, 50, (2, 12))
+    hidden = torch.zeros(2, 12, dtype=torch.bool)
+    hidden[0, :3] = True
+    program = traced(Masked(), input_ids=ids, key_padding_mask=hidden)
+    decoder = derive(program)
+    state = decoder.state(2, 12, decoder.masks((~hidden[:, :8]).long()))
+    made = [decoder.prefill(state, ids[:, :8])]
+    made += [decoder.step(state, ids[:, at : at + 1]) for at in range(8, 12)]
+    with torch.no_grad():
+        expected = program(input_ids=ids, key_padding_mask=hidden)
+    assert_close(torch.cat(made, 1)[~hidden], expected[~hidden])
+
+
+def test_a_mask_of_another_kind_is_refused() -> None:
+    class Additive(Masked):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            x = self.small.embed(input_ids)
+            q, k, v = self.small.qkv(x).view(*x.shape[:2], 3, 4, 8).permute(2, 0, 3, 1, 4)
+            y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
+            return self.small.head(x + self.small.out(y.transpose(1, 2).reshape(x.shape)))
+
+    causal = torch.full((12, 12), float("-inf")).triu(1).expand(2, 1, 12, 12).contiguous()
+    program = traced(Additive(), input_ids=torch.randint(0, 50, (2, 12)), attention_mask=causal)
+    with pytest.raises(Problem) as caught:
+        derive(program)
+    assert caught.value.code in ("A701", "A702")
+
+
+def test_tokens_that_do_not_fit_the_state() -> None:
+    decoder = derive(zoo("Llama"), check=False)
+    state = decoder.state(2, 8)
+    for tokens in ((torch.ones(1, 3).long(),), (), (torch.ones(2, 0).long(),)):
+        with pytest.raises(Problem) as caught:
+            decoder.prefill(state, *tokens)
+        assert caught.value.code == "A707"
+    assert state.length == 0
