@@ -37,6 +37,7 @@ def made() -> Any:
         {"do_sample": True, "top_k": 7},
         {"do_sample": False, "num_return_sequences": 2, "num_beams": 2},
         {"do_sample": False, "use_cache": False},
+        {"do_sample": False, "prefill_chunk_size": 3},
     ],
 )
 def test_generate_gives_the_tokens_of_the_model(how: dict[str, Any]) -> None:
