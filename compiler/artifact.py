@@ -31,7 +31,7 @@ from attnopt.compiler.errors import Problem
 from attnopt.compiler.folder import check_writable, work_folder, write
 from attnopt.compiler.intake.export_model import load_export
 from attnopt.compiler.intake.loaded import Loaded
-from attnopt.compiler.optimized import Optimized
+from attnopt.compiler.optimized import DECODE, Optimized
 from attnopt.compiler.plan import Plan
 from attnopt.compiler.program import Batch, Program
 from attnopt.compiler.signature import Signature
@@ -51,7 +51,6 @@ __all__ = [
 ]
 
 MODEL, PLAN, REPORT, CALIBRATION = "model.pt2", "plan.json", "report.json", "calibration.pt"
-DECODE = "decode.pt2"
 _OPS = ("attnopt.compiler.ops", "attnopt.compiler.packed_ops")
 
 

@@ -3,13 +3,12 @@ that masks are filled with."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, fx
 
+from attnopt.compiler.packing import ancestors
 from attnopt.compiler.program import Program
 from attnopt.compiler.raising.evaluate import Evaluator, Unknown
 
-aten = torch.ops.aten
 MODERATE, PRODUCTS = 1e4, 4  # of a constant; of factors, sums along an axis included
 _MOVES = (
     "alias contiguous clone detach expand flatten movedim narrow permute repeat repeat_interleave "
@@ -33,7 +32,7 @@ def moderate(program: Program, node: fx.Node) -> bool:
         if at in seen or not isinstance(at.meta.get("val"), Tensor):
             continue
         seen.add(at)
-        if _constant(at):
+        if all(n.op != "placeholder" for n in ancestors([at])):  # of no input and no size
             try:
                 value = evaluate(at)
             except Unknown:
@@ -59,14 +58,3 @@ def _factors(node: fx.Node) -> list[float]:
     if not str(node.target).startswith(_SCALED):
         return []
     return [x for x in (*node.args, *node.kwargs.values()) if isinstance(x, (int, float))]
-
-
-def _constant(node: fx.Node) -> bool:
-    """Whether no input and no size goes into a value."""
-    stack = [node]
-    while stack:
-        at = stack.pop()
-        if at.op == "placeholder":
-            return False
-        stack += at.all_input_nodes
-    return True

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from attnopt.compiler.decode.decoder import Decoder
 
 
+DECODE = "decode.pt2"  # beside the model of a run; see `attnopt.compiler.decode.stored`
+
+
 class Outputs(dict[Any, Any]):
     """A model's outputs by name, readable as attributes (`out.logits`) and by position
     (`out[0]`).
@@ -83,7 +86,7 @@ class Optimized:
         """
         from attnopt.compiler.decode.stored import restored
 
-        path = self.folder / "decode.pt2"
+        path = self.folder / DECODE
         if not path.is_file():
             told = self._plan.get("decode") or {}
             raise Problem(
@@ -116,8 +119,8 @@ class Optimized:
         return stream(self.decoder, input_ids, read(how), attention_mask)
 
     def as_transformers(self, config: Any) -> Any:
-        """The decoder as a `PreTrainedModel`: transformers' `generate()`, its pipelines and
-        evaluation harnesses run it.
+        """The decoder as a `PreTrainedModel`: transformers' `generate()` and its pipelines run
+        it.
 
         `config` is the original model's folder or its `PretrainedConfig`. Raises `Problem` A115
         without transformers, and A708 as `decoder` does.

@@ -176,7 +176,7 @@ def variations(program: Program, dtype: torch.dtype | None = None) -> Iterator[B
             yield _batch(leaves, tree)
             continue
         at, test = order.index(padding[0]), padding[1]
-        for mask in (leaves[at], *(padded(leaves[at], test) if i == 0 else ())):
+        for mask in (leaves[at], *(_padded(leaves[at], test) if i == 0 else ())):
             leaves[at] = mask
             yield _batch(leaves, tree, _real(mask, test))
 
@@ -246,7 +246,7 @@ def _in_call_order(program: Program, nodes: list[Any]) -> list[Any]:
     return [by_name[name] for name in program.example.kwargs]
 
 
-def padded(mask: Tensor, test: Test) -> Iterator[Tensor]:
+def _padded(mask: Tensor, test: Test) -> Iterator[Tensor]:
     """The padding input with the rows cut to different lengths, padded on the right and on the
     left."""
     samples = torch.tensor([0, 1, test.value, test.value + 1]).to(mask.dtype)

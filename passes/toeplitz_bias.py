@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from attnopt.compiler.contract import Edit, Exactness, Miss, Notes, Pass
 from attnopt.compiler.layout import same_size
+from attnopt.compiler.packing import ancestors
 from attnopt.compiler.program import Program
 from attnopt.compiler.site import Site
 
@@ -61,7 +62,7 @@ class ToeplitzBias(Pass):
         if "bias" not in spec.extras:
             return Miss("it has no bias", at=target.node)
         bias = cast(list[fx.Node], node.args[3])[spec.extras.index("bias")]
-        if any(n.target is aten.as_strided.default for n in _above(bias)):
+        if any(n.target is aten.as_strided.default for n in ancestors([bias])):
             return Miss("it reads a bias that was rewritten at another attention", at=bias.name)
         found = _distance(bias)
         if found is None:
@@ -78,25 +79,14 @@ class ToeplitzBias(Pass):
 
 def _distance(bias: fx.Node) -> _Distance | None:
     """The one node of distances that a bias is made of."""
-    seen, stack, found = set[fx.Node](), [bias], list[_Distance]()
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        here = _as_distance(node)
-        if here is not None:
-            found.append(here)
-        else:
-            stack += node.all_input_nodes
+    found = [made for node in ancestors([bias]) if (made := _as_distance(node)) is not None]
     return found[0] if len(found) == 1 else None
 
 
 def _as_distance(node: fx.Node) -> _Distance | None:
-    if (
-        node.target not in (aten.sub.Tensor, aten.subtract.Tensor)
-        or node.kwargs.get("alpha", 1) != 1
-    ):
+    if node.target not in (aten.sub.Tensor, aten.subtract.Tensor):
+        return None
+    if node.kwargs.get("alpha", 1) != 1:
         return None
     a, b = node.args[:2]
     value = node.meta.get("val")
@@ -130,7 +120,7 @@ def _region(found: _Distance, bias: fx.Node) -> list[fx.Node] | Miss:
     """The nodes from the distances to the bias, in order, with queries and keys on the bias' last
     two axes."""
     axes = {found.node: (0, 1)}
-    feeds = _above(bias)
+    feeds = ancestors([bias])
     region = list[fx.Node]()
     for node in bias.graph.nodes:
         if node not in feeds or not any(n in axes for n in node.all_input_nodes):
@@ -149,16 +139,6 @@ def _region(found: _Distance, bias: fx.Node) -> list[fx.Node] | Miss:
     if axes.get(bias) != (rank - 2, rank - 1):
         return Miss("queries and keys are not the last two axes of its bias", at=bias.name)
     return region
-
-
-def _above(node: fx.Node) -> set[fx.Node]:
-    found, stack = set[fx.Node](), [node]
-    while stack:
-        at = stack.pop()
-        if at not in found:
-            found.add(at)
-            stack += at.all_input_nodes
-    return found
 
 
 def _axes(node: fx.Node, axes: dict[fx.Node, tuple[int, int]]) -> tuple[int, int] | None:
@@ -223,5 +203,8 @@ def _write(program: Program, found: _Distance, region: list[str], bias: str) -> 
     view = (flat, [rows, length, length], [width, 1, 1])
     parts = call(aten.as_strided.default, view, before=old)
     whole = call(aten.flip.default, (parts, [1]), before=old)
-    whole = call(aten.unflatten.int, (whole, 0, [*leading]), before=old) if leading else whole
-    old.replace_all_uses_with(whole)
+    if leading:
+        shaped = call(aten.unflatten.int, (whole, 0, leading), before=old)
+    else:
+        shaped = call(aten.select.int, (whole, 0, 0), before=old)
+    old.replace_all_uses_with(shaped)

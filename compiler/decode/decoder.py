@@ -194,13 +194,13 @@ class Decoder:
 
     def _run(self, kind: str, state: State, tokens: Sequence[Tensor], last: bool) -> Tensor:
         wanted = self.split.tokens
-        sizes = {tuple(x.shape[:2]) for x in tokens}
-        if len(tokens) != len(wanted) or len(sizes) != 1 or 0 in (*sizes,)[0]:
-            raise Problem("A707", f"the model reads {', '.join(wanted)}, each [batch, S]",
-                          why=f"it was given {[list(x.shape) for x in tokens]}")  # fmt: skip
-        batch, new = tokens[0].shape[:2]
-        if batch != state.batch:
-            raise Problem("A707", f"the state is of {state.batch} sequences, the tokens of {batch}")
+        new = tokens[0].shape[1] if tokens else 0
+        fits = all(x.shape[:2] == (state.batch, new) for x in tokens)
+        if len(tokens) != len(wanted) or not new or not fits:
+            raise Problem(
+                "A707", f"the state of {state.batch} sequences reads {', '.join(wanted)}, each "
+                "[batch, S]", why=f"it was given {[list(x.shape) for x in tokens]}",
+            )  # fmt: skip
         if state.length + new > state.capacity:
             raise Problem(
                 "A704", f"{state.length} tokens and {new} more do not fit into {state.capacity}",

@@ -11,16 +11,9 @@ from torch import Tensor, fx
 
 from attnopt.compiler.decode.causal import is_unset, running
 from attnopt.compiler.decode.decoder import Decoder, State
-from attnopt.compiler.decode.split import sample, where_of
+from attnopt.compiler.decode.split import sample, token_axes, where_of
 from attnopt.compiler.errors import Problem
-from attnopt.compiler.layout import same_size
-from attnopt.compiler.verify import (
-    BOUND,
-    LIMITS,
-    difference,
-    own_dtype,
-    widened,
-)
+from attnopt.compiler.verify import BOUND, LIMITS, difference, own_dtype, widened
 
 STEPS = 6  # tokens that are read one by one at the end
 
@@ -75,7 +68,7 @@ def _culprit(decoder: Decoder, given: Mapping[str, Any], start: int, end: int) -
         node.name: axes[0]
         for node in program.graph.nodes
         if node.name in parts.moving and node.op == "call_function" and not is_unset(node)
-        if len(axes := _axes(node, parts.seq)) == 1
+        if len(axes := token_axes(node, parts.seq)) == 1
     }
     whole = _values(decoder, list(along), given)
     tokens = [given[name] for name in parts.tokens]
@@ -116,12 +109,6 @@ class _Seen(fx.Interpreter):
         if name in self.wanted:
             self.found[name] = value
         return value
-
-
-def _axes(node: fx.Node, seq: Any) -> list[int]:
-    fake = node.meta.get("val")
-    shape = fake.shape if isinstance(fake, Tensor) else ()
-    return [axis for axis, size in enumerate(shape) if same_size(size, seq)]
 
 
 def _widened(decoder: Decoder) -> Decoder:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attnopt.compiler.decode.decoder import Decoder, State
 from attnopt.compiler.decode.sampling import Sampling
+from attnopt.compiler.decode.split import vocabulary
 from attnopt.compiler.errors import Problem
 
 
@@ -40,7 +41,8 @@ class Generation(Sampling):
         """The tokens that end a row."""
         if self.eos_token_id is None:
             return []
-        return [self.eos_token_id] if isinstance(self.eos_token_id, int) else [*self.eos_token_id]
+        found: list[int] = torch.as_tensor(self.eos_token_id).reshape(-1).tolist()
+        return found
 
 
 def read(how: Mapping[str, Any]) -> Generation:
@@ -118,6 +120,13 @@ def _checked(decoder: Decoder, ids: Tensor, mask: Tensor | None) -> Tensor:
         raise Problem(
             "A707", f"the model reads more than tokens: {', '.join(others)}",
             help="call prefill and step of the decoder with all of them",
+        )  # fmt: skip
+    known = vocabulary(decoder.program.node(others[0]))
+    if known is not None and not (int(ids.min()) >= 0 and int(ids.max()) < known):
+        raise Problem(
+            "A707", f"input_ids hold {int(ids.min())} to {int(ids.max())}",
+            why=f"the model knows the tokens 0 to {known - 1}",
+            help="were they made by the tokenizer of another model?",
         )  # fmt: skip
     if mask is None:
         return torch.ones_like(ids)

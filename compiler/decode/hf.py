@@ -1,5 +1,5 @@
-"""A derived decoder as a model of transformers, so that its `generate()`, pipelines and evaluation
-harnesses run it unchanged."""
+"""A derived decoder as a model of transformers, so that its `generate()` and its pipelines run
+it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from attnopt.compiler.errors import Problem
 from attnopt.compiler.intake.hf_config import require_transformers
 
 ROOM = 256  # tokens that a state has room for beyond the prompt; it doubles when they are used up
+
+_MISSING = ("labels", "inputs_embeds", "output_hidden_states", "output_attentions")
 
 
 class Past:
@@ -54,7 +56,7 @@ class Past:
         decoder = self.decoder
         if self.state is None:
             rows, prompt = ids.shape
-            given = decoder.masks(mask)
+            given = decoder.masks(None if mask is None else mask[:, :prompt])
             try:
                 self.state = decoder.state(rows, prompt + ROOM, given)
             except Problem:  # the model has no positions for so many
@@ -107,10 +109,16 @@ def as_transformers(decoder: Decoder, config: Any) -> Any:
             past_key_values: Past | None = None,
             use_cache: bool | None = None,
             logits_to_keep: int = 0,
-            **_: Any,
+            **more: Any,
         ) -> CausalLMOutputWithPast:
             """Logits `[batch, S, vocabulary]`, or those of the last position where
-            `logits_to_keep` is 1, and the tokens read so far."""
+            `logits_to_keep` is 1, and the tokens read so far. Raises `Problem` A707 where losses,
+            hidden states or attentions are asked for, or another cache is given."""
+            asked = [name for name in _MISSING if more.get(name) not in (None, False)]
+            if asked or not isinstance(past_key_values, Past | None):
+                what = ", ".join(asked) or type(past_key_values).__name__
+                raise Problem("A707", f"the decoder has no use for {what}",
+                              help="it gives logits, from tokens and its own cache")  # fmt: skip
             past = past_key_values or Past(decoder)
             logits = past.read(input_ids, attention_mask, position_ids, logits_to_keep == 1)
             return CausalLMOutputWithPast(

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.layout import is_symbol, same_size
 from attnopt.compiler.ops import ATTENTION
+from attnopt.compiler.pack_graph import placeholder_dim
 from attnopt.compiler.program import Program
 from attnopt.compiler.raising.evaluate import example_input, resized
 from attnopt.compiler.spec import parse_spec
@@ -94,26 +95,22 @@ def sample(program: Program, parts: Split, dtype: torch.dtype | None = None) -> 
             if node.name in parts.masks:
                 value = torch.full_like(value, parts.real)
             elif "position" not in node.name:
-                value = _drawn(program, node, value)
+                value = _drawn(node, value)
         if isinstance(value, Tensor) and dtype is not None and value.is_floating_point():
             value = value.to(dtype)
         found[node.name] = value
     return found
 
 
-def _drawn(program: Program, node: fx.Node, value: Tensor) -> Tensor:
+def _drawn(node: fx.Node, value: Tensor) -> Tensor:
     """Random tokens of a shape: rows of the tables that the input looks up, or normal numbers."""
     generator = torch.Generator().manual_seed(0)
     if value.is_floating_point():
         return torch.randn(value.shape, generator=generator).to(value.dtype)
-    looked_up = [
-        user.args[0] for user in node.users
-        if user.target is aten.embedding.default and user.args[1] is node
-    ]  # fmt: skip
-    rows = [table.meta["val"].shape[0] for table in looked_up if isinstance(table, fx.Node)]
-    if not rows:
+    rows = vocabulary(node)
+    if rows is None:
         return value
-    return torch.randint(0, min(map(int, rows)), value.shape, generator=generator).to(value.dtype)
+    return torch.randint(0, rows, value.shape, generator=generator).to(value.dtype)
 
 
 def _inputs(program: Program) -> tuple[list[fx.Node], list[fx.Node]]:
@@ -193,9 +190,13 @@ def _moving(program: Program, tokens: list[fx.Node]) -> set[fx.Node]:
 
 
 def merged(program: Program) -> Program:
-    """The program with what does not depend on tokens computed once, however often it is written:
-    each layer may work out its own positions."""
+    """The program with what does not depend on tokens computed once, however often it is written
+    (each layer may work out its own positions), and with sizes read off the inputs."""
     made = program.copy()
+    for node in made.graph.find_nodes(op="call_function", target=aten.sym_size.int):
+        held = placeholder_dim(made.graph, node.meta["val"])
+        if held is not None:
+            node.args = held
     moving = _moving(made, _inputs(made)[0])
     seen: dict[str, fx.Node] = {}
     for node in list(made.graph.nodes):
@@ -258,7 +259,7 @@ def _table(user: fx.Node, source: fx.Node, seq: Any) -> Table | None:
         made = Table(source.name, rows if rows in along else None, keys if keys in along else None)
         return None if made.rows is made.keys is None else made
     # An axis of batch and sequence together counts new tokens, not positions.
-    along = [axis for axis, size in enumerate(shape) if same_size(size, seq)]
+    along = token_axes(source, seq)
     if len(along) > 1:
         raise Problem(
             "A702", f"`{user.name}` reads `{source.name}`, which relates positions",
@@ -284,5 +285,24 @@ def _check_attention(attention: fx.Node, moving: set[fx.Node], seq: Any) -> None
             )  # fmt: skip
 
 
+def token_axes(node: fx.Node, seq: Any) -> list[int]:
+    """The axes of a value that run along the tokens."""
+    fake = node.meta.get("val")
+    shape = fake.shape if isinstance(fake, Tensor) else ()
+    return [axis for axis, size in enumerate(shape) if same_size(size, seq)]
+
+
+def vocabulary(node: fx.Node) -> int | None:
+    """How many rows the tables have that an input of tokens looks up; None where there are none."""
+    tables = [
+        user.args[0] for user in node.users
+        if user.target is aten.embedding.default and user.args[1] is node
+    ]  # fmt: skip
+    return min(
+        (int(t.meta["val"].shape[0]) for t in tables if isinstance(t, fx.Node)), default=None
+    )
+
+
 def where_of(node: fx.Node) -> str:
+    """The source line that made a node, or its name."""
     return str(own(node) or node.name)

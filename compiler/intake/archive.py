@@ -31,6 +31,7 @@ def open_archive(source: Path | BinaryIO, size: int, where: str) -> zipfile.ZipF
     try:
         _check_end(source, size)
         archive = zipfile.ZipFile(source)
+    # zipfile raises NotImplementedError for a directory of a later version
     except (zipfile.BadZipFile, struct.error, ValueError, EOFError, NotImplementedError) as error:
         raise Problem(
             "A103",
@@ -67,7 +68,7 @@ def read_entry(archive: zipfile.ZipFile, name: str, where: str) -> bytes:
     """The bytes of one entry. Raises `Problem` A103 where its checksum or its length is wrong."""
     try:
         return archive.read(name)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise Problem(
             "A103",
             f"entry {name} of the archive is damaged",

@@ -22,7 +22,6 @@ _RUN_ERRORS = (
     AssertionError,
     KeyError,
     AttributeError,
-    NotImplementedError,
 )
 
 

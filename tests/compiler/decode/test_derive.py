@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from attnopt.compiler.decode import Decoder, derive
 from attnopt.compiler.decode.caches import Ring
+from attnopt.compiler.decode.decoder import State
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.intake.loaded import Loaded
 from attnopt.compiler.program import Program
@@ -56,6 +57,11 @@ def whole(program: Program, decoder: Decoder, *inputs: Tensor) -> Tensor:
     return next(x for x in pytree.tree_leaves(out) if isinstance(x, Tensor))
 
 
+def singly(decoder: Decoder, state: State, ids: Tensor) -> list[Tensor]:
+    """The logits of the tokens that the state has not read yet, one by one."""
+    return [decoder.step(state, ids[:, at : at + 1]) for at in range(state.length, ids.shape[1])]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_steps_give_what_the_whole_gives(name: str) -> None:
     program = zoo(name)
@@ -65,9 +71,7 @@ def test_steps_give_what_the_whole_gives(name: str) -> None:
     masks = [torch.ones_like(ids) for _ in decoder.split.masks]
     expected = whole(program, decoder, ids, *masks)
     state = decoder.state(2, ids.shape[1])
-    actual = [decoder.prefill(state, ids[:, :prompt])]
-    actual += [decoder.step(state, ids[:, at : at + 1]) for at in range(prompt, ids.shape[1])]
-    found = torch.cat(actual, 1)
+    found = torch.cat([decoder.prefill(state, ids[:, :prompt]), *singly(decoder, state, ids)], 1)
 
     assert_close(found.float(), expected.float())
     assert torch.equal(found.argmax(-1), expected.argmax(-1))
@@ -93,8 +97,7 @@ def test_left_padding() -> None:
     keep = torch.ones_like(ids)
     keep[0, :5], keep[2, :1] = 0, 0
     state = decoder.state(3, 16, {decoder.split.masks[0]: keep[:, :10]})
-    made = [decoder.prefill(state, ids[:, :10])]
-    made += [decoder.step(state, ids[:, at : at + 1]) for at in range(10, 16)]
+    made = [decoder.prefill(state, ids[:, :10]), *singly(decoder, state, ids)]
     expected = whole(program, decoder, ids, keep)
     real = keep.bool()
     assert_close(torch.cat(made, 1)[real], expected[real])
@@ -110,7 +113,7 @@ def test_taking_tokens_back(name: str) -> None:
     decoder.step(state, other[:, 10:14])
     decoder.rewind(state, 10)
     joined = torch.cat((other[:, :10], ids[:, 10:]), 1)
-    made = [decoder.step(state, joined[:, at : at + 1]) for at in range(10, 20)]
+    made = singly(decoder, state, joined)
     expected = whole(program, decoder, joined)[:, 10:]
     assert_close(torch.cat(made, 1), expected)
 
@@ -295,8 +298,7 @@ def test_a_mask_that_is_true_at_padding() -> None:
     program = traced(Masked(), input_ids=ids, key_padding_mask=hidden)
     decoder = derive(program)
     state = decoder.state(2, 12, decoder.masks((~hidden[:, :8]).long()))
-    made = [decoder.prefill(state, ids[:, :8])]
-    made += [decoder.step(state, ids[:, at : at + 1]) for at in range(8, 12)]
+    made = [decoder.prefill(state, ids[:, :8]), *singly(decoder, state, ids)]
     with torch.no_grad():
         expected = program(input_ids=ids, key_padding_mask=hidden)
     assert_close(torch.cat(made, 1)[~hidden], expected[~hidden])

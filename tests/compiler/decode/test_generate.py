@@ -117,25 +117,19 @@ def test_draws_repeat_with_their_seed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "processors"),
-    [
-        ({"temperature": 0.7}, {"temperature": 0.7}),
-        ({"top_k": 5}, {"top_k": 5}),
-        ({"top_p": 0.6}, {"top_p": 0.6}),
-        ({"temperature": 1.7, "top_k": 12, "top_p": 0.8},) * 2,
-    ],
-)
-def test_probabilities_are_those_of_transformers(
-    how: dict[str, Any], processors: dict[str, Any]
-) -> None:
+    "how",
+    [{"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.6},
+     {"temperature": 1.7, "top_k": 12, "top_p": 0.8}],
+)  # fmt: skip
+def test_probabilities_are_those_of_transformers(how: dict[str, Any]) -> None:
     from transformers.generation import logits_process as lp
 
     logits = torch.randn(4, VOCABULARY, generator=torch.Generator().manual_seed(1)) * 3
     expected = logits.clone()
     for name, made in (("temperature", lp.TemperatureLogitsWarper), ("top_k", lp.TopKLogitsWarper),
                        ("top_p", lp.TopPLogitsWarper)):  # fmt: skip
-        if name in processors:
-            expected = made(processors[name])(None, expected)
+        if name in how:
+            expected = made(how[name])(None, expected)
     found = Sampling(do_sample=True, **how).probabilities(logits)
     torch.testing.assert_close(found, expected.softmax(-1))
 
@@ -172,6 +166,8 @@ def test_settings_that_make_no_sense(how: dict[str, Any], told: str) -> None:
     [
         (torch.zeros(2, 3), None, "whole numbers"),
         (torch.ones(2, 3).long(), torch.ones(2, 4), "differ in shape"),
+        (torch.full((2, 3), VOCABULARY), None, "hold 100 to 100"),
+        ([[1, 2]], None, "is a tensor, not list"),
         (torch.ones(2, 3).long(), torch.tensor([[1, 1, 0], [1, 1, 1]]), "is padding"),
     ],
 )

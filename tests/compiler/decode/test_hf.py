@@ -91,3 +91,11 @@ def test_padding_that_the_model_does_not_take() -> None:
     ids, keep = prompts()
     with pytest.raises(Problem, match="takes no padding"):
         as_transformers(derived, PYLM).generate(ids, attention_mask=keep, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("more", [{"labels": 1}, {"output_hidden_states": True}])
+def test_what_the_decoder_does_not_give(more: dict[str, Any]) -> None:
+    with pytest.raises(Problem, match="has no use for"):
+        made()(prompts()[0], **more)
+    with pytest.raises(Problem, match="DynamicCache"):
+        made()(prompts()[0], past_key_values=transformers.DynamicCache())
