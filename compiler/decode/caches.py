@@ -19,13 +19,17 @@ from attnopt.compiler.spec import AttentionSpec
 
 @dataclass(frozen=True)
 class Contiguous:
-    """Every key and value: token p lies in slot p."""
+    """Every key and value: token p lies in slot p.
+
+    One slot stays free, so that a compiled step meets no special case when the cache is full: a
+    slice of all of it would be contiguous, and compiled anew.
+    """
 
     spec: AttentionSpec
 
     def slots(self, capacity: int) -> int:
-        """Tokens that are kept of a sequence of at most `capacity`."""
-        return capacity
+        """Slots for a sequence of at most `capacity` tokens."""
+        return capacity + 1
 
     def least(self, reached: int) -> int:
         """The fewest tokens that can be left of `reached` that were read."""
@@ -72,7 +76,7 @@ class Ring:
         return self.spec.mask.left + self.slack
 
     def slots(self, capacity: int) -> int:
-        """Tokens that are kept of a sequence of at most `capacity`."""
+        """Slots for a sequence of at most `capacity` tokens."""
         return min(capacity, self.spec.mask.sink + self.turn)
 
     def least(self, reached: int) -> int:
