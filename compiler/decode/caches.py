@@ -1,7 +1,8 @@
 """Where keys and values of past tokens lie: all of them, or those of a window and its sinks.
 
-A cache of one attention is a pair of tensors `[batch, kv_heads, slots, dim]`. `start` is how many
-tokens are in it; new tokens stand at positions `start` to `start + S - 1`.
+A cache of one attention is a pair of tensors `[batch, kv_heads, slots, dim]`; one of latents is in
+`attnopt.compiler.decode.latents`. `start` is how many tokens are in it; new tokens stand at
+positions `start` to `start + S - 1`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,12 @@ from torch import Tensor
 from attnopt.compiler.attend_step import to_all, to_positions
 from attnopt.compiler.spec import AttentionSpec
 
+Widths = tuple[tuple[int, int], ...]
+
+
+def _widths(spec: AttentionSpec) -> Widths:
+    return (spec.kv_heads, spec.head_dim), (spec.kv_heads, spec.v_dim)
+
 
 @dataclass(frozen=True)
 class Contiguous:
@@ -26,6 +33,11 @@ class Contiguous:
     """
 
     spec: AttentionSpec
+
+    @property
+    def widths(self) -> Widths:
+        """(heads, dim) of keys and of values."""
+        return _widths(self.spec)
 
     def slots(self, capacity: int) -> int:
         """Slots for a sequence of at most `capacity` tokens."""
@@ -69,6 +81,11 @@ class Ring:
 
     spec: AttentionSpec
     slack: int = 0
+
+    @property
+    def widths(self) -> Widths:
+        """(heads, dim) of keys and of values."""
+        return _widths(self.spec)
 
     @property
     def turn(self) -> int:
@@ -129,9 +146,6 @@ class Ring:
         return torch.where(held < length, held, -1)
 
 
-Cache = Contiguous | Ring
-
-
-def cache_of(spec: AttentionSpec, slack: int = 0) -> Cache:
-    """The smallest cache that an attention can be decoded with."""
+def cache_of(spec: AttentionSpec, slack: int = 0) -> Contiguous | Ring:
+    """The smallest cache of keys and values that an attention can be decoded with."""
     return Ring(spec, slack) if spec.mask.kind == "window" else Contiguous(spec)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, fx
 
 from attnopt.compiler.compiled import Compiled
-from attnopt.compiler.decode.caches import Cache, cache_of
+from attnopt.compiler.decode.caches import cache_of
 from attnopt.compiler.decode.causal import require_causal
-from attnopt.compiler.decode.phases import phase, tables
+from attnopt.compiler.decode.latents import find
+from attnopt.compiler.decode.phases import Cache, phase, tables
 from attnopt.compiler.decode.split import Split, merged, split
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.program import Program
@@ -29,7 +30,7 @@ class State:
 
     batch: int
     capacity: int
-    caches: list[tuple[Tensor, Tensor]]
+    caches: list[tuple[Tensor, ...]]
     tables: list[Tensor]
     masks: dict[str, Tensor] = field(default_factory=dict)
     length: int = 0
@@ -38,7 +39,7 @@ class State:
     @property
     def bytes(self) -> int:
         """Bytes that the caches take."""
-        return sum(x.nbytes for pair in self.caches for x in pair)
+        return sum(x.nbytes for cache in self.caches for x in cache)
 
 
 class Decoder:
@@ -54,7 +55,7 @@ class Decoder:
     ) -> None:
         self.program, self.split, self.slack, self.dtype = program, parts, slack, dtype
         self.caches: dict[str, Cache] = {
-            node.name: cache_of(parse_spec(str(node.args[4])), slack)
+            node.name: find(program, parts, node) or cache_of(parse_spec(str(node.args[4])), slack)
             for node in program.attentions()
         }
         self._phases: dict[tuple[str, bool], Callable[..., Tensor]] = {}
@@ -78,18 +79,17 @@ class Decoder:
             raise Problem("A704", f"a state needs room for one token at least, got {capacity}")
         given = {name: self._extended(name, (masks or {}).get(name), batch, capacity)
                  for name in self.split.masks}  # fmt: skip
-        caches = []
-        for name, cache in self.caches.items():
-            _, k, v = (n.meta["val"] for n in self.program.node(name).args[:3])  # type: ignore[union-attr]
-            slots = cache.slots(capacity)
-            caches.append(tuple(
+        caches = [
+            tuple(
                 torch.zeros(
-                    batch, x.shape[1], slots, x.shape[3],
-                    dtype=self.dtype or x.dtype, device=self.device,
+                    batch, heads, cache.slots(capacity), dim,
+                    dtype=self.dtype or self._kept(name), device=self.device,
                 )
-                for x in (k, v)
-            ))  # fmt: skip
-        state = State(batch, capacity, caches, [], given)  # type: ignore[arg-type]
+                for heads, dim in cache.widths
+            )
+            for name, cache in self.caches.items()
+        ]  # fmt: skip
+        state = State(batch, capacity, caches, [], given)
         state.tables = self._make_tables(state)
         return state
 
@@ -162,7 +162,7 @@ class Decoder:
 
     def reorder(self, state: State, rows: Tensor) -> None:
         """Let row i of the batch go on from row `rows[i]`, as a beam search needs."""
-        state.caches = [(k[rows], v[rows]) for k, v in state.caches]
+        state.caches = [tuple(x[rows] for x in cache) for cache in state.caches]
         state.batch = len(rows)
         if state.masks:
             state.masks = {name: mask[rows] for name, mask in state.masks.items()}
@@ -170,12 +170,11 @@ class Decoder:
 
     def bytes_per_token(self) -> int:
         """Bytes of cache that a token of one sequence takes, where it is kept."""
-        found = 0
-        for name in self.caches:
-            for n in self.program.node(name).args[1:3]:
-                fake = n.meta["val"]  # type: ignore[union-attr]
-                found += int(fake.shape[1]) * int(fake.shape[3]) * fake.dtype.itemsize
-        return found
+        return sum(
+            heads * dim * self._kept(name).itemsize
+            for name, cache in self.caches.items()
+            for heads, dim in cache.widths
+        )
 
     def compile(self) -> None:
         """Run single tokens (`step` of one token with `last`) under torch.compile from now on.
@@ -264,6 +263,12 @@ class Decoder:
                               f"[{batch}, {capacity}]")  # fmt: skip
             made[:, : mask.shape[1]] = mask
         return made
+
+    def _kept(self, attention: str) -> torch.dtype:
+        """The dtype of an attention's keys and values."""
+        keys = self.program.node(attention).args[1]
+        dtype: torch.dtype = keys.meta["val"].dtype  # type: ignore[union-attr]
+        return dtype
 
     def _fake(self, name: str) -> Tensor:
         fake: Tensor = self.program.node(name).meta["val"]

@@ -11,14 +11,15 @@ from torch import Tensor, fx
 from torch.fx.graph import CodeGen
 
 from attnopt.compiler import attend
-from attnopt.compiler.decode.caches import Cache
+from attnopt.compiler.decode.caches import Contiguous, Ring
+from attnopt.compiler.decode.latents import Latent, joined
 from attnopt.compiler.decode.split import Split
 from attnopt.compiler.layout import same_size
 from attnopt.compiler.program import Program, copy_module
-from attnopt.compiler.spec import AttentionSpec
 
 aten = torch.ops.aten
 Kind = Literal["prefill", "step"]
+Cache = Contiguous | Ring | Latent
 END = torch.iinfo(torch.int64).max
 
 
@@ -109,16 +110,31 @@ class _Writer:
 
     def _attention(self, node: fx.Node, index: int, cache: Cache) -> None:
         q, k, v, extras, _ = cast(tuple[Any, ...], node.args)
-        pair = self._call(operator.getitem, self.given[1], index)
-        keys = self._call(operator.getitem, pair, 0)
-        values = self._call(operator.getitem, pair, 1)
-        bound = prefilled(cache) if self.kind == "prefill" else stepped(cache)
+        parts = self._call(operator.getitem, self.given[1], index)
+        kept = [self._call(operator.getitem, parts, at) for at in range(len(cache.widths))]
+        operands: list[Any] = [k, v]
+        if isinstance(cache, Latent):
+            sources = [self.nodes[name] for name in (cache.latent, cache.shared) if name]
+            with self.graph.inserting_before(node):
+                stored = self.graph.call_function(joined, tuple(sources))
+                operands = [stored, *self._constants(node.name, cache)]
+                if self.kind == "prefill":
+                    operands = [k, v, stored]
+        bound = (prefilled if self.kind == "prefill" else stepped)(cache, len(operands))
         with self.graph.inserting_before(node):
-            made = self.graph.call_function(bound, (q, k, v, keys, values, self.start, *extras))
+            made = self.graph.call_function(bound, (q, *operands, *kept, self.start, *extras))
         made.meta = {**node.meta, "stands_for": node.name}
         node.replace_all_uses_with(made)
         self.graph.erase_node(node)
         self.nodes[node.name] = made
+
+    def _constants(self, name: str, cache: Latent) -> list[fx.Node]:
+        """The maps of a latent as constants of the graph."""
+        made = []
+        for which in ("up_k", "up_v", "bias"):
+            self.module.register_buffer(f"{name}_{which}", getattr(cache, which))
+            made.append(self.graph.get_attr(f"{name}_{which}"))
+        return made
 
     def _last(self, logits: fx.Node) -> fx.Node:
         """The logits of the last position, cut before the projection that makes them."""
@@ -139,26 +155,30 @@ class _Writer:
             return self.graph.call_function(aten.slice.Tensor, (logits, 1, -1, END))
 
 
-def prefilled(cache: Cache) -> Callable[..., Tensor]:
-    """The attention among the tokens of a prompt, as it was; the cache is filled besides."""
-    spec: AttentionSpec = cache.spec
+def prefilled(cache: Cache, operands: int) -> Callable[..., Tensor]:
+    """The attention among the tokens of a prompt, as it was; the cache is filled besides.
 
-    def attention(
-        q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, start: int, *extras: Tensor
-    ) -> Tensor:
-        cache.store(k, v, keys, values, start)
-        return attend.run(q, k, v, extras, spec)
+    It takes q, the `operands` (k, v, and what else is stored), the cache's tensors, the number of
+    tokens before these, and the extras.
+    """
+    spec, parts, store = cache.spec, len(cache.widths), cast(Callable[..., None], cache.store)
+
+    def attention(q: Tensor, *rest: Any) -> Tensor:
+        given, kept = rest[:operands], rest[operands : operands + parts]
+        start, *extras = rest[operands + parts :]
+        store(*given[-parts:], *kept, start)
+        return attend.run(q, given[0], given[1], extras, spec)
 
     return attention
 
 
-def stepped(cache: Cache) -> Callable[..., Tensor]:
-    """The attention of new tokens to the cache and among themselves."""
+def stepped(cache: Cache, operands: int) -> Callable[..., Tensor]:
+    """The attention of new tokens to the cache and among themselves; it takes what `prefilled`
+    does, with the operands of the cache's `step`."""
+    known, step = operands + len(cache.widths) + 1, cast(Callable[..., Tensor], cache.step)
 
-    def attention(
-        q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, start: Any, *extras: Tensor
-    ) -> Tensor:
-        return cache.step(q, k, v, keys, values, start, extras)
+    def attention(q: Tensor, *rest: Any) -> Tensor:
+        return step(q, *rest[:known], rest[known:])
 
     return attention
 
