@@ -11,7 +11,7 @@ tries on a copy first.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import sympy  # type: ignore[import-untyped]  # a dependency of torch
@@ -29,6 +29,16 @@ _REPEATS = (aten.repeat_interleave.self_int,)
 _REFUSALS = (RuntimeError, TypeError, ValueError, IndexError)
 
 
+@dataclass(frozen=True)
+class Carried:
+    """A new operand: `projection` `[batch, seq, heads dim]` was split into heads at node `split`
+    and went the way that the old one goes, to `operand` `[batch, heads, seq, dim]`."""
+
+    projection: fx.Node
+    split: fx.Node
+    operand: fx.Node
+
+
 def reproject(
     program: Program, site: Site, which: Which, weight: Tensor, bias: Tensor | None, heads: int
 ) -> Site | Miss:
@@ -38,24 +48,38 @@ def reproject(
     dim. Answers the site with its new facts. The specs of k and v must agree in the end: reproject
     both.
     """
+    if which != "q" and site.spec.heads % heads:
+        return Miss(f"{site.spec.heads} query heads cannot share {heads}", site.node)
+    made = carried(program, site, which, weight, bias, heads)
+    if isinstance(made, Miss):
+        return made
+    program.node(site.node).update_arg("qkv".index(which), made.operand)
+    dim = weight.shape[0] // heads
+    return _facts(program, site, which, made.projection, made.split, heads, dim)
+
+
+def carried(
+    program: Program, site: Site, which: Which, weight: Tensor, bias: Tensor | None, heads: int,
+    name: str = "merged",
+) -> Carried | Miss:  # fmt: skip
+    """A new operand beside the old one, of as many heads as wanted; nobody reads it yet.
+
+    `weight` and `bias` are those of `reproject`; the new parameters are named after `name`.
+    """
     path: Path | None = getattr(site, which)
     if path is None:
         return Miss(site.missing.get(which, f"the projection of {which} is not known"), site.node)
     if not path.split:
         return Miss(f"no node holds {which} with one axis per head", path.projection)
-    stale = [name for name in (path.source, path.split) if not program.has(name)]
+    stale = [node for node in (path.source, path.split) if not program.has(node)]
     if stale:
         return Miss("an earlier rewrite took this node away", stale[0])
-    if which != "q" and site.spec.heads % heads:
-        return Miss(f"{site.spec.heads} query heads cannot share {heads}", site.node)
-
-    attention, split = program.node(site.node), program.node(path.split)
-    at = "qkv".index(which)
-    operand = cast(fx.Node, attention.args[at])
+    split = program.node(path.split)
+    operand = cast(fx.Node, program.node(site.node).args["qkv".index(which)])
     between = _between(split, operand)
     if between is None:
         return Miss("the operand does not come from the split alone", operand.name)
-    made = _project(program, path, split, weight, bias, heads, _free_name(program, path, which))
+    made = projected(program, path, weight, bias, heads, f"{which}_{name}")
     if isinstance(made, Miss):
         return made
     linear, fresh = made
@@ -65,13 +89,8 @@ def reproject(
         if isinstance(clone, Miss):
             return clone
         values[node] = clone
-
-    result, dim = values[operand], weight.shape[0] // heads
-    wrong = _unlike(result, operand, heads, dim)
-    if wrong:
-        return Miss(wrong, operand.name)
-    attention.update_arg(at, result)
-    return _facts(program, site, which, linear, fresh, heads, dim)
+    wrong = _unlike(values[operand], operand, heads, weight.shape[0] // heads)
+    return Miss(wrong, operand.name) if wrong else Carried(linear, fresh, values[operand])
 
 
 def _facts(
@@ -132,16 +151,13 @@ def _between(split: fx.Node, operand: fx.Node) -> list[fx.Node] | None:
     return [node for node in ordered if node in below]
 
 
-def _project(
-    program: Program,
-    path: Path,
-    split: fx.Node,
-    weight: Tensor,
-    bias: Tensor | None,
-    heads: int,
-    name: str,
+def projected(
+    program: Program, path: Path, weight: Tensor, bias: Tensor | None, heads: int, name: str
 ) -> tuple[fx.Node, fx.Node] | Miss:
-    """The new projection `[batch, seq, heads dim]`, and its split into heads in the old order."""
+    """A new projection `[batch, seq, heads dim]` of what a path's reads, and its split into heads
+    in the path's order, just before the path's own."""
+    split = program.node(path.split)
+    name = _free_name(program, path, name)
     source = program.node(path.source)
     if source.meta["val"].dim() == 2 and source.target in _VIEWS:
         source = cast(fx.Node, source.args[0])
@@ -170,10 +186,10 @@ def _project(
     return linear, fresh
 
 
-def _free_name(program: Program, path: Path, which: Which) -> str:
+def _free_name(program: Program, path: Path, name: str) -> str:
     """A parameter name beside the old weight's that nothing has yet."""
     owner = path.weight.rpartition(".")[0].rpartition(".")[0]
-    base, count = f"{owner}.{which}_merged" if owner else f"{which}_merged", 0
+    base, count = f"{owner}.{name}" if owner else name, 0
     names = {name for name, _ in program.module.named_parameters(remove_duplicate=False)}
     while f"{base}{count}_weight" in names:
         count += 1

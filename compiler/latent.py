@@ -1,0 +1,166 @@
+"""Keys and values of all heads through one latent: the closed forms, on second moments alone.
+
+Keys of head m are k_m = K_m x, values v_m = V_m x, with x `[width + 1]` (a constant 1 last). A
+rotary pair is one complex number; rotary multiplies it by exp(i position frequency).
+
+* Rotary slots: for one frequency, the numbers of all heads z = (e_m k_m)_m, e_m the rms of the
+  queries, are turned by one factor, so any unitary map among heads commutes with rotary (in
+  TransMLA's RoRoPE, Meng et al. 2025, section 4.2, a real orthogonal one). The principal directions
+  u of z hold most of its energy: the slots s = u^H z with the most keep their rotary, shared by all
+  heads, k_m ~ (u_m / e_m) s. `fold` neighbouring frequencies are taken for one (FreqFold).
+* The rest of the keys loses its rotary, which is the approximate step. It and the values are maps
+  of one latent c = P^T [S_k rest / a; S_v V / b] x, the principal components of both at equal
+  energy, with the metrics S of the logits and of the output. Exact where the rank of what is mapped
+  is not larger than the latent's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Rotary numbers that all heads share, float64 and complex128.
+
+    `pair` int64 `[slots]` is the rotary pair whose frequency a slot turns with, `key` `[slots,
+    width + 1]` makes it of x, and `factors` `[slots, heads, pairs]` give its part in each head's
+    pairs. `energy` is the share of the keys' rotary energy that they hold.
+    """
+
+    pair: Tensor
+    key: Tensor
+    factors: Tensor
+    energy: float
+
+
+def slots(
+    heads: Tensor, gram: Tensor, query: Tensor, pairs: Tensor, frequencies: Tensor, count: int,
+    fold: int = 1, real: bool = False,
+) -> Slots:  # fmt: skip
+    """The `count` slots with the most energy.
+
+    `heads` `[heads, dim, width + 1]` keys before rotary; `gram` `[width + 1, width + 1]`; `query`
+    `[heads, dim, dim]` second moments of the queries that read them; `pairs` `[pairs, 2]`. `fold`
+    frequencies are taken for one; `real` allows real maps among heads alone.
+    """
+    a, b = pairs[:, 0], pairs[:, 1]
+    number = torch.complex(heads[:, a], heads[:, b])  # [heads, pairs, width + 1]
+    if not count:
+        none = number.new_zeros
+        return Slots(torch.zeros(0).long(), none(0, heads.shape[2]), none(0, *number.shape[:2]), 0)
+    power = (query[:, a, a] + query[:, b, b]) / 2
+    level = power.clamp(min=1e-30 + 1e-12 * float(power.max())).sqrt()
+    found: list[tuple[float, Tensor, Tensor]] = []
+    total = 0.0
+    for block in frequencies.argsort().split(fold):
+        e = level[:, block].reshape(-1)
+        z = number[:, block].reshape(len(e), -1) * e[:, None]
+        moment = z @ gram.to(z.dtype) @ z.conj().T
+        values, vectors = torch.linalg.eigh(moment.real if real else moment)
+        total += float(values.sum())
+        for value, u in zip(values, vectors.T.to(z.dtype), strict=True):
+            factors = torch.zeros(len(heads), len(pairs), dtype=z.dtype)
+            factors[:, block] = (u / e).reshape(len(heads), -1)
+            found.append((float(value), u.conj() @ z, factors))
+    found.sort(key=lambda item: -item[0])
+    kept = found[:count]
+    factors = torch.stack([item[2] for item in kept])
+    # Of several frequencies taken for one, the one with the most energy stands for them.
+    share = (factors.abs() * level).square().sum(1)
+    usual = level.mean()  # keeps the usual magnitude
+    return Slots(
+        share.argmax(1), torch.stack([item[1] for item in kept]) / usual, factors * usual,
+        sum(item[0] for item in kept) / max(total, 1e-300),
+    )  # fmt: skip
+
+
+def average(heads: Tensor, pairs: Tensor, count: int) -> Slots:
+    """As `slots`, from the weights alone: the mean over the heads, of the pairs where it is largest
+    (X-EcoMLA, Li et al. 2025, takes the mean of the last rows)."""
+    number = torch.complex(heads[:, pairs[:, 0]], heads[:, pairs[:, 1]])
+    mean = number.mean(0)
+    norms = mean.abs().square().sum(1)
+    chosen = norms.argsort(descending=True)[:count]
+    factors = torch.zeros(len(chosen), len(heads), len(pairs), dtype=number.dtype)
+    factors[torch.arange(len(chosen)), :, chosen] = 1.0
+    total = max(float(number.abs().square().sum()), 1e-300)
+    energy = float(norms[chosen].sum()) * len(heads) / total
+    return Slots(chosen, mean[chosen], factors, energy)
+
+
+def without(heads: Tensor, pairs: Tensor, kept: Slots) -> Tensor:
+    """What the slots leave of keys `[heads, dim, width + 1]`."""
+    rest = heads.clone()
+    taken = torch.einsum("shp,sw->hpw", kept.factors, kept.key)
+    rest[:, pairs[:, 0]] -= taken.real
+    rest[:, pairs[:, 1]] -= taken.imag
+    return rest
+
+
+@dataclass(frozen=True)
+class Latent:
+    """The latent and its maps, float64: `down` `[rank, width]`, `up_k` `[heads, dim, rank]`, `up_v`
+    `[heads, v_dim, rank]`, biases `[heads, dim]` and `[heads, v_dim]`.
+
+    `k_tail` and `v_tail` are the shares of weighted energy about the mean that are lost.
+    """
+
+    down: Tensor
+    up_k: Tensor
+    up_v: Tensor
+    k_bias: Tensor
+    v_bias: Tensor
+    k_tail: float
+    v_tail: float
+
+
+def joint(
+    keys: Tensor, values: Tensor, gram: Tensor, k_metric: Tensor, v_metric: Tensor, rank: int
+) -> Latent:
+    """The best latent of a rank for keys `[heads, dim, width + 1]` and values `[heads, v_dim,
+    width + 1]` on inputs of this Gram; metrics are `[heads, dim, dim]` and symmetric."""
+    mean, spread = _centred(gram)
+    parts, scales = [], []
+    for heads, metric in ((keys, k_metric), (values, v_metric)):
+        part = (metric @ heads[..., :-1]).flatten(0, 1)
+        energy = float(torch.einsum("ap,pq,aq->", part, spread, part))
+        scales.append(max(energy, 1e-300) ** 0.5)
+        parts.append(part / scales[-1])
+    stacked = torch.cat(parts)
+    moment = stacked @ spread @ stacked.T
+    energies, vectors = torch.linalg.eigh((moment + moment.T) / 2)
+    kept, lost = vectors[:, -rank:], vectors[:, :-rank]
+    usual = float(gram[-1, -1]) ** 0.5  # makes the latent's numbers of the order of one
+    down = kept.T @ stacked * usual
+    missed = lost.square() @ energies[:-rank].clamp(min=0)
+    made, biases, tails = [], [], []
+    for heads, metric, scale, rows, loss in zip(
+        (keys, values), (k_metric, v_metric), scales,
+        kept.split([len(part) for part in parts]), missed.split([len(part) for part in parts]),
+        strict=True,
+    ):  # fmt: skip
+        back = rows.reshape(*heads.shape[:2], -1) * (scale / usual)
+        up = torch.linalg.solve(metric, back)
+        made.append(up)
+        biases.append(heads[..., -1] + (heads[..., :-1] - up @ down) @ mean)
+        tails.append(float(loss.sum()) if scale > 1e-100 else 0.0)
+    return Latent(down, made[0], made[1], biases[0], biases[1], *tails)
+
+
+def residual(heads: Tensor, up: Tensor, down: Tensor, gram: Tensor, metric: Tensor) -> float:
+    """Weighted share of energy about the mean that heads lose on inputs of this Gram."""
+    _, spread = _centred(gram)
+    whole = (metric @ heads[..., :-1]).flatten(0, 1)
+    lost = (metric @ (heads[..., :-1] - up @ down)).flatten(0, 1)
+    energy, missed = (float(torch.einsum("ap,pq,aq->", x, spread, x)) for x in (whole, lost))
+    return missed / max(energy, 1e-300)
+
+
+def _centred(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of x and its second moments about it, from a Gram with the constant last."""
+    mean = gram[:-1, -1] / gram[-1, -1]
+    return mean, gram[:-1, :-1] - gram[-1, -1] * torch.outer(mean, mean)
