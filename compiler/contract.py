@@ -153,6 +153,13 @@ class Pass(ABC):
         fields = getattr(cls, "__dataclass_fields__", {})
         return {k: f.metadata["choices"] for k, f in fields.items() if "choices" in f.metadata}
 
+    @classmethod
+    def known(cls) -> dict[str, tuple[Any, ...]]:
+        """For each option declared by `choice` or `option`, values that it may have."""
+        fields = getattr(cls, "__dataclass_fields__", {})
+        found = {k: f.metadata["values"] for k, f in fields.items() if "values" in f.metadata}
+        return {**cls.space(), **found}
+
 
 class Refused(Exception):
     """Raised by a graph edit that finds out too late that it cannot be done; the program stays as
@@ -168,6 +175,13 @@ def choice(*values: Any, default: Any) -> Any:
     if default not in values:
         raise ValueError(f"default {default!r} is not among {values!r}")
     return field(default=default, metadata={"choices": values})
+
+
+def option(*values: Any, default: Any) -> Any:
+    """A dataclass field that takes one of `values` and is not searched."""
+    if default not in values:
+        raise ValueError(f"default {default!r} is not among {values!r}")
+    return field(default=default, metadata={"values": values})
 
 
 @lru_cache(maxsize=1)
@@ -199,11 +213,13 @@ def read_pass(line: str) -> Pass:
         )
     cls = known[call.name]
     made = text.build(cls, call.values, call.name)
-    for key, values in cls.space().items():
-        if type(getattr(made, key)) not in {type(value) for value in values}:
+    for key, values in cls.known().items():
+        value = getattr(made, key)
+        named = isinstance(value, str) and value not in values
+        if named or type(value) not in {type(known) for known in values}:
             raise Problem(
                 "A303",
-                f"option `{key}` of `{call.name}` cannot be {getattr(made, key)!r}",
+                f"option `{key}` of `{call.name}` cannot be {value!r}",
                 help=f"for example {', '.join(map(str, values))}",
             )
     return made

@@ -65,6 +65,21 @@ def freedom(program: Program, site: Site, which: Literal["q", "k", "v"]) -> Free
     return Freedom("scale" if scale else "turn" if turn else "none", rest, why)
 
 
+def permutes(program: Program, site: Site, which: Literal["q", "k", "v"], order: Tensor) -> bool:
+    """Whether the heads of an operand may change places, int64 `order` `[heads]`, on their way
+    from the projection to the attention."""
+    path: Path | None = getattr(site, which)
+    if path is None or not path.split or not program.has(path.split):
+        return False
+    operand = program.node(site.node).args["qkv".index(which)]
+    assert isinstance(operand, fx.Node)
+    try:
+        way = _Way(program, program.node(path.split), operand)
+        return way.permutes(2 if path.order == "bthd" else 1, order)
+    except Unknown:
+        return False
+
+
 def turned(dim: int, pairs: Tensor, angles: Tensor) -> Tensor:
     """The rotation of each pair (a, b) by its angle (radians), `[dim, dim]` float64, as y = M x."""
     return complex_scalars(dim, pairs, torch.polar(torch.ones(len(pairs)), angles))
@@ -122,6 +137,13 @@ class _Way:
     def commutes(self, matrix: Tensor) -> bool:
         """Whether the matrix before gives the matrix after, to the rounding of the dtype."""
         before, after = self._run(self.x @ matrix.T), self.y @ matrix.T
+        slack = 64 * self.eps * float(after.abs().max() + 1e-30)
+        return bool((before - after).abs().max() <= slack)
+
+    def permutes(self, axis: int, order: Tensor) -> bool:
+        """Whether heads in another order before give the heads in that order after."""
+        after = self.y.unflatten(1, (len(order), -1))[:, order].flatten(1, 2)
+        before = self._run(self.x.index_select(axis, order))
         slack = 64 * self.eps * float(after.abs().max() + 1e-30)
         return bool((before - after).abs().max() <= slack)
 

@@ -1,11 +1,13 @@
 """Merge key/value heads: multi-head or grouped attention to fewer key/value heads, down to one.
 
-Adjacent key/value heads form groups of `factor`. "mean" averages their projections (Ainslie et al.
-2023, "GQA", section 2.1). "closed" takes the optimum that the gauge of each part allows, computed
-from second moments of the projections' inputs: one complex rank-1 fit per rotary frequency for the
-keys, weighted by the query's energy; weighted principal components for keys without rotary and for
+Key/value heads form groups of `factor`, adjacent ones or those that are most alike (QCQA, Joshi et
+al. 2024, searches for groupings). "mean" averages their projections (Ainslie et al. 2023, "GQA",
+section 2.1). "closed" takes the optimum that the gauge of each part allows, computed from second
+moments of the projections' inputs: one complex rank-1 fit per rotary frequency for the keys,
+weighted by the query's energy; weighted principal components for keys without rotary and for
 values. The maps back to the old heads are absorbed in the query and output projections, so nothing
-is added at run time. The maths is in `attnopt.compiler.shared_heads`; run `refit` afterwards.
+is added at run time. The maths is in `attnopt.compiler.shared_heads`; a temperature per head can
+mend the sharpness that is lost; run `refit` afterwards.
 """
 
 from __future__ import annotations
@@ -14,12 +16,14 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from attnopt.compiler import shared_heads
-from attnopt.compiler.contract import Edit, Exactness, Miss, Notes, Pass, choice
-from attnopt.compiler.gauge import Freedom, freedom
+from attnopt.compiler import shared_heads, temperature
+from attnopt.compiler.contract import Edit, Exactness, Miss, Notes, Pass, choice, option
+from attnopt.compiler.diagnostics import kv_similarity
+from attnopt.compiler.gauge import Freedom, freedom, permutes
 from attnopt.compiler.grams import Gram, input_moments, moments
+from attnopt.compiler.head_groups import groups_of
 from attnopt.compiler.program import Program
 from attnopt.compiler.regions import Part
 from attnopt.compiler.reproject import reproject
@@ -32,7 +36,8 @@ _WHICH: tuple[Literal["q", "k", "v"], ...] = ("q", "k", "v")
 
 @dataclass(frozen=True)
 class MergeKvHeads(Pass):
-    """Share each key/value head among `factor` times as many query heads."""
+    """Share each key/value head among `factor` times as many query heads; 0 leaves one key/value
+    head (multi-query attention)."""
 
     name: ClassVar[str] = "merge_kv_heads"
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
@@ -45,19 +50,35 @@ class MergeKvHeads(Pass):
 
     factor: int = choice(2, 4, 8, default=2)
     method: str = choice("closed", "mean", default="closed")
+    grouping: str = option("adjacent", "similar", default="adjacent")
+    temperature: bool = option(False, True, default=False)
 
     def rewrite(self, target: Site, program: Program, notes: Notes) -> Edit | Miss:
         """New projections for one site, or why not."""
         miss = self._refused(target, notes)
         if miss is not None:
             return miss
+        groups = target.kv_heads // (self.factor or target.kv_heads)
         heads = _Heads.read(program, target)
         grams = _input_grams(program, target, notes)
+        order = torch.arange(target.kv_heads)
+        if self.grouping == "similar":
+            order = groups_of(heads.similarity(grams or {}, target), groups)
+            miss = fixed_order(program, target, heads.queries(order), order)
+            if miss is not None:
+                return miss
+        heads = heads.ordered(order)
         free = _freedom(program, target) if self.method == "closed" else None
-        k, v = heads.merged(target.kv_heads // self.factor, grams, target, free)
-        trial = _apply(program.copy(), target, heads, k, v)
+        k, v = heads.merged(groups, grams, target, free)
+        made = program.copy()
+        trial = _apply(made, target, heads, k, v)
         if isinstance(trial, Miss):
             return trial
+        evidence = _evidence(program, target, notes, heads, k, v, grams)
+        if self.temperature:
+            sharper = _sharper(program, made, trial, notes, heads.queries(order))
+            heads = replace(heads, q=heads.q * sharper.factors[:, None, None])
+            evidence |= {"kl_before": sharper.before, "kl_after": sharper.after}
 
         def edit(copy: Program) -> None:
             _apply(copy, target, heads, k, v)
@@ -66,7 +87,7 @@ class MergeKvHeads(Pass):
             graph=edit,
             sites={target.id: trial},
             note=self._note(target, free),
-            evidence=_evidence(program, target, notes, heads, k, v, grams),
+            evidence=evidence,
         )
 
     def _refused(self, site: Site, notes: Notes) -> Miss | None:
@@ -80,20 +101,27 @@ class MergeKvHeads(Pass):
             )
         if site.kv_heads == 1:
             return Miss("there is one key/value head already", site.node)
-        if site.kv_heads % self.factor:
+        if self.factor < 0 or self.factor == 1:
+            return Miss(f"groups of {self.factor} merge nothing", site.node)
+        if self.factor and site.kv_heads % self.factor:
             return Miss(
                 f"{site.kv_heads} key/value heads do not form groups of {self.factor}", site.node
             )
-        if self.method == "closed" and not notes.calibration:
+        fitted = self.grouping == "similar" or self.temperature
+        if (self.method == "closed" or fitted) and not notes.calibration:
+            form = "closed form" if self.method == "closed" else "choice of groups and temperatures"
             return Miss(
-                "the closed form needs calibration data",
+                f"the {form} needs calibration data",
                 site.node,
                 help="give --text FILE, or use merge_kv_heads{method=mean}",
             )
+        if self.temperature and site.qk_norm:
+            return Miss("a norm of queries takes a temperature away again", site.node)
         return None
 
     def _note(self, site: Site, free: _Free | None) -> str:
-        said = f"{site.kv_heads} -> {site.kv_heads // self.factor} key/value heads, {self.method}"
+        left = site.kv_heads // (self.factor or site.kv_heads)
+        said = f"{site.kv_heads} -> {left} key/value heads, {self.method}"
         return f"{said}; {free.limits}" if free is not None and free.limits else said
 
 
@@ -149,6 +177,25 @@ class _Heads:
         """Query heads per key/value head, before the merge."""
         return len(self.q) // len(self.k)
 
+    def similarity(self, grams: dict[str, Gram], site: Site) -> Tensor:
+        """How alike key/value heads are, `[kv_heads, kv_heads]`: mean of keys' and values'."""
+        pairs = site.rotary.pairs if site.rotary is not None else torch.empty(0, 2).long()
+        c_q, c_k, c_v = (grams[cast(Path, getattr(site, w)).source].xx for w in _WHICH)
+        keys, values = self.k.flatten(0, 1), self.v.flatten(0, 1)
+        query = self._read_by(self.q @ c_q @ self.q.transpose(1, 2))
+        metric = shared_heads.root(self._read_by(self.out @ self.out.transpose(1, 2)))
+        of_k = kv_similarity.of_keys(keys @ c_k @ keys.T, len(self.k), query, pairs)
+        return (of_k + kv_similarity.of_values(values @ c_v @ values.T, len(self.v), metric)) / 2
+
+    def queries(self, order: Tensor) -> Tensor:
+        """The order of the query heads when key/value heads have this one."""
+        return (order[:, None] * self.group + torch.arange(self.group)).flatten()
+
+    def ordered(self, order: Tensor) -> _Heads:
+        """The same heads in another order of the key/value heads."""
+        queries = self.queries(order)
+        return _Heads(self.q[queries], self.k[order], self.v[order], self.out[queries])
+
     def merged(
         self, groups: int, grams: dict[str, Gram] | None, site: Site, free: _Free | None
     ) -> tuple[Shared, Shared]:
@@ -179,6 +226,45 @@ class _Heads:
     def output(self, v: Shared) -> Tensor:
         """The output projection with the values' maps absorbed, `[heads, v_dim, width]`."""
         return v.expand.repeat_interleave(self.group, dim=0).transpose(1, 2) @ self.out
+
+
+def fixed_order(program: Program, site: Site, queries: Tensor, order: Tensor) -> Miss | None:
+    """Why the heads of a site cannot change places; None where they can."""
+    if torch.equal(order, torch.arange(len(order))):
+        return None
+    extras = cast(list[fx.Node], program.node(site.node).args[3])
+    for name, extra in zip(program.spec(site).extras, extras, strict=True):
+        shape = extra.meta["val"].shape
+        if name != "padding" and len(shape) >= 3 and shape[-3] != 1:
+            return Miss("heads that are told apart by a bias keep their places", extra.name)
+    for which, wanted in (("q", queries), ("k", order), ("v", order)):
+        if not permutes(program, site, which, wanted):  # type: ignore[arg-type]
+            return Miss(f"the heads of {which} are not treated alike", site.node)
+    return None
+
+
+@dataclass(frozen=True)
+class _Sharper:
+    """Factors on queries `[heads]`, and the divergence of attention weights (nats per query and
+    head, held-out) without and with them."""
+
+    factors: Tensor
+    before: float
+    after: float
+
+
+def _sharper(program: Program, made: Program, site: Site, notes: Notes, order: Tensor) -> _Sharper:
+    made.module.recompile()
+    usual = temperature.GRID.index(1.0)
+    fit, check = (
+        temperature.divergences(program, made, site.node, order, batches)
+        for batches in (notes.calibration, notes.heldout or notes.calibration)
+    )
+    best = fit.argmin(0)
+    heads = torch.arange(len(best))
+    best = torch.where(check[best, heads] < check[usual], best, usual)
+    factors = torch.tensor(temperature.GRID, dtype=torch.float64)[best]
+    return _Sharper(factors, float(check[usual].mean()), float(check[best, heads].mean()))
 
 
 def _apply(program: Program, site: Site, heads: _Heads, k: Shared, v: Shared) -> Site | Miss:

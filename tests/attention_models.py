@@ -153,10 +153,11 @@ def _tie(program: Program, site: Site, which: str, factor: int, turns: bool) -> 
                 mixer = torch.randn(len(free), len(free), dtype=torch.float64)
                 maps[h][free[:, None], free[None, :]] = mixer
     first = torch.arange(len(weight)) // factor * factor
-    _put(program, path, maps @ weight[first], None if bias is None else maps @ bias[first, :, None])
+    put(program, path, maps @ weight[first], None if bias is None else maps @ bias[first, :, None])
 
 
-def _put(program: Program, path: Path, weight: Tensor, bias: Tensor | None) -> None:
+def put(program: Program, path: Path, weight: Tensor, bias: Tensor | None) -> None:
+    """Write a projection `[heads, dim, width]` and its bias `[heads, dim]` in place."""
     old = program.weight(path.weight).detach()
     new = old.clone()
     rows = new if path.layout == "out_in" else new.T

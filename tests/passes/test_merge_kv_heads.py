@@ -8,9 +8,14 @@ import pytest
 import torch
 
 from attnopt.compiler.contract import Notes, passes, read_pass
+from attnopt.compiler.errors import Problem
 from attnopt.compiler.lower import export
 from attnopt.compiler.program import Program
-from attnopt.passes.merge_kv_heads import MergeKvHeads
+from attnopt.compiler.site import Site
+from attnopt.compiler.site_weights import read_output, read_weight, write_output, write_query
+from attnopt.compiler.spec import AttentionSpec
+from attnopt.compiler.temperature import GRID, divergences
+from attnopt.passes.merge_kv_heads import MergeKvHeads, fixed_order
 from tests.attention_models import (
     applied,
     distance,
@@ -18,10 +23,12 @@ from tests.attention_models import (
     logits,
     missed,
     notes,
+    put,
     raised,
     redundant,
     tokens,
 )
+from tests.programs import one_attention
 from tests.tolerance import assert_close
 
 EXACT32 = 1e-4  # of the logits' norm: the accepted loss of a merge that loses nothing, in float32
@@ -141,7 +148,72 @@ def without(program: Program, known: Notes, **changes: object) -> str:
     return missed(made, MergeKvHeads(2), known).reason
 
 
+@pytest.mark.parametrize("kind", ("llama", "learned"))
+def test_heads_that_are_alike_are_found_wherever_they_stand(kind: str) -> None:
+    program = redundant(raised(kind), 2)
+    apart = program.copy()
+    for site in apart.sites:  # 0 1 2 3, alike in twos, become 0 2 1 3
+        _swap(apart, site)
+    assert distance(apart, program) < 1e-9
+    known = notes(apart)
+    merged, edits = applied(apart, MergeKvHeads(2, grouping="similar"), known)
+    assert distance(merged, program) < 1e-6
+    neighbours, _ = applied(apart, MergeKvHeads(2), known)
+    assert distance(neighbours, program) > 1e-3
+    assert edits[0].evidence["k_predicted"] < 1e-9
+
+
+def _swap(program: Program, site: Site) -> None:
+    order = torch.tensor([0, 2, 1, 3])
+    for path in (site.q, site.k, site.v):
+        assert path is not None
+        weight, bias = read_weight(program, path)
+        put(program, path, weight[order], None if bias is None else bias[order])
+    write_output(program, site, read_output(program, site.out)[order])  # type: ignore[arg-type]
+
+
+def test_heads_with_a_bias_of_their_own_keep_their_places() -> None:
+    spec = AttentionSpec(4, 4, 8, 8, 0.35, extras=("bias",))
+    program = one_attention(spec, extras=[torch.randn(1, 4, 7, 7, dtype=torch.float64)])
+    order = torch.tensor([0, 2, 1, 3])
+    miss = fixed_order(program, program.sites[0], order, order)
+    assert miss is not None and "bias" in miss.reason
+    assert fixed_order(program, program.sites[0], torch.arange(4), torch.arange(4)) is None
+
+
+@pytest.mark.parametrize("kind", ROTARY)
+def test_one_head_for_all(kind: str) -> None:
+    program = raised(kind)
+    made, edits = applied(program, MergeKvHeads(0), notes(program))
+    assert {made.spec(site).kv_heads for site in made.sites} == {1}
+    assert "4 -> 1" in edits[0].note
+    straight, _ = applied(program, MergeKvHeads(4), notes(program))
+    assert distance(made, straight) < 1e-9
+
+
+def test_a_temperature_brings_the_weights_nearer() -> None:
+    program = raised("llama")
+    known = notes(program)
+    _, edits = applied(program, MergeKvHeads(4, "mean", temperature=True), known)
+    assert 0 < edits[0].evidence["kl_after"] < edits[0].evidence["kl_before"]
+    assert "norm" in missed(raised("normed"), MergeKvHeads(2, temperature=True), known).reason
+
+
+def test_a_temperature_that_was_planted_is_found() -> None:
+    program = raised("llama")
+    site = program.sites[0]
+    cold = program.copy()
+    weight, bias = read_weight(cold, site.q)  # type: ignore[arg-type]
+    write_query(cold, site, weight / 1.25, bias)
+    lost = divergences(program, cold, site.node, torch.arange(4), notes(program).calibration)
+    assert [GRID[int(at)] for at in lost.argmin(0)] == [1.25] * 4
+    assert float(lost.min()) < 1e-9 < float(lost[GRID.index(1.0)].min())
+
+
 def test_says_why_it_does_not_fire() -> None:
+    assert (
+        "merge nothing" in missed(raised("llama"), MergeKvHeads(1), notes(raised("llama"))).reason
+    )
     program = raised("llama")
     known = notes(program)
     assert "made so" in missed(fused(program), MergeKvHeads(2), known).reason
@@ -165,3 +237,6 @@ def test_reads_back_from_its_text() -> None:
     made = passes()["merge_kv_heads"](factor=4, method="mean")
     assert made.text == "merge_kv_heads{factor=4 method=mean}"
     assert read_pass(made.text) == made
+    for wrong in ("method=best", "grouping=random"):
+        with pytest.raises(Problem, match="cannot be"):
+            read_pass(f"merge_kv_heads{{{wrong}}}")
