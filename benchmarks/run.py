@@ -18,7 +18,9 @@ from typing import Any
 from attnopt.autotune.environment import environment
 
 ROOT = Path(__file__).parent
-SECTIONS = ("padded", "full", "pylm", "eager", "large", "backend", "onnx_export", "scale", "decode")
+SECTIONS = (
+    "padded", "full", "pylm", "eager", "large", "backend", "onnx_export", "scale", "decode", "kv",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

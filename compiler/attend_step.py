@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from attnopt.compiler import attend
+from attnopt.compiler.attend_split import parts_for, split_keys
 from attnopt.compiler.spec import FULL, AttentionSpec
 
 
@@ -34,7 +35,7 @@ def to_all(
     """Attention to all keys that the extras keep, whatever the spec's mask class.
 
     Where there is one query, the query heads that share a key/value head are rows of one product,
-    so that keys and values are read once.
+    so that keys and values are read once; where they are all one head, threads share the keys.
     """
     batch, heads, new, dim = q.shape
     spec = spec.with_(mask=FULL)
@@ -45,6 +46,8 @@ def to_all(
             for name, x in zip(spec.extras, extras, strict=True)
         ]
         spec = spec.with_(heads=spec.kv_heads)
+    if new == 1 and not spec.extras and not spec.softcap and (parts := parts_for(q, k, v)) > 1:
+        return split_keys(q, k, v, spec.scale, parts).reshape(batch, heads, new, v.shape[-1])
     run = attend.reference if attend.runs_on_sdpa(spec) else attend.sdpa
     return run(q, k, v, extras, spec).reshape(batch, heads, new, v.shape[-1])
 
