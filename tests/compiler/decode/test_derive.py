@@ -31,7 +31,7 @@ CASES = (
 )  # fmt: skip
 
 
-@lru_cache(maxsize=4)
+@lru_cache
 def zoo(name: str) -> Program:
     """A random tiny model with the exact rewrites."""
     if name == "of no library":
