@@ -11,8 +11,8 @@ tries on a copy first.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from dataclasses import replace
+from typing import Any, Literal, Protocol, cast
 
 import sympy  # type: ignore[import-untyped]  # a dependency of torch
 import torch
@@ -20,6 +20,8 @@ from torch import Tensor, fx
 
 from attnopt.compiler.contract import Miss
 from attnopt.compiler.program import Program, infer
+from attnopt.compiler.raising.evaluate import Evaluator, Unknown, concrete, example_sizes
+from attnopt.compiler.raising.index_probe import small_sizes
 from attnopt.compiler.site import Path, Site
 
 aten = torch.ops.aten
@@ -29,14 +31,14 @@ _REPEATS = (aten.repeat_interleave.self_int,)
 _REFUSALS = (RuntimeError, TypeError, ValueError, IndexError)
 
 
-@dataclass(frozen=True)
-class Carried:
-    """A new operand: `projection` `[batch, seq, heads dim]` was split into heads at node `split`
-    and went the way that the old one goes, to `operand` `[batch, heads, seq, dim]`."""
+class Cut(Protocol):
+    """How nodes are cloned where heads lose dims; see `attnopt.compiler.cut_dims`."""
 
-    projection: fx.Node
-    split: fx.Node
-    operand: fx.Node
+    def clone(self, node: fx.Node, values: dict[fx.Node, fx.Node]) -> fx.Node | str:
+        """The node on the new values, or why it cannot be."""
+
+    def differs(self, split: fx.Node, operand: fx.Node) -> str:
+        """Why the new operand is not the old one at the dims that are left; empty when it is."""
 
 
 def reproject(
@@ -50,61 +52,92 @@ def reproject(
     """
     if which != "q" and site.spec.heads % heads:
         return Miss(f"{site.spec.heads} query heads cannot share {heads}", site.node)
-    made = carried(program, site, which, weight, bias, heads)
+    made = rebuilt(program, site, which, weight, bias, heads)
     if isinstance(made, Miss):
         return made
-    program.node(site.node).update_arg("qkv".index(which), made.operand)
+    operand, path = made
+    attention = program.node(site.node)
+    attention.update_arg("qkv".index(which), operand)
     dim = weight.shape[0] // heads
-    return _facts(program, site, which, made.projection, made.split, heads, dim)
+    sizes = {
+        "q": {"heads": heads, "head_dim": dim},
+        "k": {"kv_heads": heads, "head_dim": dim},
+        "v": {"kv_heads": heads, "v_dim": dim},
+    }[which]
+    spec = program.spec(site).with_(**sizes)
+    attention.update_arg(4, spec.text)
+    infer(attention)
+    kv_heads = site.kv_heads if which == "q" else heads
+    changed: dict[str, Any] = {which: path}
+    return replace(site, spec=spec, kv_heads=kv_heads, **changed)
 
 
-def carried(
-    program: Program, site: Site, which: Which, weight: Tensor, bias: Tensor | None, heads: int,
-    name: str = "merged",
-) -> Carried | Miss:  # fmt: skip
-    """A new operand beside the old one, of as many heads as wanted; nobody reads it yet.
+def rebuilt(
+    program: Program,
+    site: Site,
+    which: Which,
+    weight: Tensor,
+    bias: Tensor | None,
+    heads: int,
+    cut: Cut | None = None,
+) -> tuple[fx.Node, Path] | Miss:
+    """Operand `which` from a new projection, beside the old one, which the attention still reads.
 
-    `weight` and `bias` are those of `reproject`; the new parameters are named after `name`.
+    `weight` and `bias` as in `reproject`. With `cut` the heads keep their number and lose dims:
+    what stands between is cut to the dims that are left, and compared with what it was. Answers the
+    new operand and how it comes out of its projection.
     """
     path: Path | None = getattr(site, which)
     if path is None:
         return Miss(site.missing.get(which, f"the projection of {which} is not known"), site.node)
     if not path.split:
         return Miss(f"no node holds {which} with one axis per head", path.projection)
-    stale = [node for node in (path.source, path.split) if not program.has(node)]
+    stale = [name for name in (path.source, path.split) if not program.has(name)]
     if stale:
         return Miss("an earlier rewrite took this node away", stale[0])
     split = program.node(path.split)
     operand = cast(fx.Node, program.node(site.node).args["qkv".index(which)])
-    between = _between(split, operand)
+    between = between_nodes(split, operand)
     if between is None:
         return Miss("the operand does not come from the split alone", operand.name)
-    made = projected(program, path, weight, bias, heads, f"{which}_{name}")
+    factor = _scale(program, path)
+    if factor is None:
+        why = "between the projection and its heads stands more than a scale (a norm, say)"
+        return Miss(why, path.split)
+    name = _free_name(program, path, which)
+    made = _project(program, path, split, (weight, bias), heads, name, factor)
     if isinstance(made, Miss):
         return made
     linear, fresh = made
-    values: dict[fx.Node, fx.Node] = {split: fresh}
-    for node in between:
-        clone = _clone(program, node, values)
+    dim = weight.shape[0] // heads
+    result = clone_all(program, between, {split: fresh}, cut)
+    if isinstance(result, Miss):
+        return result
+    new = result.get(operand, fresh)
+    wrong = _unlike(new, operand, int(operand.meta["val"].shape[1]) if cut else heads, dim)
+    if not wrong and cut is not None:
+        wrong = cut.differs(fresh, new)
+    if wrong:
+        return Miss(wrong, operand.name)
+    return new, _path(path, linear, fresh, heads, dim)
+
+
+def clone_all(
+    program: Program, nodes: list[fx.Node], values: dict[fx.Node, fx.Node], cut: Cut | None = None
+) -> dict[fx.Node, fx.Node] | Miss:
+    """Each node again on new inputs, in graph order; `values` maps old inputs to new ones."""
+    found = dict(values)
+    for node in nodes:
+        clone = _clone(program, node, found, cut)
         if isinstance(clone, Miss):
             return clone
-        values[node] = clone
-    wrong = _unlike(values[operand], operand, heads, weight.shape[0] // heads)
-    return Miss(wrong, operand.name) if wrong else Carried(linear, fresh, values[operand])
+        found[node] = clone
+    return found
 
 
-def _facts(
-    program: Program,
-    site: Site,
-    which: Which,
-    linear: fx.Node,
-    split: fx.Node,
-    heads: int,
-    dim: int,
-) -> Site:
-    old: Path = getattr(site, which)
+def _path(old: Path, linear: fx.Node, split: fx.Node, heads: int, dim: int) -> Path:
     args = cast(tuple[fx.Node, ...], linear.args)
-    path = replace(
+    return replace(
         old,
         projection=linear.name,
         source=args[0].name,
@@ -114,21 +147,9 @@ def _facts(
         channels=torch.arange(heads * dim).view(heads, dim),
         split=split.name,
     )
-    sizes = {
-        "q": {"heads": heads, "head_dim": dim},
-        "k": {"kv_heads": heads, "head_dim": dim},
-        "v": {"kv_heads": heads, "v_dim": dim},
-    }[which]
-    attention = program.node(site.node)
-    spec = program.spec(site).with_(**sizes)
-    attention.update_arg(4, spec.text)
-    infer(attention)
-    kv_heads = site.kv_heads if which == "q" else heads
-    changed: dict[str, Any] = {which: path}
-    return replace(site, spec=spec, kv_heads=kv_heads, **changed)
 
 
-def _between(split: fx.Node, operand: fx.Node) -> list[fx.Node] | None:
+def between_nodes(split: fx.Node, operand: fx.Node) -> list[fx.Node] | None:
     """The nodes after `split` that the operand is made through, in graph order.
 
     None when it is not made from it.
@@ -151,13 +172,18 @@ def _between(split: fx.Node, operand: fx.Node) -> list[fx.Node] | None:
     return [node for node in ordered if node in below]
 
 
-def projected(
-    program: Program, path: Path, weight: Tensor, bias: Tensor | None, heads: int, name: str
+def _project(
+    program: Program,
+    path: Path,
+    split: fx.Node,
+    projection: tuple[Tensor, Tensor | None],
+    heads: int,
+    name: str,
+    factor: float,
 ) -> tuple[fx.Node, fx.Node] | Miss:
-    """A new projection `[batch, seq, heads dim]` of what a path's reads, and its split into heads
-    in the path's order, just before the path's own."""
-    split = program.node(path.split)
-    name = _free_name(program, path, name)
+    """The new projection `[batch, seq, heads dim]`, and its split into heads in the old order,
+    times `factor`."""
+    weight, bias = projection
     source = program.node(path.source)
     if source.meta["val"].dim() == 2 and source.target in _VIEWS:
         source = cast(fx.Node, source.args[0])
@@ -176,8 +202,11 @@ def projected(
     if bias is not None:
         parameters.append(program.parameter(f"{name}_bias", bias.to(dtype), before=split))
     linear = program.call(aten.linear.default, (source, *parameters), before=split)
+    scaled = linear
+    if factor != 1.0:
+        scaled = program.call(aten.mul.Tensor, (linear, factor), before=split)
     fresh = program.call(
-        aten.unflatten.int, (linear, -1, [heads, weight.shape[0] // heads]), before=split
+        aten.unflatten.int, (scaled, -1, [heads, weight.shape[0] // heads]), before=split
     )
     if not straight:
         fresh = program.call(aten.transpose.int, (fresh, 0, 1), before=split)
@@ -186,20 +215,52 @@ def projected(
     return linear, fresh
 
 
-def _free_name(program: Program, path: Path, name: str) -> str:
+def _scale(program: Program, path: Path) -> float | None:
+    """The number by which the split node holds the projection's channels; None where it holds
+    something else. Run, not read: a norm with weights of one looks like nothing."""
+    sizes = small_sizes(program)
+    known = {**example_sizes(program), **sizes}
+    projection, split = program.node(path.projection), program.node(path.split)
+    dtype = projection.meta["val"].dtype
+    try:
+        shape = [concrete(size, known) for size in projection.meta["val"].shape]
+        y = torch.randn(shape, dtype=torch.float64).to(dtype)
+        found = Evaluator(program, sizes, {projection: y})(split).double()
+    except Unknown:
+        return None
+    value = found if path.order == "bthd" else found.transpose(1, 2)
+    wanted = y.double().flatten(0, -2)[:, path.channels]
+    for rows in (value, value.transpose(0, 1)):
+        given = rows.flatten(0, 1)
+        at = wanted.abs().flatten().argmax()
+        factor = given.flatten()[at] / wanted.flatten()[at]
+        slack = 64 * torch.finfo(dtype).eps * float(given.abs().max() + 1e-30)
+        if float((given - factor * wanted).abs().max()) <= slack:
+            return float(factor)
+    return None
+
+
+def _free_name(program: Program, path: Path, which: Which) -> str:
     """A parameter name beside the old weight's that nothing has yet."""
     owner = path.weight.rpartition(".")[0].rpartition(".")[0]
-    base, count = f"{owner}.{name}" if owner else name, 0
+    base, count = f"{owner}.{which}_heads" if owner else f"{which}_heads", 0
     names = {name for name, _ in program.module.named_parameters(remove_duplicate=False)}
     while f"{base}{count}_weight" in names:
         count += 1
     return f"{base}{count}"
 
 
-def _clone(program: Program, node: fx.Node, values: dict[fx.Node, fx.Node]) -> fx.Node | Miss:
+def _clone(
+    program: Program, node: fx.Node, values: dict[fx.Node, fx.Node], cut: Cut | None
+) -> fx.Node | Miss:
     """The node again, on the new values, just before the old one."""
     if node.op != "call_function":
         return Miss(f"a {node.op} node stands between the heads and the attention", node.name)
+    if cut is not None:
+        cloned = cut.clone(node, values)
+        if isinstance(cloned, fx.Node):
+            return cloned
+        return Miss(f"it does not adapt to fewer dims: {cloned}", node.name)
     if node.target in _REPEATS:
         return values.get(cast(fx.Node, node.args[0])) or Miss("it repeats no heads", node.name)
     args = fx.map_arg(node.args, lambda n: values.get(n, n))
@@ -211,7 +272,7 @@ def _clone(program: Program, node: fx.Node, values: dict[fx.Node, fx.Node]) -> f
         tries = ((args[0], sizes, *args[2:]) for sizes in _reshaped(node, values))
     said = "no size fits the new head count"
     for given in tries:
-        made = _try(program, node, given, kwargs)
+        made = attempt(program, node, given, kwargs)
         if not isinstance(made, fx.Node):
             said = made
         elif node.target in _VIEWS and not _scaled(node, made, values):
@@ -222,7 +283,7 @@ def _clone(program: Program, node: fx.Node, values: dict[fx.Node, fx.Node]) -> f
     return Miss(f"it does not adapt to the new head count: {said}", node.name)
 
 
-def _try(program: Program, node: fx.Node, args: Any, kwargs: Any) -> fx.Node | str:
+def attempt(program: Program, node: fx.Node, args: Any, kwargs: Any) -> fx.Node | str:
     target = cast(Any, node.target)
     with program.graph.inserting_before(node):
         made = program.graph.call_function(target, args, kwargs)

@@ -27,9 +27,9 @@ class Path:
     `projection` is the node of the matrix product, `source` its input node `[batch, seq, width]`,
     `weight` and `bias` the names of its parameters in the program's module. `channels` int64
     `[heads, head_dim]`: the projection's output channel that feeds (head, dim), taken before any
-    rotation or norm. `split` is the earliest node downstream of the projection that is a pure index
-    map of it with one axis per head, in `order` "bthd" or "bhtd"; everything between `split` and
-    the attention's operand acts on each head alike.
+    rotation or norm. `split` is the earliest node downstream of the projection that is an index map
+    of it, times one number at most, with one axis per head, in `order` "bthd" or "bhtd"; everything
+    between `split` and the attention's operand acts on each head alike.
     """
 
     projection: str

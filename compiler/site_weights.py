@@ -90,9 +90,15 @@ def _written(
     if _readers(program, name) <= {reader}:
         program.set_weight(name, new)
         return name
+    return rewired(program, reader, name, new)
+
+
+def rewired(program: Program, reader: fx.Node, name: str, value: Tensor) -> str:
+    """Let one node read `value`, of any shape, where it read the parameter `name`, transposes and
+    all; the name of the new parameter."""
     own = _free(program, name)
     for argument in [n for n in reader.all_input_nodes if _parameter(n) == name]:
-        fresh = program.parameter(own, new, before=reader)
+        fresh = program.parameter(own, value, before=reader)
         if argument.op != "get_attr":
             fresh = program.call(argument.target, (fresh, *argument.args[1:]), before=reader)  # type: ignore[arg-type]
         reader.replace_input_with(argument, fresh)

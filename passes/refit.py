@@ -30,6 +30,7 @@ from torch import Tensor, fx
 from attnopt.compiler.contract import Edit, Exactness, Miss, Notes, Pass, choice
 from attnopt.compiler.grams import Gram, real, rows, with_one
 from attnopt.compiler.program import Batch, Program
+from attnopt.compiler.ridge import solve
 from attnopt.compiler.site import OutputPath, Site
 from attnopt.compiler.site_weights import write_output_whole
 
@@ -160,21 +161,6 @@ class _Flow:
             if self.less:
                 y = y - rows(mine[self.less].double(), valid)
             yield rows(mine[self.z].double(), valid), y
-
-
-def solve(sums: Gram, old: Tensor, damping: float) -> tuple[Tensor, float]:
-    """Ridge regression towards `old` `[p, r]` from moments.
-
-    Also the relative norm of the gradient at the solution.
-    """
-    ridge = damping * sums.xx.diagonal().mean().clamp(min=1e-30)
-    regular = sums.xx + ridge * torch.eye(len(sums.xx), dtype=torch.float64)
-    step = sums.xy - sums.xx @ old
-    factor = torch.linalg.cholesky(regular)
-    delta = torch.cholesky_solve(step, factor)
-    delta = delta + torch.cholesky_solve(step - regular @ delta, factor)  # one refinement
-    gradient = float((regular @ delta - step).norm() / sums.xy.norm().clamp(min=1e-300))
-    return old + delta, gradient
 
 
 def _weight(program: Program, path: OutputPath) -> Tensor:

@@ -43,7 +43,8 @@ class SlidingWindow(Pass):
     source: ClassVar[str] = (
         "StreamingLLM (Xiao et al. 2023); heads by kept mass after DuoAttention (2024)"
     )
-    after: ClassVar[tuple[str, ...]] = ("simplify_mask", "fuse_attention")
+    # Heads with windows of their own have no projections of their own any more.
+    after: ClassVar[tuple[str, ...]] = ("simplify_mask", "fuse_attention", "prune_heads")
     removes: ClassVar[tuple[Part, ...]] = ("core", "between")
 
     left: int = choice(64, 128, 256, 512, 1024, 2048, 4096, default=256)

@@ -149,8 +149,8 @@ def distinct(index: Tensor) -> Tensor:
 def split_node(
     held: Linearised, operand: fx.Node, index: Tensor
 ) -> tuple[str, Literal["bthd", "bhtd"]] | None:
-    """The earliest node between projection and operand that is exactly `index`, one axis per head;
-    None when there is none."""
+    """The earliest node between projection and operand that is `index`, times one number where a
+    scale comes first, with one axis per head; None when there is none."""
     code, _, _ = _codes(held)
     evaluator = held.at(code)
     wanted = index + 1
@@ -169,9 +169,16 @@ def split_node(
                 found = evaluator(node)
             except Unknown:
                 return None
-            if torch.equal(found.select(axis, 0)[0].round().long(), wanted):
+            value = found.select(axis, 0)[0].double()
+            if _is_scaled(value, wanted):
                 return node.name, order  # type: ignore[return-value]
     return None
+
+
+def _is_scaled(value: Tensor, wanted: Tensor) -> bool:
+    """Whether a value is the wanted one times one number other than zero."""
+    factor = value.flatten()[0] / wanted.flatten()[0]
+    return bool(factor != 0) and torch.equal((value / factor).round().long(), wanted)
 
 
 def output_channels(

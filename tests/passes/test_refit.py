@@ -12,9 +12,10 @@ from attnopt.compiler.contract import Edit, Notes, passes, read_pass
 from attnopt.compiler.grams import Gram
 from attnopt.compiler.pipeline import apply_edit
 from attnopt.compiler.program import Batch, Program
+from attnopt.compiler.ridge import solve
 from attnopt.compiler.site_weights import write_output_whole
 from attnopt.compiler.spec import Mask
-from attnopt.passes.refit import Refit, solve
+from attnopt.passes.refit import Refit
 from tests.decoder import VOCABULARY, decoder
 
 LENGTH = 24
