@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from attnopt.compiler.contract import Notes
 from attnopt.compiler.layout import same_size
 from attnopt.compiler.program import Batch, Program, inputs, peek
+from attnopt.compiler.site import Site
 
 _KEEP_BYTES = (
     1 << 30
@@ -143,6 +144,20 @@ def input_moments(notes: Notes, names: Sequence[str], heldout: bool = False) -> 
         return moments(notes.original, list(dict.fromkeys(names)), batches)
     kept.update(moments(notes.original, [n for n in all_names if n not in kept], batches))
     return {name: kept[name] for name in names}
+
+
+def source_moments(
+    program: Program, site: Site, notes: Notes, heldout: bool = False
+) -> dict[str, Gram] | None:
+    """Grams of what a site's projections of q, k and v read, by node: of the original where it has
+    the same nodes. None where there is no such data."""
+    batches = notes.heldout if heldout else notes.calibration
+    if not batches:
+        return None
+    names = [path.source for path in (site.q, site.k, site.v) if path is not None]
+    if all(notes.original.has(name) for name in names):
+        return input_moments(notes, names, heldout)
+    return moments(program, list(dict.fromkeys(names)), batches)
 
 
 def _entry(program: Program, batches: Sequence[Batch]) -> dict[str, Gram]:

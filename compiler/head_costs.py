@@ -90,16 +90,31 @@ class Results:
         inverse: Tensor = torch.linalg.inv(self.gram + ridge * eye)
         return inverse
 
-    def fitted(self, keep: Tensor, damping: float) -> Tensor:
-        """The weight `[len(keep), width]` of the rows that stay, fitted to the whole result."""
-        return solve(self._sums(keep), self.weight[keep], damping)[0]
+    def fitted(self, by: Tensor, old: Tensor, damping: float) -> Tensor:
+        """The weight `[less, width]` that gives the whole result best from fewer numbers, leaning
+        towards `old`. `by` says which: rows that stay, or a map `[p, less]` of all."""
+        return solve(self._sums(by), old, damping)[0]
 
-    def lost(self, keep: Tensor, weight: Tensor) -> float:
-        """The share of energy that rows `keep` with this weight do not give."""
-        return self._sums(keep).error(weight) / max(self.energy, 1e-300)
+    def lost(self, by: Tensor, weight: Tensor) -> float:
+        """The share of energy that fewer numbers with this weight do not give."""
+        return self._sums(by).error(weight) / max(self.energy, 1e-300)
 
-    def _sums(self, keep: Tensor) -> Gram:
-        return Gram(self.gram[keep][:, keep], self.gram[keep] @ self.weight, self.energy)
+    def _sums(self, by: Tensor) -> Gram:
+        left = self.gram[by] if by.dim() == 1 else by.T @ self.gram
+        return Gram(left[:, by] if by.dim() == 1 else left @ by, left @ self.weight, self.energy)
+
+
+def best_weight(
+    train: Results, check: Results | None, by: Tensor, old: Tensor
+) -> tuple[Tensor, float | None]:
+    """The weight for fewer numbers (see `Results.fitted`) that loses least on held-out data, and
+    its damping; None where `old` does. Without such data the usual damping."""
+    if check is None:
+        return train.fitted(by, old, USUAL), USUAL
+    given: list[tuple[Tensor, float | None]] = [(old, None)]
+    given += [(train.fitted(by, old, damping), damping) for damping in DAMPINGS]
+    lost = [check.lost(by, weight) for weight, _ in given]
+    return given[lost.index(min(lost))]
 
 
 def _energy(gram: Tensor, weight: Tensor) -> float:

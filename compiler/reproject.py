@@ -335,11 +335,17 @@ def _reshaped(node: fx.Node, values: dict[fx.Node, fx.Node]) -> Iterator[list[An
         for at, size in enumerate(sizes)
         if size == -1 or (isinstance(size, int) and (size * ratio).is_integer)
     ]
-    for at in sorted(spots, key=lambda spot: _product(shape[:spot]) != lead):
+    for at in sorted(spots, key=lambda spot: not _holds(shape, spot, lead)):
         if sizes[at] == -1:
             yield sizes
         else:
             yield [*sizes[:at], int(sizes[at] * ratio), *sizes[at + 1 :]]
+
+
+def _holds(shape: Any, axis: int, lead: Any) -> bool:
+    """Whether the axis that changes, with `lead` elements before it, lies in this axis."""
+    inside = sympy.cancel(lead / _product(shape[:axis]))
+    return bool(inside.is_Integer) and bool((_expression(shape[axis]) / inside).is_integer)
 
 
 def _scaled(node: fx.Node, made: fx.Node, values: dict[fx.Node, fx.Node]) -> bool:

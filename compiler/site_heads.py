@@ -16,15 +16,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from attnopt.compiler.contract import Miss
+from attnopt.compiler.contract import Miss, Notes
+from attnopt.compiler.grams import moments
+from attnopt.compiler.head_costs import Results
 from attnopt.compiler.ops import ATTENTION
 from attnopt.compiler.program import Program, infer
 from attnopt.compiler.raising.evaluate import Unknown
 from attnopt.compiler.raising.index_probe import output_channels, small_sizes
 from attnopt.compiler.raising.projections import projection
-from attnopt.compiler.reproject import Cut, Which, between_nodes, clone_all, rebuilt
+from attnopt.compiler.reproject import Cut, Which, between_nodes, clone_all, rebuilt, same
 from attnopt.compiler.site import OutputPath, Path, Site
 from attnopt.compiler.site_weights import read_output, read_weight, rewired
+from attnopt.compiler.spec import AttentionSpec
 
 aten = torch.ops.aten
 WHICH: tuple[Which, ...] = ("q", "k", "v")
@@ -87,6 +90,23 @@ def output_source(program: Program, site: Site) -> fx.Node:
     return made.source
 
 
+def results(
+    program: Program, site: Site, notes: Notes, heads: Heads
+) -> tuple[Results | None, Results | None]:
+    """What the heads of a site give, in the program as it now is, on calibration data and on
+    held-out data; None where there is none."""
+    path = cast(OutputPath, site.out)
+    name = output_source(program, site).name
+    found: list[Results | None] = []
+    for batches in (notes.calibration, notes.heldout):
+        if not batches:
+            found.append(None)
+            continue
+        seen = moments(program, [name], batches)[name]
+        found.append(Results.of(seen, path.channels, heads.out, path.bias is not None))
+    return found[0], found[1]
+
+
 def resize(
     program: Program,
     site: Site,
@@ -113,16 +133,26 @@ def resize(
         if isinstance(made, Miss):
             return made
         operands[WHICH.index(which)], paths[which] = made
-    changed = _rejoined(program, site, new, operands, groups)
+    attention = program.node(site.node)
+    spec = program.spec(site).with_(
+        heads=len(new.q), head_dim=new.q.shape[1], v_dim=new.v.shape[1],
+        kv_heads=int(operands[1].meta["val"].shape[1]),
+    )  # fmt: skip
+    facts: dict[str, Any] = {**paths, "spec": spec, "kv_heads": len(new.k)}
+    old: list[Path] = [getattr(site, which) for which in chosen]
+    if groups is None and spec.v_dim == site.spec.v_dim:
+        attention.args = (*operands, attention.args[3], spec.text)
+        infer(attention)
+        _sweep(program, old)
+        return replace(site, **facts)
+    changed = _rejoined(program, site, operands, spec, groups)
     if isinstance(changed, Miss):
         return changed
     out = _output(program, replace(site, out=changed), new.out, bias)
     if isinstance(out, Miss):
         return out
-    facts: dict[str, Any] = {**paths, "out": out}
-    old = [getattr(site, which) for which in chosen]
-    _sweep(program, [name for p in [*old, site.out] for name in (p.weight, p.bias) if name])
-    return replace(site, spec=program.spec(site), kv_heads=len(new.k), **facts)
+    _sweep(program, [*old, cast(OutputPath, site.out)])
+    return replace(site, out=out, **facts)
 
 
 def _operand(
@@ -138,8 +168,8 @@ def _operand(
 def _rejoined(
     program: Program,
     site: Site,
-    new: Heads,
     operands: list[fx.Node],
+    spec: AttentionSpec,
     groups: Sequence[int] | None,
 ) -> OutputPath | Miss:
     """Let the attention read the new operands and the output projection its new result."""
@@ -158,13 +188,9 @@ def _rejoined(
         return Miss("something else reads the heads' results too", others[0].name)
     extras = cast(list[fx.Node], attention.args[3])
     if groups is not None:
-        own = len(new.q) // len(new.k)
+        own = spec.heads // len(groups)
         queries = [g * own + i for g in groups for i in range(own)]
         extras = [_slices(program, site, extra, queries) for extra in extras]
-    spec = program.spec(site).with_(
-        heads=len(new.q), head_dim=new.q.shape[1], v_dim=new.v.shape[1],
-        kv_heads=int(operands[1].meta["val"].shape[1]),
-    )  # fmt: skip
     attention.args = (*operands, extras, spec.text)
     infer(attention)
     values = clone_all(program, chain, {stale: attention})
@@ -191,10 +217,11 @@ def _output(program: Program, site: Site, rows: Tensor, bias: Tensor | None) -> 
     graph lays them out."""
     path = cast(OutputPath, site.out)
     attention, reader = program.node(site.node), program.node(path.projection)
+    source = output_source(program, site)
+    if not same(source.meta["val"].shape[-1], rows.shape[0] * rows.shape[1]):
+        return Miss("the smaller heads do not come out side by side", source.name)
     try:
-        channels = output_channels(
-            program, attention, output_source(program, site), small_sizes(program)
-        )
+        channels = output_channels(program, attention, source, small_sizes(program))
     except Unknown as reason:
         return Miss(f"the smaller heads do not reach the output projection: {reason}", reader.name)
     dtype = program.weight(path.weight).dtype
@@ -208,10 +235,10 @@ def _output(program: Program, site: Site, rows: Tensor, bias: Tensor | None) -> 
     return replace(path, weight=name, bias=bias_name, channels=channels)
 
 
-def _sweep(program: Program, names: Sequence[str]) -> None:
-    """Drop what nothing reads any more, these parameters too."""
+def _sweep(program: Program, paths: Sequence[Path | OutputPath]) -> None:
+    """Drop what nothing reads any more, the weights of these paths too."""
     program.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
-    for name in dict.fromkeys(names):
+    for name in {name for path in paths for name in (path.weight, path.bias) if name}:
         program.drop_weight(name)
 
 

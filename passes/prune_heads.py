@@ -14,7 +14,7 @@ run `refit` afterwards, which fits to the original. Source: OSSCAR (Meng et al. 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -23,12 +23,11 @@ from torch import Tensor
 
 from attnopt.compiler.contract import Edit, Exactness, Miss, Notes, Pass, choice
 from attnopt.compiler.damage import Damage
-from attnopt.compiler.grams import moments
-from attnopt.compiler.head_costs import DAMPINGS, USUAL, Results
-from attnopt.compiler.program import Batch, Program
+from attnopt.compiler.head_costs import Results, best_weight
+from attnopt.compiler.program import Program
 from attnopt.compiler.removal import edited
 from attnopt.compiler.site import OutputPath, Site
-from attnopt.compiler.site_heads import Heads, output_source, resize, unknown
+from attnopt.compiler.site_heads import Heads, resize, results, unknown
 
 
 @dataclass(frozen=True)
@@ -144,19 +143,15 @@ class _Fit:
     @staticmethod
     def of(program: Program, site: Site, notes: Notes) -> _Fit:
         """From the program as it now is."""
-        heads, path = Heads.read(program, site), cast(OutputPath, site.out)
-        bias = None if path.bias is None else program.weight(path.bias).detach().double()
-        name = output_source(program, site).name
-
-        def results(batches: Sequence[Batch]) -> Results:
-            seen = moments(program, [name], batches)[name]
-            return Results.of(seen, path.channels, heads.out, bias is not None)
-
+        heads = Heads.read(program, site)
+        train, check = results(program, site, notes, heads)
         size = heads.group * heads.out.shape[1]
         blocks = list(torch.arange(len(heads.k) * size).view(-1, size))
-        check = results(notes.heldout) if notes.heldout else None
+        path = cast(OutputPath, site.out)
+        bias = None if path.bias is None else program.weight(path.bias).detach().double()
         dtype = program.weight(path.weight).dtype
-        return _Fit(heads, results(notes.calibration), check, blocks, bias, dtype)
+        assert train is not None
+        return _Fit(heads, train, check, blocks, bias, dtype)
 
     def option(self, gone: list[int]) -> _Option:
         """The heads that stay, their output projection fitted where that helps on held-out data."""
@@ -165,17 +160,10 @@ class _Fit:
         if self.bias is not None:
             rows.append(torch.tensor([len(self.train.weight) - 1]))
         keep = torch.cat(rows)
-        weight, damping = self._weight(keep)
+        old = self.train.weight[keep]
+        weight, damping = best_weight(self.train, self.check, keep, old)
         bias = None if self.bias is None else self.bias + weight[-1]
         return _Option(self.heads, groups, keep, weight, bias, damping)
-
-    def _weight(self, keep: Tensor) -> tuple[Tensor, float | None]:
-        if self.check is None:
-            return self.train.fitted(keep, USUAL), USUAL
-        given: list[tuple[Tensor, float | None]] = [(self.train.weight[keep], None)]
-        given += [(self.train.fitted(keep, damping), damping) for damping in DAMPINGS]
-        lost = [self.check.lost(keep, weight) for weight, _ in given]
-        return given[lost.index(min(lost))]
 
     def evidence(self, pick: _Option) -> dict[str, float]:
         """Shares of the attention's output energy that are lost.

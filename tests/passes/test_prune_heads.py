@@ -164,7 +164,9 @@ def test_greedy_costs_add_up_and_beat_the_plain_ranking() -> None:
     best = torch.linalg.lstsq(z[:, keep], target).solution
     left = float((target - z[:, keep] @ best).square().sum() / target.square().sum())
     assert told == pytest.approx(left, rel=1e-6)
-    assert results.lost(keep, results.fitted(keep, WEAKEST)) == pytest.approx(left, rel=1e-6)
+    assert results.lost(keep, results.fitted(keep, results.weight[keep], WEAKEST)) == pytest.approx(
+        left, rel=1e-6
+    )
     energies = results.energies(blocks)
     assert energies[1] == pytest.approx(
         float((z[:, blocks[1]] @ results.weight[blocks[1]]).square().sum())
