@@ -149,15 +149,20 @@ def input_moments(notes: Notes, names: Sequence[str], heldout: bool = False) -> 
 def source_moments(
     program: Program, site: Site, notes: Notes, heldout: bool = False
 ) -> dict[str, Gram] | None:
-    """Grams of what a site's projections of q, k and v read, by node: of the original where it has
-    the same nodes. None where there is no such data."""
+    """Grams of what a site's projections of q, k and v read, by node: of the original where the
+    same site reads the same nodes there. None where there is no such data."""
     batches = notes.heldout if heldout else notes.calibration
     if not batches:
         return None
-    names = [path.source for path in (site.q, site.k, site.v) if path is not None]
-    if all(notes.original.has(name) for name in names):
+    names = _sources(site)
+    teacher = next((s for s in notes.original.sites if s.id == site.id), None)
+    if teacher is not None and _sources(teacher) == names:
         return input_moments(notes, names, heldout)
     return moments(program, list(dict.fromkeys(names)), batches)
+
+
+def _sources(site: Site) -> list[str]:
+    return [path.source for path in (site.q, site.k, site.v) if path is not None]
 
 
 def _entry(program: Program, batches: Sequence[Batch]) -> dict[str, Gram]:

@@ -328,24 +328,30 @@ def _reshaped(node: fx.Node, values: dict[fx.Node, fx.Node]) -> Iterator[list[An
     if ratio == 1 or ratio is None:
         yield sizes
         return
-    lead = _product(source.meta["val"].shape[: _first_change(values[source], source)])
+    axis = _first_change(values[source], source)
+    lead = _product(source.meta["val"].shape[:axis])
+    size = _expression(source.meta["val"].shape[axis])
     shape = node.meta["val"].shape
     spots = [
         at
         for at, size in enumerate(sizes)
         if size == -1 or (isinstance(size, int) and (size * ratio).is_integer)
     ]
-    for at in sorted(spots, key=lambda spot: not _holds(shape, spot, lead)):
+    for at in sorted(spots, key=lambda spot: _unlikely(shape, spot, lead, size)):
         if sizes[at] == -1:
             yield sizes
         else:
             yield [*sizes[:at], int(sizes[at] * ratio), *sizes[at + 1 :]]
 
 
-def _holds(shape: Any, axis: int, lead: Any) -> bool:
-    """Whether the axis that changes, with `lead` elements before it, lies in this axis."""
+def _unlikely(shape: Any, axis: int, lead: Any, size: Any) -> int:
+    """0 where an axis begins where the changed axis, of `size` after `lead` elements, did; 1 where
+    it holds all of that axis; 2 elsewhere."""
     inside = sympy.cancel(lead / _product(shape[:axis]))
-    return bool(inside.is_Integer) and bool((_expression(shape[axis]) / inside).is_integer)
+    if inside == 1:
+        return 0
+    whole = sympy.cancel(_expression(shape[axis]) / (inside * size))
+    return 1 if inside.is_Integer and whole.is_Integer else 2
 
 
 def _scaled(node: fx.Node, made: fx.Node, values: dict[fx.Node, fx.Node]) -> bool:

@@ -45,7 +45,7 @@ class Path:
 @dataclass(frozen=True)
 class OutputPath:
     """The output projection: `channels` int64 `[heads, v_dim]` is its input column that (head, dim)
-    feeds."""
+    feeds, `[0, 0]` where a factor before it mixes them."""
 
     projection: str
     weight: str

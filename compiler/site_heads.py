@@ -75,6 +75,9 @@ def unknown(program: Program, site: Site) -> Miss | None:
     if not program.has(out.projection):
         return Miss("an earlier rewrite took the output projection away", out.projection)
     weight = program.weight(out.weight)
+    if not out.channels.numel():
+        return Miss("the output projection has factors, none of whose columns is a head's",
+                    out.projection)  # fmt: skip
     if out.channels.numel() != weight.shape[1 if out.layout == "out_in" else 0]:
         return Miss("the output projection reads more than the heads", out.projection)
     for path in (cast(Path, site.k), cast(Path, site.v)):

@@ -95,6 +95,8 @@ class MergeKvHeads(Pass):
             if getattr(site, which) is None:
                 why = site.missing.get(which, "not known")
                 return Miss(f"the projection of {which} was not found: {why}", site.node)
+        if site.out is not None and not site.out.channels.numel():
+            return Miss("the output projection has factors", site.out.projection)
         if "rotary" in site.missing:
             return Miss(
                 f"the rotary embedding is not understood: {site.missing['rotary']}", site.node

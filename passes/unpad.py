@@ -51,7 +51,7 @@ class Unpad(Pass):
     source: ClassVar[str] = "Zhai et al., ByteTransformer, IPDPS 2023"
     after: ClassVar[tuple[str, ...]] = (
         "simplify_mask", "fold_repeated_kv", "fuse_attention", "merge_kv_heads", "prune_heads",
-        "shrink_head_dim", "sliding_window", "skip_sublayers", "refit",
+        "shrink_head_dim", "low_rank_projections", "sliding_window", "skip_sublayers", "refit",
     )  # fmt: skip
 
     def rewrite(self, target: Any, program: Program, notes: Notes) -> Edit | Miss:
