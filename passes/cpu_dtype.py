@@ -52,7 +52,8 @@ class CpuDtype(Pass):
     source: ClassVar[str] = "oneDNN developer guide, Data types"
     after: ClassVar[tuple[str, ...]] = (
         "simplify_mask", "fold_repeated_kv", "fuse_attention", "merge_kv_heads", "prune_heads",
-        "shrink_head_dim", "low_rank_projections", "sliding_window", "skip_sublayers", "fuse_blocks", "refit", "unpad",
+        "shrink_head_dim", "low_rank_projections", "sliding_window", "skip_sublayers",
+        "fuse_blocks", "refit", "unpad",
     )  # fmt: skip
 
     def rewrite(self, target: Any, program: Program, notes: Notes) -> Edit | Miss:
