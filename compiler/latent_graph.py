@@ -11,7 +11,7 @@ wanted dims are read, so that every spelling of rotary is its own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -21,46 +21,11 @@ from attnopt.compiler.contract import Miss
 from attnopt.compiler.latent import Latent, Slots
 from attnopt.compiler.layout import same_size
 from attnopt.compiler.program import Program, infer
-from attnopt.compiler.reproject import carried, projected
-from attnopt.compiler.site import OutputPath, Path, Site
-from attnopt.compiler.site_weights import read_output, read_weight
+from attnopt.compiler.reproject import Which, projected, rebuilt, split_scale
+from attnopt.compiler.site import Path, Rotary, Site
+from attnopt.compiler.site_heads import Heads
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Heads:
-    """A site's projections, float64, the bias as last column: `q`, `k`, `v` `[heads, dim, width +
-    1]`, `out` `[heads, v_dim, width]`, and the rotary pairs of keys."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    out: Tensor
-    pairs: Tensor
-    frequencies: Tensor
-
-    @staticmethod
-    def read(program: Program, site: Site) -> Heads:
-        """The projections as they stand in the program."""
-        found = []
-        for which in ("q", "k", "v"):
-            weight, bias = read_weight(program, cast(Path, getattr(site, which)))
-            last = torch.zeros_like(weight[..., 0]) if bias is None else bias
-            found.append(torch.cat((weight, last[..., None]), -1))
-        rotary = site.rotary
-        pairs = torch.empty(0, 2).long() if rotary is None else rotary.pairs
-        frequencies = torch.empty(0) if rotary is None else rotary.frequencies
-        out = read_output(program, cast(OutputPath, site.out))
-        return Heads(found[0], found[1], found[2], out, pairs, frequencies)
-
-    def read_by(self, per_query: Tensor) -> Tensor:
-        """Sum `[heads, d, d]` over the query heads of each key/value head."""
-        return per_query.reshape(len(self.k), -1, *per_query.shape[1:]).sum(1)
-
-    def queries(self, gram: Tensor) -> Tensor:
-        """Second moments of the queries that read each key head, `[kv_heads, dim, dim]`."""
-        return self.read_by(self.q @ gram @ self.q.transpose(1, 2))
 
 
 def install(program: Program, site: Site, heads: Heads, slots: Slots, made: Latent) -> Site | Miss:
@@ -76,7 +41,10 @@ def install(program: Program, site: Site, heads: Heads, slots: Slots, made: Late
     sequence = 1 if k_path.order == "bthd" else 2
     if not same_size(c.meta["val"].shape[1], split.meta["val"].shape[sequence]):
         return Miss("the sequence comes before the batch", k_path.source)
-    gain = _gains(site, heads.k.shape[1])[:, None]
+    factor = split_scale(program, cast(Path, site.q))
+    if factor is None:
+        return Miss("between the queries and their heads stands a norm", cast(Path, site.q).split)
+    gain = (_gains(site, heads.k.shape[1]) / factor)[:, None]  # the split queries have it already
     # A bias of keys without rotary is the same in all logits of a query, which softmax does not
     # see; a soft cap and sinks do.
     seen = site.spec.softcap != 0.0 or "sinks" in site.spec.extras
@@ -151,21 +119,31 @@ def _rotary(
     width = heads.k.shape[2]
     key = torch.zeros(count, dim, width, dtype=torch.float64)
     query = torch.zeros(len(heads.q), count, dim, width, dtype=torch.float64)
-    a, b = heads.pairs[slots.pair].T
-    numbers = torch.complex(heads.q[:, heads.pairs[:, 0]], heads.q[:, heads.pairs[:, 1]])
+    pairs = cast(Rotary, site.rotary).pairs
+    a, b = pairs[slots.pair].T
+    numbers = torch.complex(heads.q[:, pairs[:, 0]], heads.q[:, pairs[:, 1]])
     factors = slots.factors.repeat_interleave(len(heads.q) // groups, 1)
     wanted = torch.einsum("shp,hpw->hsw", factors.conj(), numbers)
     key[turn, a], key[turn, b] = slots.key.real, slots.key.imag
     query[:, turn, a], query[:, turn, b] = wanted.real, wanted.imag
     dims = torch.cat((turn * dim + a, turn * dim + b)).sort().values
     made = []
-    for which, weight in (("q", query.flatten(0, 1)), ("k", key)):
+    parts: tuple[tuple[Which, Tensor], ...] = (("q", query.flatten(0, 1)), ("k", key))
+    for which, weight in parts:
         flat = weight.flatten(0, 1)
         bias = flat[:, -1] if bool(flat[:, -1].any()) else None
-        part = carried(program, site, which, flat[:, :-1], bias, len(weight), "latent_rotary")  # type: ignore[arg-type]
+        part = rebuilt(
+            program,
+            site,
+            which,
+            flat[:, :-1],
+            bias,
+            len(weight),
+            name="latent_rotary",
+        )
         if isinstance(part, Miss):
             return part
-        made.append(_picked(program, site, part.operand, count, dims))
+        made.append(_picked(program, site, part[0], count, dims))
     return made[0], made[1]
 
 

@@ -80,12 +80,14 @@ def rebuilt(
     bias: Tensor | None,
     heads: int,
     cut: Cut | None = None,
+    name: str = "heads",
 ) -> tuple[fx.Node, Path] | Miss:
     """Operand `which` from a new projection, beside the old one, which the attention still reads.
 
     `weight` and `bias` as in `reproject`. With `cut` the heads keep their number and lose dims:
-    what stands between is cut to the dims that are left, and compared with what it was. Answers the
-    new operand and how it comes out of its projection.
+    what stands between is cut to the dims that are left, and compared with what it was. New
+    parameters are named after `name`. Answers the new operand and how it comes out of its
+    projection.
     """
     path: Path | None = getattr(site, which)
     if path is None:
@@ -100,12 +102,11 @@ def rebuilt(
     between = between_nodes(split, operand)
     if between is None:
         return Miss("the operand does not come from the split alone", operand.name)
-    factor = _scale(program, path)
+    factor = split_scale(program, path)
     if factor is None:
         why = "between the projection and its heads stands more than a scale (a norm, say)"
         return Miss(why, path.split)
-    name = _free_name(program, path, which)
-    made = _project(program, path, split, (weight, bias), heads, name, factor)
+    made = projected(program, path, weight, bias, heads, f"{which}_{name}", factor)
     if isinstance(made, Miss):
         return made
     linear, fresh = made
@@ -172,18 +173,18 @@ def between_nodes(split: fx.Node, operand: fx.Node) -> list[fx.Node] | None:
     return [node for node in ordered if node in below]
 
 
-def _project(
+def projected(
     program: Program,
     path: Path,
-    split: fx.Node,
-    projection: tuple[Tensor, Tensor | None],
+    weight: Tensor,
+    bias: Tensor | None,
     heads: int,
     name: str,
-    factor: float,
+    factor: float = 1.0,
 ) -> tuple[fx.Node, fx.Node] | Miss:
-    """The new projection `[batch, seq, heads dim]`, and its split into heads in the old order,
-    times `factor`."""
-    weight, bias = projection
+    """A new projection `[batch, seq, heads dim]` of what a path's reads, and its split into heads
+    in the path's order, times `factor`."""
+    split, name = program.node(path.split), _free_name(program, path, name)
     source = program.node(path.source)
     if source.meta["val"].dim() == 2 and source.target in _VIEWS:
         source = cast(fx.Node, source.args[0])
@@ -215,7 +216,7 @@ def _project(
     return linear, fresh
 
 
-def _scale(program: Program, path: Path) -> float | None:
+def split_scale(program: Program, path: Path) -> float | None:
     """The number by which the split node holds the projection's channels; None where it holds
     something else. Run, not read: a norm with weights of one looks like nothing."""
     sizes = small_sizes(program)
@@ -240,10 +241,10 @@ def _scale(program: Program, path: Path) -> float | None:
     return None
 
 
-def _free_name(program: Program, path: Path, which: Which) -> str:
+def _free_name(program: Program, path: Path, name: str) -> str:
     """A parameter name beside the old weight's that nothing has yet."""
     owner = path.weight.rpartition(".")[0].rpartition(".")[0]
-    base, count = f"{owner}.{which}_heads" if owner else f"{which}_heads", 0
+    base, count = f"{owner}.{name}" if owner else name, 0
     names = {name for name, _ in program.module.named_parameters(remove_duplicate=False)}
     while f"{base}{count}_weight" in names:
         count += 1

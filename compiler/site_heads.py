@@ -59,6 +59,19 @@ class Heads:
         """Query heads per key/value head."""
         return len(self.q) // len(self.k)
 
+    def read_by(self, per_query: Tensor) -> Tensor:
+        """Sum `[heads, d, d]` over the query heads of each key/value head: `[kv_heads, d, d]`."""
+        return per_query.reshape(len(self.k), self.group, *per_query.shape[1:]).sum(1)
+
+    def queries(self, gram: Tensor) -> Tensor:
+        """Second moments of the queries that read each key head, `[kv_heads, dim, dim]`; `gram`
+        `[width + 1, width + 1]` is that of what the query projection reads."""
+        return self.read_by(self.q @ gram @ self.q.transpose(1, 2))
+
+    def outputs(self) -> Tensor:
+        """What the output projection makes of each value head, `[kv_heads, v_dim, v_dim]`."""
+        return self.read_by(self.out @ self.out.transpose(1, 2))
+
     def query_heads(self, groups: Sequence[int]) -> list[int]:
         """The query heads that read these key/value heads."""
         return [g * self.group + i for g in groups for i in range(self.group)]

@@ -21,13 +21,14 @@ from torch import Tensor
 from attnopt.compiler import latent
 from attnopt.compiler.contract import Edit, Exactness, Miss, Notes, Pass, choice
 from attnopt.compiler.gauge import Freedom, freedom
-from attnopt.compiler.grams import Gram, input_moments, moments
+from attnopt.compiler.grams import source_moments
 from attnopt.compiler.latent import Latent, Slots
-from attnopt.compiler.latent_graph import Heads, install
+from attnopt.compiler.latent_graph import install
 from attnopt.compiler.program import Program
 from attnopt.compiler.regions import Part
 from attnopt.compiler.shared_heads import root
 from attnopt.compiler.site import Path, Site
+from attnopt.compiler.site_heads import Heads, unknown
 
 _EXACT = 1e-12  # a share of energy lost that is rounding
 
@@ -59,30 +60,29 @@ class LatentKv(Pass):
         miss = self._refused(target, program, notes)
         if miss is not None:
             return miss
-        heads = Heads.read(program, target)
-        gram = _gram(program, target, notes)
-        sizes = self._sizes(heads)
+        known = _Known.read(program, target, notes, self.method != "average")
+        sizes = self._sizes(known)
         if isinstance(sizes, str):
             return Miss(sizes, target.node)
-        maps = self._maps(heads, gram, *sizes)
-        trial = install(program.copy(), target, heads, *maps)
+        slots = self._slots(known, sizes[0])
+        rest = latent.without(known.heads.k, known.pairs, slots)
+        made = latent.joint(rest, known.heads.v, known.inputs, *known.metrics, sizes[1])
+        trial = install(program.copy(), target, known.heads, slots, made)
         if isinstance(trial, Miss):
             return trial
 
         def edit(copy: Program) -> None:
-            install(copy, target, heads, *maps)
+            install(copy, target, known.heads, slots, made)
 
-        held = _gram(program, target, notes, heldout=True)
         return Edit(
-            graph=edit, sites={target.id: trial}, note=self._note(heads, *maps),
-            evidence=self._evidence(program, target, heads, *maps, gram, held),
+            graph=edit, sites={target.id: trial}, note=_note(known, slots, made),
+            evidence=self._evidence(program, target, notes, known, rest, slots, made),
         )  # fmt: skip
 
     def _refused(self, site: Site, program: Program, notes: Notes) -> Miss | None:
-        for which in ("q", "k", "v", "out"):
-            if getattr(site, which) is None:
-                why = site.missing.get(which, "not known")
-                return Miss(f"the projection of {which} was not found: {why}", site.node)
+        missing = unknown(program, site)
+        if missing is not None:
+            return missing
         if "rotary" in site.missing:
             return Miss(
                 f"the rotary embedding is not understood: {site.missing['rotary']}", site.node
@@ -103,89 +103,98 @@ class LatentKv(Pass):
             )  # fmt: skip
         return None
 
-    def _sizes(self, heads: Heads) -> tuple[int, int] | str:
+    def _sizes(self, known: _Known) -> tuple[int, int] | str:
         """How many slots keep their rotary, and the latent's rank; or why it is no smaller."""
-        whole = len(heads.k) * (heads.k.shape[1] + heads.v.shape[1])
-        kept = round(whole * self.keep)
-        copies = 1 if self.method == "average" else len(heads.k)
-        count = min(round(kept * self.rotary / 2), len(heads.pairs) * copies)
-        most = heads.k.shape[2] - 1
-        rank = min(kept - 2 * count, most)
-        if rank < 1 or rank + 2 * count >= whole:
-            return f"{rank} numbers and {2 * count} with rotary would be stored of {whole}"
+        kept = round(known.numbers * self.keep)
+        copies = 1 if self.method == "average" else len(known.heads.k)
+        count = min(round(kept * self.rotary / 2), len(known.pairs) * copies)
+        rank = min(kept - 2 * count, known.heads.k.shape[2] - 1)
+        if rank < 1 or rank + 2 * count >= known.numbers:
+            stored = f"{max(rank, 0)} numbers and {2 * count} with rotary"
+            return f"{stored} would be stored of {known.numbers}"
         return count, rank
 
-    def _maps(
-        self, heads: Heads, gram: Tensor | None, count: int, rank: int
-    ) -> tuple[Slots, Latent]:
-        if self.method == "average" or gram is None:
-            gram = None
-            slots = latent.average(heads.k, heads.pairs, count)
-        else:
-            slots = latent.slots(
-                heads.k, gram, heads.queries(gram), heads.pairs, heads.frequencies, count,
-                self.fold, real=self.method == "real",
-            )  # fmt: skip
-        rest = latent.without(heads.k, heads.pairs, slots)
-        inputs = torch.eye(heads.k.shape[2], dtype=torch.float64) if gram is None else gram
-        return slots, latent.joint(rest, heads.v, inputs, *_metrics(heads, gram), rank)
+    def _slots(self, known: _Known, count: int) -> Slots:
+        heads = known.heads
+        if self.method == "average" or known.queries is None:
+            return latent.average(heads.k, known.pairs, count)
+        return latent.slots(
+            heads.k, known.inputs, known.queries, known.pairs, known.frequencies, count,
+            self.fold, real=self.method == "real",
+        )  # fmt: skip
 
     def _evidence(
-        self, program: Program, site: Site, heads: Heads, slots: Slots, made: Latent,
-        gram: Tensor | None, held: Tensor | None,
+        self, program: Program, site: Site, notes: Notes, known: _Known, rest: Tensor,
+        slots: Slots, made: Latent,
     ) -> dict[str, float]:  # fmt: skip
         """Shares of energy lost about the mean, predicted and measured on both kinds of data, and
         the share of the keys' rotary energy that keeps its rotary."""
-        dtype = program.weight(cast(Path, site.k).weight).dtype
         found: dict[str, float] = {}
         if self.method != "average":
             found |= {"k_predicted": made.k_tail, "v_predicted": made.v_tail}
-        if len(heads.pairs):
+        if len(known.pairs):
             found["rotary_kept"] = slots.energy
-        down = made.down.to(dtype).double()
-        rest = latent.without(heads.k, heads.pairs, slots)
-        for said, moment in (("residual", gram), ("heldout", held)):
-            if moment is None:
+        path = cast(Path, site.k)
+        dtype = program.weight(path.weight).dtype
+        down, up_k, up_v = (x.to(dtype).double() for x in (made.down, made.up_k, made.up_v))
+        k_metric, v_metric = known.metrics
+        for said, heldout in (("residual", False), ("heldout", True)):
+            grams = source_moments(program, site, notes, heldout)
+            if grams is None:
                 continue
-            k_metric, v_metric = _metrics(heads, gram)
-            for name, whole, up, metric in (
-                ("k", rest, made.up_k, k_metric), ("v", heads.v, made.up_v, v_metric)
-            ):  # fmt: skip
-                rounded = up.to(dtype).double()
-                found[f"{name}_{said}"] = latent.residual(whole, rounded, down, moment, metric)
+            gram = grams[path.source].xx
+            found[f"k_{said}"] = latent.residual(rest, up_k, down, gram, k_metric)
+            found[f"v_{said}"] = latent.residual(known.heads.v, up_v, down, gram, v_metric)
         return found
 
-    def _note(self, heads: Heads, slots: Slots, made: Latent) -> str:
-        whole = len(heads.k) * (heads.k.shape[1] + heads.v.shape[1])
-        rank, rotary = len(made.down), 2 * len(slots.pair)
-        said = f"{whole} -> {rank + rotary} numbers cached per token"
-        if rotary:
-            return f"{said}, {rotary} of them with rotary ({slots.energy:.1%} of its energy)"
-        return f"{said}{', exact' if max(made.k_tail, made.v_tail) < _EXACT else ''}"
+
+@dataclass(frozen=True)
+class _Known:
+    """What the maps are made of: projections, rotary pairs `[pairs, 2]` and frequencies, second
+    moments of what keys and values are made of, and of the queries that read them (None without
+    data, and then all errors weigh alike)."""
+
+    heads: Heads
+    pairs: Tensor
+    frequencies: Tensor
+    inputs: Tensor
+    queries: Tensor | None
+
+    @staticmethod
+    def read(program: Program, site: Site, notes: Notes, with_data: bool) -> _Known:
+        """The site as it stands in the program."""
+        heads, rotary = Heads.read(program, site), site.rotary
+        pairs = torch.empty(0, 2).long() if rotary is None else rotary.pairs
+        frequencies = torch.empty(0) if rotary is None else rotary.frequencies
+        grams = source_moments(program, site, notes) if with_data else None
+        if grams is None:
+            alike = torch.eye(heads.k.shape[2], dtype=torch.float64)
+            return _Known(heads, pairs, frequencies, alike, None)
+        q, k = (grams[cast(Path, path).source].xx for path in (site.q, site.k))
+        return _Known(heads, pairs, frequencies, k, heads.queries(q))
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers keys and values of a token are."""
+        return len(self.heads.k) * (self.heads.k.shape[1] + self.heads.v.shape[1])
+
+    @property
+    def metrics(self) -> tuple[Tensor, Tensor]:
+        """How errors of keys weigh in the logits, and those of values in the output."""
+        if self.queries is not None:
+            return root(self.queries), root(self.heads.outputs())
+        k, v = (torch.eye(x.shape[1], dtype=torch.float64).expand(len(x), -1, -1)
+                for x in (self.heads.k, self.heads.v))  # fmt: skip
+        return k, v
+
+
+def _note(known: _Known, slots: Slots, made: Latent) -> str:
+    rank, rotary = len(made.down), 2 * len(slots.pair)
+    said = f"{known.numbers} -> {rank + rotary} numbers cached per token"
+    if rotary:
+        return f"{said}, {rotary} of them with rotary ({slots.energy:.1%} of its energy)"
+    return f"{said}{', exact' if max(made.k_tail, made.v_tail) < _EXACT else ''}"
 
 
 def _why(said: Freedom) -> str:
     return said.why or "something between the projection and the attention forbids it"
-
-
-def _metrics(heads: Heads, gram: Tensor | None) -> tuple[Tensor, Tensor]:
-    """How errors of keys weigh in the logits and those of values in the output; alike without
-    data."""
-    if gram is None:
-        alike = [torch.eye(x.shape[1], dtype=torch.float64) for x in (heads.k, heads.v)]
-        return alike[0].expand(len(heads.k), -1, -1), alike[1].expand(len(heads.v), -1, -1)
-    return root(heads.queries(gram)), root(heads.read_by(heads.out @ heads.out.transpose(1, 2)))
-
-
-def _gram(program: Program, site: Site, notes: Notes, heldout: bool = False) -> Tensor | None:
-    """Second moments of what keys and values are made of; None without data."""
-    batches = notes.heldout if heldout else notes.calibration
-    if not batches:
-        return None
-    name = cast(Path, site.k).source
-    grams: dict[str, Gram] = (
-        input_moments(notes, [name], heldout)
-        if notes.original.has(name)
-        else moments(program, [name], batches)
-    )
-    return grams[name].xx

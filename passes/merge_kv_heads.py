@@ -22,16 +22,15 @@ from attnopt.compiler import shared_heads, temperature
 from attnopt.compiler.contract import Edit, Exactness, Miss, Notes, Pass, choice, option
 from attnopt.compiler.diagnostics import kv_similarity
 from attnopt.compiler.gauge import Freedom, freedom, permutes
-from attnopt.compiler.grams import Gram, input_moments, moments
+from attnopt.compiler.grams import Gram, source_moments
 from attnopt.compiler.head_groups import groups_of
 from attnopt.compiler.program import Program
 from attnopt.compiler.regions import Part
 from attnopt.compiler.reproject import reproject
 from attnopt.compiler.shared_heads import Shared
-from attnopt.compiler.site import OutputPath, Path, Site
-from attnopt.compiler.site_weights import read_output, read_weight, write_output, write_query
-
-_WHICH: tuple[Literal["q", "k", "v"], ...] = ("q", "k", "v")
+from attnopt.compiler.site import Path, Site
+from attnopt.compiler.site_heads import WHICH, Heads
+from attnopt.compiler.site_weights import write_output, write_query
 
 
 @dataclass(frozen=True)
@@ -59,12 +58,12 @@ class MergeKvHeads(Pass):
         if miss is not None:
             return miss
         groups = target.kv_heads // (self.factor or target.kv_heads)
-        heads = _Heads.read(program, target)
-        grams = _input_grams(program, target, notes)
+        heads = _Heads(**vars(Heads.read(program, target)))
+        grams = source_moments(program, target, notes)
         order = torch.arange(target.kv_heads)
         if self.grouping == "similar":
             order = groups_of(heads.similarity(grams or {}, target), groups)
-            miss = fixed_order(program, target, heads.queries(order), order)
+            miss = fixed_order(program, target, heads.of_queries(order), order)
             if miss is not None:
                 return miss
         heads = heads.ordered(order)
@@ -76,7 +75,7 @@ class MergeKvHeads(Pass):
             return trial
         evidence = _evidence(program, target, notes, heads, k, v, grams)
         if self.temperature:
-            sharper = _sharper(program, made, trial, notes, heads.queries(order))
+            sharper = _sharper(program, made, trial, notes, heads.of_queries(order))
             heads = replace(heads, q=heads.q * sharper.factors[:, None, None])
             evidence |= {"kl_before": sharper.before, "kl_after": sharper.after}
 
@@ -91,10 +90,12 @@ class MergeKvHeads(Pass):
         )
 
     def _refused(self, site: Site, notes: Notes) -> Miss | None:
-        for which in (*_WHICH, "out"):
+        for which in (*WHICH, "out"):
             if getattr(site, which) is None:
                 why = site.missing.get(which, "not known")
                 return Miss(f"the projection of {which} was not found: {why}", site.node)
+        if site.out is not None and not site.out.channels.numel():
+            return Miss("the output projection has factors", site.out.projection)
         if site.out is not None and not site.out.channels.numel():
             return Miss("the output projection has factors", site.out.projection)
         if "rotary" in site.missing:
@@ -155,47 +156,26 @@ def _freedom(program: Program, site: Site) -> _Free:
 
 
 @dataclass(frozen=True)
-class _Heads:
-    """A site's projections with the bias as last column.
-
-    `q`, `k`, `v` are `[heads, dim, width + 1]`, `out` is `[heads, v_dim, width]`, all float64.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    out: Tensor
-
-    @staticmethod
-    def read(program: Program, site: Site) -> _Heads:
-        """The projections as they stand in the program, float64."""
-        q, k, v = (
-            _with_bias(*read_weight(program, cast(Path, getattr(site, which)))) for which in _WHICH
-        )
-        return _Heads(q, k, v, read_output(program, cast(OutputPath, site.out)))
-
-    @property
-    def group(self) -> int:
-        """Query heads per key/value head, before the merge."""
-        return len(self.q) // len(self.k)
+class _Heads(Heads):
+    """A site's projections, and what they become."""
 
     def similarity(self, grams: dict[str, Gram], site: Site) -> Tensor:
         """How alike key/value heads are, `[kv_heads, kv_heads]`: mean of keys' and values'."""
         pairs = site.rotary.pairs if site.rotary is not None else torch.empty(0, 2).long()
-        c_q, c_k, c_v = (grams[cast(Path, getattr(site, w)).source].xx for w in _WHICH)
+        c_q, c_k, c_v = (grams[cast(Path, getattr(site, w)).source].xx for w in WHICH)
         keys, values = self.k.flatten(0, 1), self.v.flatten(0, 1)
-        query = self._read_by(self.q @ c_q @ self.q.transpose(1, 2))
-        metric = shared_heads.root(self._read_by(self.out @ self.out.transpose(1, 2)))
+        query = self.queries(c_q)
+        metric = shared_heads.root(self.outputs())
         of_k = kv_similarity.of_keys(keys @ c_k @ keys.T, len(self.k), query, pairs)
         return (of_k + kv_similarity.of_values(values @ c_v @ values.T, len(self.v), metric)) / 2
 
-    def queries(self, order: Tensor) -> Tensor:
+    def of_queries(self, order: Tensor) -> Tensor:
         """The order of the query heads when key/value heads have this one."""
         return (order[:, None] * self.group + torch.arange(self.group)).flatten()
 
     def ordered(self, order: Tensor) -> _Heads:
         """The same heads in another order of the key/value heads."""
-        queries = self.queries(order)
+        queries = self.of_queries(order)
         return _Heads(self.q[queries], self.k[order], self.v[order], self.out[queries])
 
     def merged(
@@ -203,12 +183,12 @@ class _Heads:
     ) -> tuple[Shared, Shared]:
         """The shared keys and values. Without a gauge (`free` None) both are means."""
         pairs = site.rotary.pairs if site.rotary is not None else torch.empty(0, 2).long()
-        metric = shared_heads.root(self._read_by(self.out @ self.out.transpose(1, 2)))
+        metric = shared_heads.root(self.outputs())
         if grams is None:
             one = torch.eye(self.k.shape[1], dtype=torch.float64).expand(len(self.k), -1, -1)
             return shared_heads.mean(self.k, groups, one), shared_heads.mean(self.v, groups, metric)
-        c_q, c_k, c_v = (grams[cast(Path, getattr(site, w)).source].xx for w in _WHICH)
-        query = self._read_by(self.q @ c_q @ self.q.transpose(1, 2))
+        c_q, c_k, c_v = (grams[cast(Path, getattr(site, w)).source].xx for w in WHICH)
+        query = self.queries(c_q)
         bound = free or _Free(
             Freedom("none", False), Freedom("none", False), site.rotary is not None
         )
@@ -216,10 +196,6 @@ class _Heads:
         if bound.v.rest:
             return k, shared_heads.principal(self.v, c_v, groups, metric)
         return k, shared_heads.mean(self.v, groups, metric)
-
-    def _read_by(self, per_query: Tensor) -> Tensor:
-        """Sum `[heads, d, d]` over the query heads of each key/value head: `[kv_heads, d, d]`."""
-        return per_query.reshape(len(self.k), self.group, *per_query.shape[1:]).sum(1)
 
     def query(self, k: Shared) -> Tensor:
         """The query projection with the keys' maps absorbed, `[heads, dim, width + 1]`."""
@@ -274,7 +250,7 @@ def _apply(program: Program, site: Site, heads: _Heads, k: Shared, v: Shared) ->
 
     Answers the site with its new facts, or what stood in the way.
     """
-    old = [cast(Path, getattr(site, which)) for which in _WHICH]
+    old = [cast(Path, getattr(site, which)) for which in WHICH]
     q_path, k_path, v_path = old
     made = _reprojected(program, site, "k", k.weight, k_path)
     if not isinstance(made, Miss):
@@ -305,24 +281,6 @@ def _reprojected(
     return reproject(program, site, which, flat[:, :-1], bias, count)
 
 
-def _with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
-    last = torch.zeros_like(weight[..., 0]) if bias is None else bias
-    return torch.cat((weight, last[..., None]), dim=-1)
-
-
-def _input_grams(
-    program: Program, site: Site, notes: Notes, heldout: bool = False
-) -> dict[str, Gram] | None:
-    """Second moments of the projections' inputs, of the original where it has the same nodes."""
-    batches = notes.heldout if heldout else notes.calibration
-    if not batches:
-        return None
-    names = [cast(Path, getattr(site, which)).source for which in _WHICH]
-    if all(notes.original.has(name) for name in names):
-        return input_moments(notes, names, heldout)
-    return moments(program, list(dict.fromkeys(names)), batches)
-
-
 def _evidence(
     program: Program,
     site: Site,
@@ -335,7 +293,7 @@ def _evidence(
     """Shares of key and value energy lost: predicted, and measured on both kinds of data."""
     dtype = program.weight(cast(Path, site.k).weight).dtype
     found: dict[str, float] = {}
-    held = _input_grams(program, site, notes, heldout=True)
+    held = source_moments(program, site, notes, heldout=True)
     for name, shared, old, path in (("k", k, heads.k, site.k), ("v", v, heads.v, site.v)):
         rounded = replace(shared, weight=shared.weight.to(dtype).double())
         source = cast(Path, path).source

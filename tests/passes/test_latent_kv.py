@@ -11,9 +11,10 @@ from attnopt.compiler import latent
 from attnopt.compiler.contract import Miss, Notes, read_pass
 from attnopt.compiler.decode import derive
 from attnopt.compiler.decode.latents import Latent
-from attnopt.compiler.latent_graph import Heads, install
+from attnopt.compiler.latent_graph import install
 from attnopt.compiler.lower import export
 from attnopt.compiler.program import Program
+from attnopt.compiler.site_heads import Heads
 from attnopt.passes.latent_kv import LatentKv
 from attnopt.passes.refit import Refit
 from tests.attention_models import applied, distance, logits, missed, notes, raised, tokens
@@ -31,13 +32,16 @@ def full(program: Program, real: bool = False) -> Program:
     x = torch.randn(4 * heads.k.shape[2], heads.k.shape[2], dtype=torch.float64)
     x[:, -1] = 1.0
     gram = x.T @ x
+    rotary = site.rotary
+    pairs = torch.empty(0, 2).long() if rotary is None else rotary.pairs
+    frequencies = torch.empty(0) if rotary is None else rotary.frequencies
     slots = latent.slots(
-        heads.k, gram, heads.queries(gram), heads.pairs, heads.frequencies,
-        len(heads.pairs) * len(heads.k), real=real,
+        heads.k, gram, heads.queries(gram), pairs, frequencies, len(pairs) * len(heads.k),
+        real=real,
     )  # fmt: skip
     eye = [torch.eye(w.shape[1], dtype=torch.float64).expand(len(w), -1, -1)
            for w in (heads.k, heads.v)]  # fmt: skip
-    rest = latent.without(heads.k, heads.pairs, slots)
+    rest = latent.without(heads.k, pairs, slots)
     rank = min(heads.k.shape[2] - 1, 2 * heads.k.shape[0] * heads.k.shape[1])
     facts = install(
         made, site, heads, slots, latent.joint(rest, heads.v, gram, eye[0], eye[1], rank)

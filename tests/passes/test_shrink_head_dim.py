@@ -25,7 +25,7 @@ from attnopt.compiler.trace import trace
 from attnopt.passes.refit import Refit
 from attnopt.passes.shrink_head_dim import ShrinkHeadDim
 from tests.attention_models import (
-    _put,
+    put,
     applied,
     distance,
     fused,
@@ -66,7 +66,7 @@ def thin(program: Program) -> Program:
         narrow = torch.randn(len(weight), len(free), len(free) // 2, dtype=torch.float64)
         at = free[:, None], free[None, :]
         maps[:, at[0], at[1]] = narrow @ narrow.mT / len(free)
-        _put(made, path, maps @ weight, None if bias is None else (maps @ bias[..., None])[..., 0])
+        put(made, path, maps @ weight, None if bias is None else (maps @ bias[..., None])[..., 0])
     return made
 
 
