@@ -25,13 +25,13 @@ from attnopt.compiler.trace import trace
 from attnopt.passes.refit import Refit
 from attnopt.passes.shrink_head_dim import ShrinkHeadDim
 from tests.attention_models import (
-    put,
     applied,
     distance,
     fused,
     logits,
     missed,
     notes,
+    put,
     raised,
     tokens,
 )  # fmt: skip
