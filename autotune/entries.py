@@ -19,10 +19,12 @@ from attnopt.autotune.result import (
     SiteEntry,
     SublayerEntry,
     Trial,
+    Workload,
 )
 from attnopt.autotune.search import Tried, front, shown
 from attnopt.autotune.sensitivity import Single
 from attnopt.compiler.cost import Cost
+from attnopt.compiler.decode.phase_cost import Decoding, Load, decoding_or_why
 from attnopt.compiler.plan import Outcome
 from attnopt.compiler.profile import Profile, ceiling
 from attnopt.compiler.program import Program
@@ -86,6 +88,18 @@ def _outcomes(outcomes: Sequence[Outcome], *ids: str) -> dict[str, Any]:
 def ceilings(found: Mapping[str, tuple[float, float]]) -> tuple[Ceiling, ...]:
     """Per pass: the share of the measured time it could remove, and Amdahl's ceiling."""
     return tuple(_ceiling(name, share, limit) for name, (share, limit) in found.items())
+
+
+def decoding(before: Program, after: Program, load: Workload) -> dict[str, Decoding]:
+    """What decoding costs before and after the rewrites, on prompts of the workload's length;
+    nothing where one of them is no causal language model."""
+    wanted = Load(load.batch, load.length, load.length)
+    found = {
+        name: decoding_or_why(program, wanted)
+        for name, program in (("before", before), ("after", after))
+    }
+    told = {name: each for name, each in found.items() if isinstance(each, Decoding)}
+    return told if len(told) == len(found) else {}
 
 
 def attention_ceiling(profile: Profile) -> Ceiling:

@@ -24,6 +24,7 @@ def markdown(result: Result) -> str:
         _rewritten(result),
         _refused(result),
         _ceiling(result),
+        _decoding(result),
         _sensitivities(result),
         _front(result),
         _healing(result),
@@ -134,6 +135,11 @@ def _ceiling(result: Result) -> list[str]:
     ]
     head = ("what", "share of the time", "at most", "note")
     return ["## Ceiling", "", *_table(head, rows)]
+
+
+def _decoding(result: Result) -> list[str]:
+    rows = say.decoding_rows(result)
+    return ["## Decoding", "", *_table(say.DECODING, rows)] if rows else []
 
 
 def _sensitivities(result: Result) -> list[str]:

@@ -47,6 +47,7 @@ def _parts(result: Result) -> list[Markup | None]:
         _rewritten(result),
         _refused(result),
         _ceiling(result),
+        _decoding(result),
         _sensitivities(result),
         diagnostics_html.section(result.diagnostics) if result.diagnostics else None,
         _plans(result),
@@ -182,6 +183,14 @@ def _ceiling(result: Result) -> Markup | None:
     rows = [(c.what, say.percent(c.share), say.times(c.speedup), c.note) for c in listed]
     lead = "However fast a part becomes, the rest stays: 1 / (1 − share) is the most it can gain."
     return _section("Ceiling", lead, table(("part", "share of the time", "at most", ""), rows))
+
+
+def _decoding(result: Result) -> Markup | None:
+    rows = say.decoding_rows(result)
+    if not rows:
+        return None
+    lead = "Counted from shapes: what a prompt and one more token cost with a cache of the rest."
+    return _section("Decoding", lead, table(say.DECODING, rows))
 
 
 def _sensitivities(result: Result) -> Markup | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from attnopt.autotune import record
+from attnopt.compiler.decode.phase_cost import Decoding
 from attnopt.compiler.diagnostics.diagnosis import Diagnosis
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.plan import Outcome, Plan
@@ -254,6 +255,7 @@ class Result:
 
     `budget` is a ratio over the fastest baseline (2.0 is twice as fast), or None for "as fast as it
     gets"; `max_drop` a fraction. `environment` is where it was measured, `data` what on, in words.
+    `decoding` is what decoding costs "before" and "after", empty where there is no cache.
     """
 
     derived: ClassVar[tuple[str, ...]] = ("schema", "exit_code")
@@ -279,6 +281,7 @@ class Result:
     relaxation: Relaxation | None = None
     refits: tuple[Refit, ...] = ()
     diagnostics: Diagnosis | None = None
+    decoding: Mapping[str, Decoding] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     data: Mapping[str, str] = field(default_factory=dict)
     command: str = ""

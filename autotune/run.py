@@ -231,6 +231,7 @@ class Run:
             relaxation=self._relaxation(met, tried, base, pace, accuracy),
             refits=entries.refits(built.outcomes), warnings=(*self.warnings, *pace.warnings),
             data=dict(self.data.words), seed=request.seed,
+            decoding=entries.decoding(self.program, built.program, self.data.workload),
         )  # fmt: skip
         return built, result
 

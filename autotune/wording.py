@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from attnopt.autotune.result import Number, Result, SiteEntry, Timed
+from attnopt.compiler.decode.phase_cost import Decoding, Phase
 from attnopt.compiler.plan import Outcome, Plan
 
 NONE = "–"
@@ -114,6 +116,51 @@ def workload(result: Result) -> str:
     real = "" if load.fill >= 1 else f", {share(load.fill)} of it real tokens"
     source = f" ({load.source})" if load.source else ""
     return f"{load.batch} × {load.length} positions{real}{source}"
+
+
+def bytes_of(value: float) -> str:
+    """Bytes in B, kB, MB or GB (powers of 1000)."""
+    for least, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if value >= least:
+            return f"{value / least:.3g} {unit}"
+    return f"{value:.0f} B"
+
+
+def decoding(told: Mapping[str, Any]) -> str:
+    """What a step reads, from the JSON form of a `Decoding`."""
+    weights, cache = bytes_of(told["weight_bytes"]), bytes_of(told["cache_bytes"])
+    return (
+        f"after {told['batch']} × {told['cached']} tokens it reads {weights} of weights and "
+        f"{cache} of cache: at most {told['ceiling']:.2f}× faster without the cache"
+    )
+
+
+DECODING = ("decoding, estimated", "before", "after")
+
+
+def decoding_rows(result: Result) -> list[tuple[str, str, str]]:
+    """The figures of decoding before and after, in the columns of `DECODING`; none where there is
+    no cache."""
+    if not result.decoding:
+        return []
+    before, after = (result.decoding[name] for name in ("before", "after"))
+    load = f"{before.batch} × {before.cached} tokens"
+
+    def row(what: str, say: Callable[[Decoding], str]) -> tuple[str, str, str]:
+        return what, say(before), say(after)
+
+    return [
+        row("cache per token", lambda d: bytes_of(d.cache_bytes_per_token)),
+        row("weights that a step reads", lambda d: bytes_of(d.weight_bytes)),
+        row(f"cache that a step reads after {load}", lambda d: bytes_of(d.cache_bytes)),
+        row("at most faster without the cache", lambda d: f"{d.ceiling:.2f}×"),
+        row(f"attention on a prompt of {load}", lambda d: _phase(d.prefill)),
+        row("attention in a step", lambda d: _phase(d.step)),
+    ]
+
+
+def _phase(phase: Phase) -> str:
+    return f"{phase.flops:.3g} FLOP, {bytes_of(phase.bytes)}: {phase.intensity:.3g} FLOP/B"
 
 
 def status(timed: Timed) -> str:

@@ -42,6 +42,16 @@ _SUBLAYERS: tuple[Column, ...] = (
     ("FLOPs", "right"),
     ("time", "right"),
 )
+_DECODING: tuple[Column, ...] = (
+    ("decoding, estimated", "left"),
+    ("cache/token", "right"),
+    ("prompt FLOPs", "right"),
+    ("bytes", "right"),
+    ("FLOP/B", "right"),
+    ("step FLOPs", "right"),
+    ("bytes", "right"),
+    ("FLOP/B", "right"),
+)
 _OUTCOMES: tuple[Column, ...] = (
     ("rewrite", "left"),
     ("at", "left"),
@@ -120,6 +130,26 @@ def sublayers(rows: Sequence[Mapping[str, Any]]) -> None:
     ]
     if cells:
         console().print(_table(_SUBLAYERS, cells))
+
+
+def decoding(told: Mapping[str, Any]) -> None:
+    """What decoding with a cache costs, from `inspect --json`; attentions alike share a row. Says
+    nothing of a model that cannot be decoded."""
+    from attnopt.autotune import wording as say
+
+    if "sites" not in told:
+        return
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for site in told["sites"]:
+        cells = [say.bytes_of(site["cache_bytes_per_token"])]
+        for phase in (site["prefill"], site["step"]):
+            cells += [_count(phase["flops"]), say.bytes_of(phase["bytes"]),
+                      f"{phase['intensity']:.3g}"]  # fmt: skip
+        groups.setdefault(tuple(cells), []).append(str(site["site"]))
+    rows = [(say.targets(ids).removeprefix("on "), *cells) for cells, ids in groups.items()]
+    console().print(_table(_DECODING, rows))
+    console().print(_fact("cache", f"{say.bytes_of(told['cache_bytes_per_token'])} per token"))
+    console().print(_fact("step", say.decoding(told)))
 
 
 def model(found: Mapping[str, Any]) -> None:

@@ -152,7 +152,9 @@ def _draw(found: Inspection | Explanation) -> None:
     if found.sites:
         draw.sites(found.sites)
     draw.sublayers(found.sublayers)
-    draw.model(found.as_json())
+    told = found.as_json()
+    draw.decoding(told["decoding"])
+    draw.model(told)
     if found.diagnostics is not None:
         from attnopt.cli.draw_diagnosis import diagnosis
 

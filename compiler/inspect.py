@@ -17,6 +17,7 @@ from attnopt.autotune.entries import facts
 from attnopt.autotune.record import dump
 from attnopt.autotune.request import Wanted
 from attnopt.compiler.cost import Cost, cost
+from attnopt.compiler.decode.phase_cost import Decoding, decoding_or_why
 from attnopt.compiler.diagnostics.diagnose import diagnose as diagnosed
 from attnopt.compiler.diagnostics.diagnosis import Diagnosis
 from attnopt.compiler.intake.loaded import Loaded, describe
@@ -39,6 +40,7 @@ class Inspection:
     """What a model's attentions are. `program` is the raised program that the rows were read off.
 
     `seconds` is the measured time of one call on the inputs, None where it was not measured.
+    `decoding` is what decoding with a cache costs, or why the model cannot be decoded with one.
     """
 
     program: Program
@@ -50,6 +52,7 @@ class Inspection:
     seconds: float | None = None
     notes: tuple[str, ...] = ()
     diagnostics: Diagnosis | None = None
+    decoding: Decoding | str = ""
 
     @property
     def raised(self) -> int:
@@ -72,6 +75,9 @@ class Inspection:
             else {"value": self.seconds, "kind": "measured"},
             "notes": list(self.notes),
             "diagnostics": None if self.diagnostics is None else dump(self.diagnostics),
+            "decoding": {"why_not": self.decoding}
+            if isinstance(self.decoding, str)
+            else dump(self.decoding),
         }
 
 
@@ -140,6 +146,7 @@ def inspect_loaded(
         measured.call_s if measured else None,
         (*loaded.notes, *fixed),
         diagnosed(program, batches, progress=progress) if batches else None,
+        decoding_or_why(program),
     )
 
 

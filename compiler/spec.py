@@ -66,14 +66,17 @@ class Mask:
         """Share of the length x length score matrix that is read (a number from 0 to 1)."""
         if self.kind == "full":
             return 1.0
-        rows = range(1, length + 1)
         if self.kind == "causal":
             return (length + 1) / (2 * length)
         if self.causal:
-            return sum(min(i, self.left + min(self.sink, max(0, i - self.left))) for i in rows) / (
-                length * length
-            )
+            return sum(map(self.reads, range(1, length + 1))) / (length * length)
         return min(1.0, (2 * self.left - 1) / length)
+
+    def reads(self, length: int) -> int:
+        """How many keys the last of `length` positions reads."""
+        if self.kind != "window":
+            return length
+        return min(length, self.left + min(self.sink, max(0, length - self.left)))
 
 
 FULL = Mask("full")

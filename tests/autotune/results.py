@@ -17,6 +17,7 @@ from attnopt.autotune.result import (
     Trial,
     Workload,
 )
+from attnopt.compiler.decode.phase_cost import Decoding, Phase, SitePhases
 from attnopt.compiler.diagnostics.diagnosis import Diagnosis, SiteDiagnosis, SublayerDiagnosis
 from attnopt.compiler.plan import Outcome, Plan, Step
 
@@ -155,6 +156,7 @@ def full(text: str = "pylm", *, met: bool = False) -> Result:
             (4, 8),
             notes=(text,),
         ),
+        decoding={"before": _decoding(1), "after": _decoding(4)},
         warnings=(text,),
         data={"evaluation": text},
         command=f"optimize {text} --target cpu --budget 2x --max-drop 1%",
@@ -162,3 +164,10 @@ def full(text: str = "pylm", *, met: bool = False) -> Result:
         seconds=412.0,
         model_sha256="0" * 64,
     )
+
+
+def _decoding(share: int) -> Decoding:
+    """What decoding costs with one part in `share` of the cache."""
+    step = Phase(8e6, 1e7 / share)
+    site = SitePhases("s0", Phase(8e9, 2e7), step, 2048 // share, (2 << 20) // share)
+    return Decoding(4, 1024, 1024, (site,), 12_000_000, (8 << 20) // share)

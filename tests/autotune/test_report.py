@@ -22,6 +22,7 @@ SECTIONS = (
     "What was rewritten",
     "What was not, and why",
     "Ceiling",
+    "Decoding",
     "Sensitivities",
     "Plans",
     "Healing",
@@ -112,6 +113,8 @@ def test_the_page_says_the_figures() -> None:
         "modeling_llama.py:257",
         "6 of 7 attentions understood",
         "9 (chosen)",
+        "2.05 kB",
+        "8e+06 FLOP, 2.5 MB: 3.2 FLOP/B",
         "0.034",
     ):
         assert text in said, text
