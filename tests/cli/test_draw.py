@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from attnopt.autotune.record import dump
 from attnopt.cli import draw
 from attnopt.compiler.errors import Notice, Problem
 from attnopt.compiler.plan import Outcome
@@ -182,3 +183,17 @@ def test_the_document_is_one_json_value(capsys: pytest.CaptureFixture[str]) -> N
 def test_drawing_imports_no_torch() -> None:
     code = "import sys, attnopt.cli.draw, attnopt.cli.progress; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-P", "-c", code], check=True, timeout=120)
+
+
+def test_decoding_is_one_row_per_kind_of_attention(capsys: pytest.CaptureFixture[str]) -> None:
+    found = full().decoding["before"]
+    alike = tuple(replace(found.sites[0], site=f"s{i}") for i in range(3))
+    other = replace(found.sites[0], site="s3", cache_bytes_per_token=512)
+    draw.decoding(dump(replace(found, sites=(*alike, other))))
+    told = capsys.readouterr().out.splitlines()
+    assert "decoding, estimated" in told[0]
+    assert told[1].split()[:3] == ["s0..s2", "2.05", "kB"] and told[2].split()[:2] == ["s3", "512"]
+    assert "6.66 kB per token" in told[3]
+    assert "at most 1.70× faster without the cache" in told[4]
+    draw.decoding({"why_not": "it is an encoder"})
+    assert capsys.readouterr().out == ""
