@@ -55,6 +55,28 @@ def read(how: Mapping[str, Any]) -> Generation:
     return Generation(**{name: value for name, value in how.items() if value is not None})
 
 
+class Rows:
+    """Which rows of a batch go on; those that have ended are filled."""
+
+    def __init__(self, how: Generation, batch: int, device: torch.device) -> None:
+        self.ends = torch.tensor(how.ends, device=device)
+        self.fill = how.ends[0] if how.pad_token_id is None and how.ends else how.pad_token_id or 0
+        self.going = torch.ones(batch, dtype=torch.bool, device=device)
+
+    def take(self, tokens: Tensor) -> Tensor:
+        """A new column `[batch]`, with the fill where a row has ended before."""
+        if not len(self.ends):
+            return tokens
+        tokens = torch.where(self.going, tokens, self.fill)
+        self.going = self.going & ~torch.isin(tokens, self.ends)
+        return tokens
+
+    @property
+    def done(self) -> bool:
+        """Whether all rows have ended."""
+        return bool(len(self.ends)) and not bool(self.going.any())
+
+
 def generate(
     decoder: Decoder, input_ids: Tensor, how: Generation, attention_mask: Tensor | None = None
 ) -> Tensor:
@@ -71,43 +93,38 @@ def stream(
     decoder: Decoder, input_ids: Tensor, how: Generation, attention_mask: Tensor | None = None
 ) -> Iterator[Tensor]:
     """As `generate`: gives each new column, int64 `[batch]`, as soon as it is there."""
-    mask = _checked(decoder, input_ids, attention_mask)
+    mask = checked(decoder, input_ids, attention_mask)
     batch, prompt = input_ids.shape
     capacity = prompt + how.max_new_tokens - 1  # the last token is not read
     state = decoder.state(batch, capacity, decoder.masks(mask))
     positions = mask.long().cumsum(1).sub(1).clamp(min=0)
     generator = how.generator(input_ids.device)
     logits = _read(decoder, state, input_ids, positions, how.prefill_chunk or prompt)
-    ends = torch.tensor(how.ends, device=input_ids.device)
-    fill = how.ends[0] if how.pad_token_id is None and how.ends else how.pad_token_id or 0
-    going = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
+    rows = Rows(how, batch, input_ids.device)
     at = positions[:, -1:]
     for left in range(how.max_new_tokens - 1, -1, -1):
-        tokens = how.next(logits[:, -1], generator)
-        if how.ends:
-            tokens = torch.where(going, tokens, fill)
-            going = going & ~torch.isin(tokens, ends)
+        tokens = rows.take(how.next(logits[:, -1], generator))
         yield tokens
-        if not left or (how.ends and not going.any()):
+        if not left or rows.done:
             return
         at = at + 1
-        logits = decoder.step(state, *_inputs(decoder, tokens[:, None], at), last=True)
+        logits = decoder.step(state, *inputs_of(decoder, tokens[:, None], at), last=True)
 
 
 def _read(decoder: Decoder, state: State, ids: Tensor, positions: Tensor, chunk: int) -> Tensor:
     for start in range(0, ids.shape[1], chunk):
         part = slice(start, start + chunk)
-        given = _inputs(decoder, ids[:, part], positions[:, part])
+        given = inputs_of(decoder, ids[:, part], positions[:, part])
         logits = decoder.step(state, *given, last=True)
     return logits
 
 
-def _inputs(decoder: Decoder, tokens: Tensor, positions: Tensor) -> list[Tensor]:
+def inputs_of(decoder: Decoder, tokens: Tensor, positions: Tensor) -> list[Tensor]:
     """The inputs that come token by token, in order."""
     return [positions if "position" in name else tokens for name in decoder.split.tokens]
 
 
-def _checked(decoder: Decoder, ids: Tensor, mask: Tensor | None) -> Tensor:
+def checked(decoder: Decoder, ids: Tensor, mask: Tensor | None) -> Tensor:
     """The mask of the prompt, whole where none is given."""
     for name, given in (("input_ids", ids), ("attention_mask", mask)):
         if given is not None and not isinstance(given, Tensor):
