@@ -36,6 +36,7 @@ from attnopt.compiler.plan import Plan
 from attnopt.compiler.program import Batch, Program
 from attnopt.compiler.signature import Signature
 from attnopt.compiler.verify import RUN_ERRORS
+from attnopt.compiler.whole_file import write_whole
 
 __all__ = [
     "check_writable",
@@ -44,6 +45,7 @@ __all__ = [
     "program_of",
     "read_plan",
     "read_report",
+    "remember_draft",
     "save",
     "source_sha256",
     "work_folder",
@@ -165,6 +167,17 @@ def _plan_file(path: str | Path) -> Path:
 def read_report(folder: str | Path) -> dict[str, Any]:
     """The report.json of a folder as JSON data. Raises `Problem` A505 when there is none."""
     return _document(_home(folder, REPORT) / REPORT)
+
+
+def remember_draft(folder: str | Path, told: Mapping[str, Any]) -> None:
+    """Write into a run's plan.json which draft it decodes with; see `decode.draft.told`.
+
+    Raises `Problem` A505 when the folder holds no run, and A502 when it cannot be written.
+    """
+    path = _home(folder, PLAN) / PLAN
+    document = _document(path)
+    document["decode"] = {**(document.get("decode") or {}), "speculate": dict(told)}
+    write_whole(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
 
 def load_calibration(folder: str | Path) -> dict[str, list[Batch]]:

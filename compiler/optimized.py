@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,15 @@ import torch
 from torch import Tensor
 
 from attnopt.compiler.compiled import Compiled
-from attnopt.compiler.errors import Problem
+from attnopt.compiler.errors import Notice, Problem
 from attnopt.compiler.plan import Plan
 from attnopt.compiler.signature import Signature
 
 if TYPE_CHECKING:
+    from attnopt.compiler.contract import Miss
     from attnopt.compiler.decode.decoder import Decoder
+    from attnopt.compiler.decode.draft import Draft
+    from attnopt.compiler.program import Batch
 
 
 DECODE = "decode.pt2"  # beside the model of a run; see `attnopt.compiler.decode.stored`
@@ -96,27 +100,77 @@ class Optimized:
             )  # fmt: skip
         return restored(path, self.exported)
 
+    def draft(
+        self, texts: Sequence[Batch | Tensor] = (), remember: bool = False, **how: Any
+    ) -> Draft | Miss:
+        """The model without some sublayers, to `generate` with as `speculate`, or why none pays.
+
+        It is chosen by measurement on `texts`, batches or tokens int64 `[batch, seq]`; without them
+        it is what was remembered, or is chosen on the batches that the run kept. The arguments of
+        `Sampling` say what it is chosen for. `remember` writes it into the run's plan.json. Raises
+        `Problem` A708 as `decoder` does, and A709 where there is no text.
+        """
+        from attnopt.compiler.artifact import load_calibration, remember_draft
+        from attnopt.compiler.decode.draft import choose, restored, told
+        from attnopt.compiler.decode.sampling import Sampling
+
+        known = (self._plan.get("decode") or {}).get("speculate")
+        if known is not None and not texts:
+            return restored(self.decoder, known)
+        texts = texts or load_calibration(self.folder).get("calibration", ())
+        made = choose(self.decoder, texts, Sampling(**how))
+        if remember:
+            remember_draft(self.folder, told(made))
+            self._plan["decode"] = {**self._plan["decode"], "speculate": told(made)}
+        return made
+
+    @cached_property
+    def _usual_draft(self) -> Draft | None:
+        """The draft, or None after a warning (A710) that says why there is none."""
+        from attnopt.compiler.contract import Miss
+
+        made = self.draft()
+        if not isinstance(made, Miss):
+            return made
+        notice = Notice("A710", "it is decoded without a draft", str(self.folder), made.reason)
+        warnings.warn(str(notice), RuntimeWarning, stacklevel=4)
+        return None
+
     def generate(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **how: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        speculate: Draft | bool = False,
+        **how: Any,
     ) -> Tensor:
         """The prompts with new tokens after them, int64 `[batch, prompt + new]`.
 
         `input_ids` is int64 `[batch, prompt]`, padded on the left where `attention_mask`, of that
         shape, is 0; the other arguments are those of `Generation`: `max_new_tokens`, `do_sample`,
         `temperature`, `top_k`, `top_p`, `seed`, `eos_token_id`, `pad_token_id`, `prefill_chunk`.
-        Raises `Problem` A707 on arguments that do not fit and A708 as `decoder` does.
+        With `speculate` a draft guesses tokens, which changes none of them without sampling and
+        their distribution never; True takes what `draft()` gives. Raises `Problem` A707 on
+        arguments that do not fit and A708 as `decoder` does.
         """
-        from attnopt.compiler.decode.generate import generate, read
-
-        return generate(self.decoder, input_ids, read(how), attention_mask)
+        columns = self.stream(input_ids, attention_mask, speculate, **how)
+        return torch.cat((input_ids, *(tokens[:, None] for tokens in columns)), 1)
 
     def stream(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **how: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        speculate: Draft | bool = False,
+        **how: Any,
     ) -> Iterator[Tensor]:
         """As `generate`: gives each new column, int64 `[batch]`, as soon as it is there."""
         from attnopt.compiler.decode.generate import read, stream
+        from attnopt.compiler.decode.speculate import stream_speculatively
 
-        return stream(self.decoder, input_ids, read(how), attention_mask)
+        settings = read(how)
+        draft = self._usual_draft if speculate is True else speculate or None
+        if draft is None:
+            return stream(self.decoder, input_ids, settings, attention_mask)
+        return stream_speculatively(self.decoder, draft, input_ids, settings, attention_mask)
 
     def as_transformers(self, config: Any) -> Any:
         """The decoder as a `PreTrainedModel`: transformers' `generate()` and its pipelines run

@@ -15,7 +15,7 @@ reading k + 1 tokens at once, both over that of a step of the whole model, k gue
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -63,7 +63,7 @@ class Draft:
     gain: float | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """All but the decoder; `restored` makes the draft of it again."""
+        """All but the decoder."""
         return {
             "skipped": list(self.skipped), "length": self.length, "acceptance": self.acceptance,
             "cost": self.cost, "gain": self.gain,
@@ -92,8 +92,15 @@ def draft_without(decoder: Decoder, skipped: Sequence[str], length: int) -> Draf
     return Draft(_decoder(made, decoder), tuple(skipped), length)
 
 
-def restored(decoder: Decoder, told: dict[str, Any]) -> Draft:
-    """The draft that `Draft.as_json` told of. Raises `Problem` A709."""
+def told(made: Draft | Miss) -> dict[str, Any]:
+    """What was chosen, as JSON data; `restored` reads it back."""
+    return made.as_json() if isinstance(made, Draft) else {"why_not": made.reason}
+
+
+def restored(decoder: Decoder, told: Mapping[str, Any]) -> Draft | Miss:
+    """What `told` gave. Raises `Problem` A709 where the model has no such sublayers."""
+    if "why_not" in told:
+        return Miss(str(told["why_not"]))
     made = draft_without(decoder, told["skipped"], int(told["length"]))
     return Draft(made.decoder, made.skipped, made.length, told.get("acceptance"),
                  told.get("cost"), told.get("gain"))  # fmt: skip
