@@ -36,7 +36,7 @@ from tests.programs import rewritten
 from tests.zoo.survey import ALL, read
 
 WORDS = 4  # few enough to count every sequence of three
-WARM = 6.0  # a temperature at which each of them comes up
+WARM = 5.0  # a temperature at which each of them comes up
 
 
 class Block(nn.Module):
@@ -91,7 +91,7 @@ def zoo(name: str) -> Decoder:
     return derive(rewritten(program), check=False)
 
 
-@pytest.mark.parametrize("name", ["Llama, padded", "Mistral", "GPT-2"])
+@pytest.mark.parametrize("name", ["Llama, padded", "Mistral"])
 def test_greedy_tokens_are_those_of_plain_decoding(name: str) -> None:
     decoder = zoo(name)
     ids = torch.randint(3, 60, (1, 9), generator=torch.Generator().manual_seed(0))
@@ -208,14 +208,14 @@ def draws(runs: int, batch: int, tally: Tally) -> Tensor:
 def test_sequences_are_drawn_with_the_chances_of_the_whole_model() -> None:
     """Chi-squared over 64 sequences: 63 degrees of freedom, whose 99.9% quantile is 103.4."""
     tally = Tally()
-    assert float(sequences()[3].min()) * 2400 > 3  # so that the test is fit for every cell
-    assert chi_squared(draws(300, 8, tally), sequences()[3]) < 103.4
+    assert float(sequences()[3].min()) * 3200 > 3  # so that the test is fit for every cell
+    assert chi_squared(draws(400, 8, tally), sequences()[3]) < 103.4
     assert 0.02 < tally.acceptance < 0.9
 
 
 def test_a_wrong_rule_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speculate, "decided", wrong_rest)
-    assert chi_squared(draws(300, 8, Tally()), sequences()[3]) > 103.4
+    assert chi_squared(draws(400, 8, Tally()), sequences()[3]) > 103.4
 
 
 def test_draws_repeat_with_their_seed() -> None:
