@@ -17,7 +17,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from attnopt.compiler.decode.generate import inputs_of
 from attnopt.compiler.decode.sampling import Sampling
 from attnopt.compiler.decode.split import split
 from attnopt.compiler.errors import Problem
+from attnopt.compiler.layout import is_symbol
 from attnopt.compiler.program import Batch, Program
 from attnopt.compiler.raising.blocks import sublayers
 from attnopt.compiler.raising.evaluate import example_input
@@ -38,10 +38,10 @@ from attnopt.compiler.site import Sublayer
 from attnopt.compiler.skip_order import greedy
 
 LEAST_GAIN = 1.05  # what gains less is not worth its second cache
-LEAST_ACCEPTANCE = 0.3  # where no more sublayers are taken out
+LEAST_ACCEPTANCE = 0.5  # where no more sublayers are taken out: half the guesses are for nothing
 LENGTHS = (1, 2, 3, 4, 6, 8)  # guesses that are tried
-TOKENS = 4096  # of calibration text, at most
-REPEATS, CONTEXT = 7, 32  # timed steps, and the tokens that stand before them
+TOKENS = 512  # of calibration text, about: every candidate reads it at every removal
+REPEATS, CONTEXT = 9, 32  # timed steps, and the tokens that stand before them
 
 Clock = Callable[[Decoder, int], float]
 
@@ -140,7 +140,7 @@ def choose(
             small = _decoder(program, decoder)
         except Problem:
             break  # no attention is left
-        cost = clock(small, 1) / whole
+        cost = clock(small, 1) / clock(decoder, 1)  # side by side: a machine has its moods
         for length in LENGTHS:
             gain = predicted_gain(acceptance, cost, length, verify[length])
             if best is None or gain > (best.gain or 0.0):
@@ -157,7 +157,8 @@ def choose(
 
 
 def seconds(decoder: Decoder, tokens: int) -> float:
-    """The measured time of a step of so many tokens, of one sequence, after a short prompt."""
+    """The measured time of a step of so many tokens, of one sequence, after a short prompt: the
+    shortest of several, which what else runs disturbs least."""
     ids = torch.zeros(1, CONTEXT + tokens, dtype=torch.int64, device=decoder.device)
     at = torch.arange(CONTEXT + tokens, device=decoder.device)[None]
     state = decoder.state(1, CONTEXT + tokens)
@@ -169,7 +170,7 @@ def seconds(decoder: Decoder, tokens: int) -> float:
         start = time.perf_counter()
         decoder.step(state, *given, last=tokens == 1)
         taken.append(time.perf_counter() - start)
-    return median(taken[1:])
+    return min(taken[1:])
 
 
 def _decoder(program: Program, whole: Decoder) -> Decoder:
@@ -186,10 +187,12 @@ def _orders(
     taken: list[str] = []
     notes = Notes(program, batches)
     most = 1 - LEAST_ACCEPTANCE
+    likely: dict[int, Tensor] = {}  # the whole model's, by batch
 
     def refused(expected: Any, actual: Any, batch: Batch) -> tuple[float, float]:
-        p, q = (_logits(out, batch) for out in (expected, actual))
-        kept = acceptance_of(how, p, q)
+        if id(batch) not in likely:
+            likely[id(batch)] = _likely(how, _logits(expected, batch))
+        kept = kept_by(likely[id(batch)], _likely(how, _logits(actual, batch)))
         return float((1 - kept).sum(dtype=torch.float64)), float(kept.numel())
 
     for choice in greedy(program, notes, names, len(names) - 1, most, refused):
@@ -197,11 +200,14 @@ def _orders(
         yield tuple(taken), choice.program, 1 - choice.damage
 
 
-def acceptance_of(how: Sampling, whole: Tensor, draft: Tensor) -> Tensor:
-    """The chance that each guess is kept, `[rows]`, from logits `[rows, vocabulary]`."""
-    if not how.do_sample:
-        return (whole.argmax(-1) == draft.argmax(-1)).float()
-    return torch.minimum(how.probabilities(whole), how.probabilities(draft)).sum(-1)
+def kept_by(whole: Tensor, draft: Tensor) -> Tensor:
+    """The chance that each guess is kept, `[rows]`, from the most likely tokens `[rows]` or the
+    probabilities `[rows, vocabulary]` of both."""
+    return torch.minimum(whole, draft).sum(-1) if whole.dim() > 1 else (whole == draft).float()
+
+
+def _likely(how: Sampling, logits: Tensor) -> Tensor:
+    return how.probabilities(logits) if how.do_sample else logits.argmax(-1)
 
 
 def _logits(out: Any, batch: Batch) -> Tensor:
@@ -211,18 +217,32 @@ def _logits(out: Any, batch: Batch) -> Tensor:
 
 
 def _batches(decoder: Decoder, texts: Sequence[Batch | Tensor]) -> list[Batch]:
-    found, count = list[Batch](), 0
+    found, left = list[Batch](), TOKENS
     for text in texts:
         made = text if isinstance(text, Batch) else _batch(decoder, text)
-        found.append(made)
-        count += max(x.numel() for x in pytree.tree_leaves((made.args, dict(made.kwargs)))
-                     if isinstance(x, Tensor))  # fmt: skip
-        if count >= TOKENS:
+        shapes = [x.shape for x in pytree.tree_leaves((made.args, dict(made.kwargs)))
+                  if isinstance(x, Tensor) and x.dim() > 1]  # fmt: skip
+        rows, length = max((tuple(shape[:2]) for shape in shapes), key=lambda s: s[0] * s[1])
+        fit = max(1, left // length)
+        whole = fit >= rows or not is_symbol(decoder.split.batch)
+        found.append(made if whole else _cut(made, rows, fit))
+        left -= rows * length
+        if left <= 0:
             break
     if not found:
         raise Problem("A709", "a draft is chosen on text, and there is none",
                       help="give batches of tokens like the ones to be continued")  # fmt: skip
     return found
+
+
+def _cut(batch: Batch, rows: int, fit: int) -> Batch:
+    """The first rows of a batch, as many as fit."""
+    args, kwargs, valid = pytree.tree_map_only(
+        Tensor,
+        lambda x: x[:fit] if x.dim() > 1 and len(x) == rows else x,
+        (batch.args, dict(batch.kwargs), batch.valid),
+    )
+    return Batch(args, kwargs, valid)
 
 
 def _batch(decoder: Decoder, ids: Tensor) -> Batch:

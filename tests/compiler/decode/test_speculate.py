@@ -18,6 +18,7 @@ from attnopt.compiler.decode import Decoder, derive, speculate
 from attnopt.compiler.decode.draft import (
     LENGTHS,
     Draft,
+    _batches,
     choose,
     draft_without,
     predicted_gain,
@@ -72,7 +73,7 @@ class Model(nn.Module):
         return {"logits": 2 * self.head(x)}
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=3)
 def small(words: int = 40, blocks: int = 2) -> tuple[Program, Decoder]:
     torch.manual_seed(1)
     ids = torch.randint(0, words, (2, 12))
@@ -128,6 +129,14 @@ def test_a_prompt_of_one_token() -> None:
     draft = draft_without(decoder, ["b0.mlp"], 2)
     made = generate_speculatively(decoder, draft, ids, how)
     assert torch.equal(made, generate(decoder, ids, how))
+
+
+def test_any_decoder_over_the_same_tokens_may_draft() -> None:
+    decoder, other = small()[1], small(blocks=1)[1]
+    ids, how, tally = torch.tensor([[3, 5, 7]]), Generation(max_new_tokens=12), Tally()
+    made = generate_speculatively(decoder, Draft(other, (), 3), ids, how, tally=tally)
+    assert torch.equal(made, generate(decoder, ids, how))
+    assert tally.kept < tally.guessed
 
 
 def test_a_draft_that_is_never_wrong_costs_one_round_in_length_and_one() -> None:
@@ -274,6 +283,16 @@ def test_the_acceptance_is_measured_on_the_text(text: Tensor) -> None:
             state, text
         ).argmax(-1)
     assert found.acceptance == pytest.approx(float(agree.float().mean()))
+
+
+def test_no_more_text_is_read_than_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attnopt.compiler.decode.draft.TOKENS", 70)
+    ids = torch.arange(128).view(4, 32) % 40
+    valid = torch.ones_like(ids, dtype=torch.bool)
+    read = _batches(small()[1], [Batch((), {"input_ids": ids}, valid), ids])
+    assert [tuple(batch.kwargs["input_ids"].shape) for batch in read] == [(2, 32)]
+    assert read[0].valid is not None and read[0].valid.shape == (2, 32)
+    assert len(_batches(small()[1], [ids[:1], ids[1:2], ids])) == 3
 
 
 def test_a_draft_that_does_not_pay_is_not_offered(text: Tensor) -> None:
