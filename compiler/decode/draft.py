@@ -140,13 +140,16 @@ def choose(
             small = _decoder(program, decoder)
         except Problem:
             break  # no attention is left
-        cost = clock(small, 1) / clock(decoder, 1)  # side by side: a machine has its moods
+        cost = clock(small, 1) / clock(decoder, 1)  # timed next to each other
         for length in LENGTHS:
             gain = predicted_gain(acceptance, cost, length, verify[length])
             if best is None or gain > (best.gain or 0.0):
                 best = Draft(small, skipped, length, acceptance, cost, gain)
     if best is None:
-        return Miss("no sublayer of the model can be left out")
+        return Miss(
+            "no sublayer of the model can be left out so that an attention stays and "
+            f"{LEAST_ACCEPTANCE:.0%} of the guesses are kept"
+        )
     if (best.gain or 0.0) < LEAST_GAIN:
         return Miss(
             f"the best draft, without {', '.join(best.skipped)}, is predicted to gain "
