@@ -28,7 +28,8 @@ from torch import fx
 
 from attnopt.compiler import text
 from attnopt.compiler.cost import pairs
-from attnopt.compiler.decode.split import split
+from attnopt.compiler.decode import latents
+from attnopt.compiler.decode.split import Split, split
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.program import Program, attribute
 from attnopt.compiler.raising.evaluate import example_input
@@ -172,7 +173,9 @@ def decoding(program: Program, load: Load | None = None) -> Decoding:
     """
     parts = split(program)
     load = load or _load(program, parts.tokens[0])
-    sites = tuple(_site(program, site, load) for site in program.sites if program.has(site.node))
+    sites = tuple(
+        _site(program, parts, site, load) for site in program.sites if program.has(site.node)
+    )
     return Decoding(
         load.batch, load.prompt, load.cached, sites, _weight_bytes(program),
         load.batch * sum(site.cache_bytes for site in sites),
@@ -192,16 +195,23 @@ def _load(program: Program, tokens: str) -> Load:
     return Load(batch, length, length)
 
 
-def _site(program: Program, site: Site, load: Load) -> SitePhases:
+def _site(program: Program, parts: Split, site: Site, load: Load) -> SitePhases:
     mask = _mask(program, site)
     if mask is None or mask.kind == "full" or not mask.causal:
         raise Problem(
             "A703", f"{site.module or site.id} is not known to read earlier tokens alone",
             where=site.source, why=f"its mask is {site.mask}",
         )  # fmt: skip
-    keys = cast(fx.Node, program.node(site.node).args[1])
-    spec = program.spec(site)
-    own = spec.with_(kv_heads=min(spec.kv_heads, site.kv_heads), mask=mask)  # may be repeated
+    node, spec = program.node(site.node), program.spec(site)
+    own: AttentionSpec | Latent = spec.with_(
+        kv_heads=min(spec.kv_heads, site.kv_heads),
+        mask=mask,  # the spec may see heads repeated
+    )
+    found = latents.find(program, parts, node)
+    if found is not None:
+        rotary = found.widths[0][1] - found.rank
+        own = Latent(spec.heads, spec.head_dim - rotary, spec.v_dim, found.rank, rotary, mask)
+    keys = cast(fx.Node, node.args[1])
     return phases(own, load, keys.meta["val"].dtype.itemsize, site.id)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from attnopt.compiler.decode import Decoder, derive
 from attnopt.compiler.decode.caches import Contiguous
 from attnopt.compiler.decode.latents import Latent
+from attnopt.compiler.decode.phase_cost import decoding
 from attnopt.compiler.program import Program
 from tests.compiler.decode.test_derive import singly, traced, whole, zoo
 from tests.tolerance import assert_close
@@ -65,6 +66,7 @@ def test_a_model_that_was_trained_with_latents_keeps_them(name: str) -> None:
     decoder = derive(zoo(name), check=False)
     assert all(isinstance(cache, Latent) for cache in decoder.caches.values())
     assert decoder.bytes_per_token() == 2 * (16 + 8) * 4  # layers x (latent + rotary) x float32
+    assert decoding(decoder.program).cache_bytes_per_token == decoder.bytes_per_token()
     state = decoder.state(3, 10)
     assert state.bytes == 3 * 11 * decoder.bytes_per_token()
 

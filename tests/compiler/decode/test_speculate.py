@@ -33,8 +33,8 @@ from attnopt.compiler.plan import Plan
 from attnopt.compiler.program import Batch, Program
 from attnopt.compiler.raising import raise_program
 from attnopt.compiler.trace import trace
+from tests.compiler.decode.test_derive import zoo
 from tests.programs import rewritten
-from tests.zoo.survey import ALL, read
 
 WORDS = 4  # few enough to count every sequence of three
 WARM = 5.0  # a temperature at which each of them comes up
@@ -82,19 +82,9 @@ def small(words: int = 40, blocks: int = 2) -> tuple[Program, Decoder]:
     return program, derive(program, check=False)
 
 
-@lru_cache(maxsize=3)
-def zoo(name: str) -> Decoder:
-    (architecture,) = [a for a in ALL if a.name == name]
-    try:
-        _, program = read(architecture, architecture.spellings[0])
-    except ImportError as missing:
-        pytest.skip(f"{missing.name} is not installed")
-    return derive(rewritten(program), check=False)
-
-
 @pytest.mark.parametrize("name", ["Llama, padded", "Mistral"])
 def test_greedy_tokens_are_those_of_plain_decoding(name: str) -> None:
-    decoder = zoo(name)
+    decoder = derive(zoo(name), check=False)
     ids = torch.randint(3, 60, (1, 9), generator=torch.Generator().manual_seed(0))
     how = Generation(max_new_tokens=24)
     plain = generate(decoder, ids, how)
@@ -107,7 +97,7 @@ def test_greedy_tokens_are_those_of_plain_decoding(name: str) -> None:
 
 
 def test_padded_rows_advance_together() -> None:
-    decoder = zoo("Llama, padded")
+    decoder = derive(zoo("Llama, padded"), check=False)
     draft = draft_without(decoder, ["b1.mlp"], 3)
     ids = torch.randint(3, 60, (3, 9), generator=torch.Generator().manual_seed(2))
     keep = torch.ones_like(ids)
