@@ -68,7 +68,7 @@ def divergence(expected: Any, actual: Any, batch: Batch) -> tuple[float, float]:
     teacher, student = logits(expected), logits(actual)
     if teacher is None or student is None or teacher.shape != student.shape:
         return math.inf, 1.0
-    teacher, student = _real(teacher, batch), _real(student, batch)
+    teacher, student = real_entries(teacher, batch), real_entries(student, batch)
     log_p = torch.log_softmax(teacher.float().reshape(-1, teacher.shape[-1]), -1)
     log_q = torch.log_softmax(student.float().reshape(-1, student.shape[-1]), -1)
     return float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64)), float(len(log_p))
@@ -81,13 +81,14 @@ def squared_error(expected: Any, actual: Any, batch: Batch) -> tuple[float, floa
     for a, b in pairs:
         if not isinstance(a, Tensor) or not a.is_floating_point():
             continue
-        a, b = _real(a, batch).double(), _real(b, batch).double()
+        a, b = real_entries(a, batch).double(), real_entries(b, batch).double()
         wrong += float((a - b).square().sum())
         norm += float(a.square().sum())
     return wrong, norm
 
 
-def _real(value: Tensor, batch: Batch) -> Tensor:
+def real_entries(value: Tensor, batch: Batch) -> Tensor:
+    """The entries at real tokens of an output `[batch, seq, ...]`; all of any other."""
     valid = batch.valid
     if valid is None or value.dim() < 3 or value.shape[:2] != valid.shape:
         return value
