@@ -25,6 +25,8 @@ from attnopt.compiler.program import Batch
 
 CALIBRATION_TEXT, EVALUATION_TEXT = "calibration.txt", "eval.txt"
 CALIBRATION_SEQUENCES, HELDOUT_SEQUENCES, EVALUATION_SEQUENCES = 24, 12, 48
+FITTED_SEQUENCES = CALIBRATION_SEQUENCES + HELDOUT_SEQUENCES
+TRAINING_SEQUENCES = 4096
 LONGEST_DEFAULT = 1024
 TIMED_BATCHES = 4
 
@@ -34,6 +36,8 @@ class Data:
     """Batches by role.
 
     `real` is False where only made-up inputs exist: then nothing approximate may be judged on them.
+    `training` holds the calibration batches and what the calibration text gives beyond these and
+    the held-out ones; it is gathered where something is to be trained.
     """
 
     timing: tuple[Batch, ...]
@@ -42,6 +46,7 @@ class Data:
     evaluation: tuple[Batch, ...] = ()
     real: bool = False
     words: dict[str, str] = field(default_factory=dict)
+    training: tuple[Batch, ...] = ()
 
     @property
     def workload(self) -> Workload:
@@ -56,15 +61,15 @@ class Data:
         return Workload(rows, length, fill, self.words.get("timing", ""))
 
 
-def gather(loaded: Loaded, wanted: Wanted, source: str) -> Data:
-    """The data for a loaded model.
+def gather(loaded: Loaded, wanted: Wanted, source: str, training: bool = False) -> Data:
+    """The data for a loaded model, with all of the text to train on where that is wanted.
 
     Raises `Problem` A405 where a text is given and cannot be used.
     """
     example = as_batch(loaded.args, loaded.kwargs)
     calibration, evaluation = _texts(wanted, source)
     if loaded.tokenizer is not None and evaluation is not None:
-        return _from_text(loaded, wanted, calibration, evaluation)
+        return _from_text(loaded, wanted, calibration, evaluation, training)
     if wanted.text is not None:
         raise Problem(
             "A405",
@@ -113,33 +118,43 @@ def _texts(wanted: Wanted, source: str) -> tuple[str | None, tuple[str, str] | N
 
 
 def _from_text(
-    loaded: Loaded, wanted: Wanted, calibration: str | None, evaluation: tuple[str, str]
+    loaded: Loaded,
+    wanted: Wanted,
+    calibration: str | None,
+    evaluation: tuple[str, str],
+    training: bool,
 ) -> Data:
     assert calibration is not None
     rows = wanted.batch or (1 if loaded.task == "causal-lm" else 8)
     text, name = evaluation
+    more = TRAINING_SEQUENCES if training else 0
     if loaded.task == "causal-lm" or wanted.length is not None:
         length = wanted.length or _length(loaded)
         masked = "attention_mask" in loaded.kwargs
-        fitted = _chunks(
-            loaded, calibration, length, rows, CALIBRATION_SEQUENCES + HELDOUT_SEQUENCES, masked
-        )
+        most = FITTED_SEQUENCES
+        fitted = _chunks(loaded, calibration, length, rows, most + more, masked)
         judged = _chunks(loaded, text, length, rows, EVALUATION_SEQUENCES, masked)
         timed = judged[:1]
     else:
-        fitted = _sentences(
-            loaded, calibration, rows, 4 * CALIBRATION_SEQUENCES + 4 * HELDOUT_SEQUENCES
-        )
+        most = 4 * FITTED_SEQUENCES
+        fitted = _sentences(loaded, calibration, rows, most + more)
         judged = _sentences(loaded, text, rows, 4 * EVALUATION_SEQUENCES)
         timed = judged[:TIMED_BATCHES]
-    cut = max(1, len(fitted) * CALIBRATION_SEQUENCES // (CALIBRATION_SEQUENCES + HELDOUT_SEQUENCES))
+    known = -(-most // rows)
+    fitted, rest = fitted[:known], fitted[known:]
+    cut = max(1, len(fitted) * CALIBRATION_SEQUENCES // FITTED_SEQUENCES)
     words = {
         "calibration": _say(fitted[:cut]),
         "heldout": _say(fitted[cut:]),
         "evaluation": f"{name}: {_say(judged)}",
         "timing": f"{name}: {_say(timed)}",
     }
-    return Data(tuple(timed), tuple(fitted[:cut]), tuple(fitted[cut:]), tuple(judged), True, words)
+    trained = (*fitted[:cut], *rest) if training else ()
+    if training:
+        words["training"] = _say(trained)
+    return Data(
+        tuple(timed), tuple(fitted[:cut]), tuple(fitted[cut:]), tuple(judged), True, words, trained
+    )  # fmt: skip
 
 
 def _chunks(

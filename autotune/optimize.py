@@ -19,7 +19,15 @@ import torch
 from torch import nn
 
 from attnopt.autotune.data import gather
-from attnopt.autotune.request import Request, Wanted, parse_budget, parse_seconds, parse_share
+from attnopt.autotune.request import (
+    HealBudget,
+    Request,
+    Wanted,
+    parse_budget,
+    parse_healing,
+    parse_seconds,
+    parse_share,
+)
 from attnopt.autotune.result import Result
 from attnopt.autotune.run import Run
 from attnopt.compiler.artifact import check_writable, save, source_sha256, work_folder
@@ -28,6 +36,7 @@ from attnopt.compiler.intake.loaded import Loaded, require_weights
 from attnopt.compiler.intake.source import evaluating, from_module, load
 from attnopt.compiler.pipeline import read
 from attnopt.compiler.program import Program
+from attnopt.passes.heal import CHECKPOINT
 
 Progress = Callable[[str, float], None]
 
@@ -55,6 +64,7 @@ def optimize(
     trust: bool = False,
     attention: str | None = None,
     dtype: str | None = None,
+    heal: str | HealBudget | None = None,
     progress: Progress | None = None,
     command: str = "",
 ) -> Result:
@@ -65,9 +75,10 @@ def optimize(
     (0.01 is 1%; 0 allows exact rewrites only); both may be text as on the command line ("2x",
     "1%"). `attention` picks the spelling of a transformers
     model (eager, sdpa), `dtype` what a model computes in ("float32"; left out, as it is stored).
-    The result object is what `report.json` holds; with `out` the folder is written. Raises
-    `Problem` for what the user can mend, and `NothingFound` when the model has no attention that
-    could be raised.
+    `heal` trains the touched sites of the winner before it is saved, for a time ("5m") or on a
+    number of tokens ("200ktok"). The result object is what `report.json` holds; with `out` the
+    folder is written. Raises `Problem` for what the user can mend, and `NothingFound` when the
+    model has no attention that could be raised.
     """
     budget = parse_budget(budget) if isinstance(budget, str) else budget
     max_drop = parse_share(max_drop) if isinstance(max_drop, str) else max_drop
@@ -76,6 +87,7 @@ def optimize(
     request = Request(
         budget, max_drop, target, effort, trials, seconds,  # type: ignore[arg-type]
         _path(out), seed, resume, metric, wanted, command,
+        parse_healing(heal) if isinstance(heal, str) else heal,
     )  # fmt: skip
     if request.out is not None:
         check_writable(request.out)
@@ -102,11 +114,11 @@ def run(
     say("tracing", 0.0)
     program = read(loaded)
     require_sites(program)
-    data = gather(loaded, request.data, source)
+    data = gather(loaded, request.data, source, training=request.heal is not None)
     program.example = data.timing[0] if data.real else program.example
     work = work_folder(request.out) if request.out is not None else None
     if work is not None and not request.resume:
-        for name in ("study.journal", "measurements.jsonl"):
+        for name in ("study.journal", "measurements.jsonl", CHECKPOINT):
             (work / name).unlink(missing_ok=True)
     session = Run(
         original(loaded), program, data, request, task=loaded.task, work=work, sha=sha, progress=say
@@ -125,6 +137,8 @@ def run(
         return result
     say("writing the folder", 0.0)
     batches = {"calibration": data.calibration, "heldout": data.heldout}
+    if result.healing is not None and result.healing.accepted:
+        batches["training"] = data.training
     fitted = any("APPROXIMATE" in o.exactness.upper() for o in built.outcomes if o.applied)
     folder = save(request.out, built.program, result.plan, result, batches if fitted else {})
     return replace(result, folder=str(folder))

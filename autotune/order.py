@@ -46,5 +46,5 @@ def approximate() -> list[type[Pass]]:
 
 
 def healing() -> list[type[Pass]]:
-    """The passes that repair what approximate ones did."""
-    return [kind for kind in ordered() if kind.heals]
+    """The passes that repair what approximate ones did, as far as the search may make them."""
+    return [kind for kind in ordered() if kind.heals and not kind.asked]

@@ -104,7 +104,8 @@ def apply(
     kept = load_calibration(home) if (home / CALIBRATION).is_file() else {}
     notes = Notes(
         program, kept.get("calibration", ()), kept.get("heldout", ()),
-        saved.target if saved else "cpu", saved.seed if saved else 0,
+        saved.target if saved else "cpu", saved.seed if saved else 0, kept.get("training", ()),
+        progress=say,
     )  # fmt: skip
     done = 0
 

@@ -176,6 +176,22 @@ def _front(result: Result) -> list[str]:
 
 
 def _healing(result: Result) -> list[str]:
+    told = [*_trained(result), *_refitted(result)]
+    return ["## Healing", "", *told] if told else []
+
+
+def _trained(result: Result) -> list[str]:
+    entry = result.healing
+    if entry is None:
+        return []
+    lead = _plain(say.healing(entry))
+    if not entry.accepted:
+        return [lead, ""]
+    head = ("figure", "original", "before healing", "after")
+    return [lead, "", *_table(head, [tuple(map(_plain, row)) for row in say.healed(entry)]), ""]
+
+
+def _refitted(result: Result) -> list[str]:
     rows = [
         (
             _code(fit.target),
@@ -186,7 +202,7 @@ def _healing(result: Result) -> list[str]:
         for fit in result.refits
     ]
     head = ("output", "held-out error before", "after", "")
-    return ["## Healing", "", *_table(head, rows)] if rows else []
+    return _table(head, rows) if rows else []
 
 
 def _warnings(result: Result) -> list[str]:

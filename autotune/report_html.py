@@ -261,6 +261,25 @@ def _plans(result: Result) -> Markup | None:
 
 
 def _healing(result: Result) -> Markup | None:
+    told = [part for part in (_trained(result), _refitted(result)) if part is not None]
+    if not told:
+        return None
+    lead = "Kept only where the held-out error fell."
+    return _section("Healing", lead, *told)
+
+
+def _trained(result: Result) -> Markup | None:
+    entry = result.healing
+    if entry is None:
+        return None
+    words = tag("p", say.healing(entry))
+    if not entry.accepted:
+        return words
+    head = ("figure", "original", "before healing", "after")
+    return tag("div", words, table(head, say.healed(entry)))
+
+
+def _refitted(result: Result) -> Markup | None:
     if not result.refits:
         return None
     rows = [
@@ -276,9 +295,8 @@ def _healing(result: Result) -> Markup | None:
         )
         for fit in result.refits
     ]
-    lead = "Outputs refitted on calibration data; kept only where the held-out error fell."
-    head = ("output", "relative error before", "after", "")
-    return _section("Healing", lead, _folded("outputs", head, rows))
+    head = ("output refitted", "relative error before", "after", "")
+    return _folded("outputs", head, rows)
 
 
 def _warnings(result: Result) -> Markup | None:

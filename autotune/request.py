@@ -44,6 +44,23 @@ class Wanted:
 
 
 @dataclass(frozen=True)
+class HealBudget:
+    """How long to heal: `seconds`, or `tokens` where these are given, and the `rank` of what is
+    trained (0: whole weights). Raises `Problem` A410."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    rank: int = 0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.seconds) or self.seconds + self.tokens <= 0:
+            raise Problem(
+                "A410", "a healing has to take more than 0 seconds or tokens",
+                help="for example --heal 5m, or --heal 200ktok",
+            )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Request:
     """The demands on a run.
 
@@ -62,6 +79,7 @@ class Request:
     metric: str | None = None
     data: Wanted = field(default_factory=Wanted)
     command: str = ""
+    heal: HealBudget | None = None
 
     def __post_init__(self) -> None:
         if self.budget is not None and not (math.isfinite(self.budget) and self.budget > 0):
@@ -136,6 +154,23 @@ def parse_coverage(text: str) -> float:
     if not 0.0 <= share <= 1.0:
         raise Problem("A410", f"{text} is no share of all attentions", help="at most 100%")
     return share
+
+
+def parse_healing(text: str, rank: int = 0) -> HealBudget:
+    """`90s`, `5m`, `200ktok` or `1.5Mtok` as a `HealBudget`.
+
+    Raises `Problem` A410.
+    """
+    match = re.fullmatch(r"\s*(\d*\.?\d+)\s*(k|M)?tok\s*", text)
+    if match is not None:
+        times = {"k": 1_000, "M": 1_000_000}.get(match.group(2) or "", 1)
+        return HealBudget(tokens=round(float(match.group(1)) * times), rank=rank)
+    if re.fullmatch(r"\s*(\d*\.?\d+)\s*(s|m|h)\s*", text) is None:
+        raise Problem(
+            "A410", f"cannot read how long to heal, `{text}`",
+            help="a time such as --heal 5m, or tokens such as --heal 200ktok",
+        )  # fmt: skip
+    return HealBudget(seconds=parse_seconds(text), rank=rank)
 
 
 def parse_seconds(text: str) -> float:

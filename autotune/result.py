@@ -230,14 +230,39 @@ class Trial:
 
 @dataclass(frozen=True)
 class Refit:
-    """The relative held-out error of one output before and after healing; reverted unless
-    accepted.
-    """
+    """The relative held-out error of one output before and after; reverted unless accepted."""
 
     target: str
     before: float
     after: float
     accepted: bool
+
+
+@dataclass(frozen=True)
+class HealingEntry:
+    """What training the touched sites did; `reason` says why it was not kept. The held-out loss (KL
+    from the original, or a relative squared error) decided. `metric`, as in `accuracy`, is of the
+    evaluation data, which decided nothing: of the original, before and after.
+
+    `numbers` of `sites` sites were trained on `tokens`; with `rank` 0 whole weights.
+    """
+
+    accepted: bool
+    rewrite: str
+    reason: str = ""
+    loss_before: Number | None = None
+    loss_after: Number | None = None
+    metric: str = ""
+    original: Number | None = None
+    before: Number | None = None
+    after: Number | None = None
+    drop_before: Number | None = None
+    drop_after: Number | None = None
+    tokens: int = 0
+    numbers: int = 0
+    sites: int = 0
+    rank: int = 0
+    seconds: Number | None = None
 
 
 @dataclass(frozen=True)
@@ -280,6 +305,7 @@ class Result:
     trials: tuple[Trial, ...] = ()
     relaxation: Relaxation | None = None
     refits: tuple[Refit, ...] = ()
+    healing: HealingEntry | None = None
     diagnostics: Diagnosis | None = None
     decoding: Mapping[str, Decoding] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()

@@ -14,10 +14,11 @@ from attnopt.autotune.accuracy import Accuracy, metric_of_original
 from attnopt.autotune.data import Data
 from attnopt.autotune.diagnose import within
 from attnopt.autotune.environment import environment
+from attnopt.autotune.heal import healed
 from attnopt.autotune.order import approximate, healing, ordered
 from attnopt.autotune.pace import Pace, estimated, measured
 from attnopt.autotune.request import Request
-from attnopt.autotune.result import AccuracyEntry, Ceiling, Relaxation, Result
+from attnopt.autotune.result import AccuracyEntry, Ceiling, HealingEntry, Relaxation, Result
 from attnopt.autotune.search import Limits, Search, Tried
 from attnopt.autotune.sensitivity import Menu, Single, ceilings, menu, singles, worthwhile
 from attnopt.autotune.workbench import Built, Workbench
@@ -48,6 +49,7 @@ class Run:
     progress: Progress
     warnings: list[str] = field(default_factory=list)
     paces: dict[tuple[Step, ...], Pace] = field(default_factory=dict)
+    healing: HealingEntry | None = None
 
     def go(self) -> tuple[Built, Result]:
         """Run the whole flow."""
@@ -63,7 +65,7 @@ class Run:
         if self._enough(pace) or not self.request.searches or not self._can_search():
             return self._finish(pace, found)
         tried, single = self._search(exact, pace, found)
-        best = self._final(pace, tried)
+        best = self._healed(self._final(pace, tried), tried)
         return self._finish(best.pace, found, tried, single, best.tried)
 
     def _bench(self) -> Workbench:
@@ -201,6 +203,44 @@ class Run:
                 best = _Best(pace, candidate)
         return best
 
+    def _healed(self, best: _Best, tried: Sequence[Tried]) -> _Best:
+        """The winner, healed where that was asked for.
+
+        Where it misses the budget, the plan that reaches it at the least loss is healed in its
+        place, and wins if it then is within the bound.
+        """
+        asked = self.request.heal
+        if asked is None:
+            return best
+        chosen = best.tried if best.tried and self._keeps(best.pace) else self._hopeful(best, tried)
+        if chosen is None:
+            return best
+        plain = self._raced(chosen)
+        before = self.bench.verdict(plain.built)
+        made = healed(self.bench, list(chosen.steps), asked, before)
+        self.healing = made.entry
+        if not made.entry.accepted:
+            self.warnings.append(f"healing was not kept: {made.entry.reason}")
+            return best
+        if made.accuracy.verdict(self.request.max_drop) != "pass" and chosen is not best.tried:
+            self.warnings.append(
+                f"plan {chosen.number} reaches the budget; healed it still drops by "
+                f"{made.accuracy.drop:.2%}, at most {made.accuracy.drop_upper:.2%}"
+            )
+            return best
+        return _Best(self._pace(made.built), chosen)
+
+    def _keeps(self, pace: Pace) -> bool:
+        return self.request.budget is None or self._enough(pace)
+
+    def _hopeful(self, best: _Best, tried: Sequence[Tried]) -> Tried | None:
+        """What to heal where the winner misses the budget: of the plans that were predicted to
+        reach it the one with the least loss; else the winner."""
+        base = best.pace.ratio / (best.tried.gain if best.tried else 1.0)
+        budget = self.request.budget or 0.0
+        fast = [t for t in tried if t.gain * base >= budget and t.steps and not t.feasible]
+        return min(fast, key=lambda t: t.drop_upper, default=best.tried)
+
     def _finish(
         self,
         pace: Pace,
@@ -210,6 +250,8 @@ class Run:
         chosen: Tried | None = None,
     ) -> tuple[Built, Result]:
         request, built = self.request, pace.built
+        if request.heal is not None and self.healing is None:
+            self.warnings.append("nothing was healed: only exact rewrites were made")
         accuracy = self._accuracy(built)
         exact = all(_exact(o) for o in built.outcomes if o.applied)
         entry = AccuracyEntry.of(accuracy, request.max_drop, exact) if accuracy else None
@@ -229,7 +271,8 @@ class Run:
             diagnostics=within(self.program, self.data, request),
             trials=entries.trials(tried, base, chosen, pace.kind),
             relaxation=self._relaxation(met, tried, base, pace, accuracy),
-            refits=entries.refits(built.outcomes), warnings=(*self.warnings, *pace.warnings),
+            refits=entries.refits(built.outcomes), healing=self.healing,
+            warnings=(*self.warnings, *pace.warnings),
             data=dict(self.data.words), seed=request.seed,
             decoding=entries.decoding(self.program, built.program, self.data.workload),
         )  # fmt: skip

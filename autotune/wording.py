@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from attnopt.autotune.result import Number, Result, SiteEntry, Timed
+from attnopt.autotune.result import HealingEntry, Number, Result, SiteEntry, Timed
 from attnopt.compiler.decode.phase_cost import Decoding, Phase
 from attnopt.compiler.plan import Outcome, Plan
 
@@ -64,6 +64,31 @@ def duration(value: float) -> str:
 def factor(value: float) -> str:
     """A ratio that was asked for: `2×`."""
     return f"{value:g}×"
+
+
+def healing(entry: HealingEntry) -> str:
+    """What the training of touched sites was, and whether it was kept."""
+    if not entry.accepted:
+        return f"Healing ({entry.rewrite}) was not kept: {entry.reason}."
+    what = "whole weights" if not entry.rank else f"changes of rank {entry.rank}"
+    return (
+        f"{entry.numbers:,} numbers of {entry.sites} sites ({what}) were trained on "
+        f"{entry.tokens:,} tokens in {seconds(entry.seconds)}; the loss of held-out data decided."
+    )
+
+
+def healed(entry: HealingEntry) -> list[tuple[str, str, str, str]]:
+    """The figures of a healing: name, of the original, before and after."""
+    return [
+        ("held-out loss", NONE, plain(entry.loss_before), plain(entry.loss_after)),
+        (
+            f"{entry.metric}, evaluation data",
+            plain(entry.original),
+            plain(entry.before),
+            plain(entry.after),
+        ),
+        ("drop, evaluation data", NONE, percent(entry.drop_before), percent(entry.drop_after)),
+    ]
 
 
 def headline(result: Result) -> str:

@@ -106,7 +106,10 @@ class Workbench:
         )
         self.without = frozenset[str]()  # exact passes that do not pay here
         self.seed, self.progress = seed, progress or (lambda what, share: None)
-        self.notes = Notes(program, data.calibration, data.heldout, device, seed)
+        self.notes = Notes(
+            program, data.calibration, data.heldout, device, seed, data.training, work,
+            self.progress,
+        )  # fmt: skip
         self.searching = Teacher(original, data.heldout, task)
         few = -(-len(data.heldout) // SKETCH_SHARE)
         self.sketching = Teacher(original, data.heldout[:few], task)

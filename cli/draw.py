@@ -208,6 +208,11 @@ def verdict(result: Result) -> None:
     if entry is not None:
         told = f"{say.percent(entry.drop)} drop of {entry.metric}, {say.share(entry.bound)} allowed"
         target.print(_fact("accuracy", f"{told}: {entry.verdict}, {entry.tier}"))
+    if result.healing is not None and result.healing.accepted:
+        before, after = (say.percent(d, interval=False) for d in (
+            result.healing.drop_before, result.healing.drop_after))  # fmt: skip
+        told = f"{before} drop before, {after} after {result.healing.tokens:,} tokens"
+        target.print(_fact("healed", told))
     if result.ceiling is not None:
         part = say.percent(result.ceiling.share, interval=False)
         most = say.times(result.ceiling.speedup, interval=False)

@@ -39,6 +39,17 @@ def optimize(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run in the same folder.")
     ] = False,
+    heal: Annotated[
+        str | None,
+        typer.Option(
+            help="Train what the winning plan changed before it is saved, for a time such as 5m or "
+            "on tokens such as 200ktok.",
+        ),
+    ] = None,
+    heal_rank: Annotated[
+        int,
+        typer.Option(min=0, help="Train changes of this rank (LoRA); 0 trains whole weights."),
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
     metric: options.Metric = None,
     text: options.Text = None,
@@ -54,7 +65,7 @@ def optimize(
     json: options.Json = False,
 ) -> int:
     """Make the attention of MODEL fast, and measure what it cost."""
-    from attnopt.autotune.request import parse_budget, parse_seconds, parse_share
+    from attnopt.autotune.request import parse_budget, parse_healing, parse_seconds, parse_share
 
     demands: dict[str, Any] = {
         "budget": None if budget is None else parse_budget(budget),
@@ -67,6 +78,7 @@ def optimize(
         "seed": seed,
         "resume": resume,
         "metric": metric,
+        "heal": None if heal is None else parse_healing(heal, heal_rank),
         "command": shlex.join(ctx.obj or ["optimize", model]),
     }
     _check(demands)

@@ -81,6 +81,12 @@ class SavedPlan:
         )
         notes = Notes(program, fitted, held, seed=self.seed)
         steps = [(read_pass(step.rewrite), step.targets) for step in self.plan.steps]
+        if any(rewrite.asked for rewrite, _ in steps):
+            raise Problem(
+                "A213", "the plan heals its model, which takes minutes of training",
+                where=str(self.home), why="a compilation trains nothing",
+                help="load the folder's model with attnopt.load(DIR), its weights are healed",
+            )  # fmt: skip
         outcomes: list[Outcome] = []
         made: list[str] = []
         for rewrite, targets in steps:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from functools import lru_cache
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -87,7 +88,10 @@ class Notes:
     `original` is the raised program before any rewrite (the teacher). `calibration` are batches to
     fit on; `heldout` are batches for accept-or-revert decisions inside a pass, apart from both the
     calibration and the evaluation data. `device` is where it will run ("cpu", or the name of a
-    known GPU). Empty calibration means there is no real data: passes that need it miss.
+    known GPU). Empty calibration means there is no real data: passes that need it miss. `training`
+    are more batches of the same kind, for what trains (empty: it trains on `calibration`). `work`
+    is a folder where a long pass may keep what it needs to go on after an interruption; it tells
+    `progress` what it does, and how far it is (0 to 1).
     """
 
     original: Program
@@ -95,6 +99,9 @@ class Notes:
     heldout: Sequence[Batch] = ()
     device: str = "cpu"
     seed: int = 0
+    training: Sequence[Batch] = ()
+    work: Path | None = None
+    progress: Callable[[str, float], None] | None = None
 
     def record(
         self, program: Program, names: Sequence[str], batches: Sequence[Batch] | None = None
@@ -121,6 +128,7 @@ class Pass(ABC):
         False  # the search orders its targets by removing them one after the other
     )
     heals: ClassVar[bool] = False  # repairs what approximate passes before it did; run after them
+    asked: ClassVar[bool] = False  # takes minutes: made where the user asks for it, not searched
     removes: ClassVar[tuple[Part, ...]] = PARTS  # parts of a site it can make cheaper, its ceiling
 
     @abstractmethod

@@ -51,9 +51,9 @@ class CpuDtype(Pass):
     scope: ClassVar[Scope] = "program"
     source: ClassVar[str] = "oneDNN developer guide, Data types"
     after: ClassVar[tuple[str, ...]] = (
-        "simplify_mask", "fold_repeated_kv", "fuse_attention", "merge_kv_heads", "prune_heads",
-        "shrink_head_dim", "low_rank_projections", "sliding_window", "skip_sublayers",
-        "fuse_blocks", "refit", "unpad",
+        "simplify_mask", "fold_repeated_kv", "fuse_attention", "merge_kv_heads", "latent_kv",
+        "prune_heads", "shrink_head_dim", "low_rank_projections", "sliding_window",
+        "skip_sublayers", "fuse_blocks", "refit", "heal", "unpad",
     )  # fmt: skip
 
     def rewrite(self, target: Any, program: Program, notes: Notes) -> Edit | Miss:

@@ -50,8 +50,9 @@ class Unpad(Pass):
     valid_only: ClassVar[bool] = True
     source: ClassVar[str] = "Zhai et al., ByteTransformer, IPDPS 2023"
     after: ClassVar[tuple[str, ...]] = (
-        "simplify_mask", "fold_repeated_kv", "fuse_attention", "merge_kv_heads", "prune_heads",
-        "shrink_head_dim", "low_rank_projections", "sliding_window", "skip_sublayers", "refit",
+        "simplify_mask", "fold_repeated_kv", "fuse_attention", "merge_kv_heads", "latent_kv",
+        "prune_heads", "shrink_head_dim", "low_rank_projections", "sliding_window",
+        "skip_sublayers", "refit", "heal",
     )  # fmt: skip
 
     def rewrite(self, target: Any, program: Program, notes: Notes) -> Edit | Miss:

@@ -25,7 +25,7 @@ from attnopt.compiler.healing.draw import Draw, tokens
 from attnopt.compiler.healing.factors import Factors
 from attnopt.compiler.healing.local import Local
 from attnopt.compiler.healing.settings import Settings
-from attnopt.compiler.healing.touched import touched
+from attnopt.compiler.healing.touched import Touched, touched
 from attnopt.compiler.healing.working import Working
 from attnopt.compiler.packed_ops import PACKED_ATTENTION
 from attnopt.compiler.program import Batch, Program
@@ -96,14 +96,15 @@ def start(
     if any(node.target is PACKED_ATTENTION for node in program.graph.nodes):
         return Miss("the program runs on packed tokens, through which nothing is trained",
                     help="heal before `unpad`")  # fmt: skip
-    names = touched(program, original)
+    found = touched(program, original)
+    names = found.names
     if not names:
         return Miss("no site differs from the original's: there is nothing to heal")
     saved = checkpoint or Checkpoint()
     weights = {name: program.weight(name) for mine in names.values() for name in mine}
     saved.key = key_of(settings, weights, (*batches, *heldout))
     return Healing(
-        Working.of(program), Working.of(original), names, Factors(weights, settings),
+        Working.of(program), Working.of(original), found, Factors(weights, settings),
         Draw.of(batches, settings.seed), heldout, settings, saved,
         progress or (lambda what, share: None),
     )  # fmt: skip
@@ -111,11 +112,11 @@ def start(
 
 @dataclass
 class Healing:
-    """One healing on its way. `names` are the parameters to train by site."""
+    """One healing on its way."""
 
     student: Working
     teacher: Working
-    names: Mapping[str, tuple[str, ...]]
+    touched: Touched
     factors: Factors
     draw: Draw
     heldout: Sequence[Batch]
@@ -126,12 +127,23 @@ class Healing:
     best: dict[str, Tensor] = field(default_factory=dict)
     fitted: int = 0
     spent: float = 0.0
+    judged: loss.Heldout | None = None
+
+    @property
+    def names(self) -> Mapping[str, tuple[str, ...]]:
+        """The parameters to train, by site."""
+        return self.touched.names
+
+    @property
+    def local(self) -> Local:
+        """The fitting of its single sites."""
+        return Local(
+            self.student, self.teacher, self.factors, self.draw, self.heldout, self.touched.shared
+        )
 
     def run(self) -> Healed | Miss:
         """Both stages, from the checkpoint where there is one."""
         self._begun = time.monotonic()
-        ready = [self.student.ready(batch) for batch in self.heldout]
-        self._judge = loss.Heldout(self.teacher, ready)
         saved = self.checkpoint.load() or {}
         self._restore(saved)
         if "start" not in self.losses:
@@ -148,7 +160,7 @@ class Healing:
 
     def _sites(self, first: int) -> None:
         """The local stage, from the site with this number on."""
-        local = Local(self.student, self.teacher, self.factors, self.draw, self.heldout)
+        local = self.local
         for at, (id, names) in enumerate(self.names.items()):
             if at < first or not self.settings.local:
                 continue
@@ -186,7 +198,7 @@ class Healing:
             expected = self.teacher(batch)
         schedule.pace(optimizer, step, steps)
         actual = self.student(batch, self.factors.weights(dtype=torch.float32))
-        loss.distance(expected, actual, batch).backward()  # type: ignore[no-untyped-call]
+        loss.distance(expected, actual, batch).backward()
         optimizer.step()
         optimizer.zero_grad()
         return tokens(batch)
@@ -202,11 +214,18 @@ class Healing:
         """How many steps the stage end to end has."""
         return -(-self.settings.tokens // self.size)
 
+    def judge(self) -> float:
+        """The held-out loss as the weights now stand, in the dtype that they are kept in."""
+        if self.judged is None:
+            ready = [self.student.ready(batch) for batch in self.heldout]
+            self.judged = loss.Heldout(self.teacher, ready)
+        weights = self.factors.merged()
+        return self.judged(lambda batch: self.student(batch, weights))
+
     def _check(self, name: str) -> None:
         """Take the held-out loss, and keep what is trained where it is the least so far."""
         least = min(self.losses.values(), default=float("inf"))
-        weights = self.factors.merged()
-        self.losses[name] = self._judge(lambda batch: self.student(batch, weights))
+        self.losses[name] = self.judge()
         if self.losses[name] < least:
             self.best = self.factors.state()
 

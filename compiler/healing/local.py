@@ -21,7 +21,6 @@ from attnopt.compiler.grams import real, rows
 from attnopt.compiler.healing import schedule
 from attnopt.compiler.healing.draw import Draw, tokens
 from attnopt.compiler.healing.factors import Factors
-from attnopt.compiler.healing.touched import parameters
 from attnopt.compiler.healing.working import Region, Working
 from attnopt.compiler.program import Batch, Program, peek
 
@@ -57,13 +56,15 @@ class SiteHealed:
 
 @dataclass(frozen=True)
 class Local:
-    """The fitting of single sites. `draw` gives what is trained on, `heldout` decides."""
+    """The fitting of single sites. `draw` gives what is trained on, `heldout` decides; `shared` are
+    parameters that several sites read: to fit one of them would spoil the others."""
 
     student: Working
     teacher: Working
     factors: Factors
     draw: Draw
     heldout: Sequence[Batch]
+    shared: frozenset[str] = frozenset()
 
     def fit(self, id: str, names: Sequence[str], budget: int, stage: int) -> SiteHealed | None:
         """Train one site on about `budget` tokens; None where it cannot be compared with the
@@ -71,7 +72,7 @@ class Local:
         program = self.student.with_weights(self.factors.merged())
         site = program.site(id)
         region = Region.of(program, site)
-        own = [name for name in names if name not in _elsewhere(program, id)]
+        own = [name for name in names if name not in self.shared]
         if not own or not self.teacher.program.has(region.end):
             return None
         size = tokens(self.draw(0, stage))
@@ -149,9 +150,3 @@ class Local:
     def _judged(self, program: Program, region: Region) -> Iterator[Pair]:
         for batch in self.heldout:
             yield self._pair(program, region, batch)
-
-
-def _elsewhere(program: Program, id: str) -> set[str]:
-    """The parameters that other sites read too: to fit one site would spoil the others."""
-    others = (site for site in program.sites if site.id != id)
-    return {name for site in others for name in parameters(program, site)}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 
 from attnopt.compiler.program import Program, attribute
@@ -9,52 +12,67 @@ from attnopt.compiler.regions import site_parts
 from attnopt.compiler.site import Site
 
 
-def touched(program: Program, original: Program) -> dict[str, tuple[str, ...]]:
+@dataclass(frozen=True)
+class Touched:
     """The parameters to train, by the id of their site, in the order of the graph.
+
+    One that several sites read stands at the first of them, and in `shared`.
+    """
+
+    names: Mapping[str, tuple[str, ...]]
+    shared: frozenset[str] = frozenset()
+
+
+def touched(program: Program, original: Program) -> Touched:
+    """What to train in a program.
 
     A site is touched where its spec or one of its parameters is another than the original's; all
     sites are where the original has residual sublayers that the program lacks, since whatever
-    follows them sees another stream. A parameter that serves several sites is named for the first.
+    follows them sees another stream.
     """
+    mine, theirs = parameters(program), parameters(original)
+    every = len(program.sublayers) < len(original.sublayers)
     found: dict[str, tuple[str, ...]] = {}
     taken: set[str] = set()
-    every = len(program.sublayers) < len(original.sublayers)
     for site in program.sites:
-        names = parameters(program, site)
-        if not every and not _changed(program, original, site, names):
+        names = mine[site.id]
+        if not every and not _changed(program, original, site, names, theirs.get(site.id, ())):
             continue
-        mine = tuple(name for name in names if name not in taken)
-        taken.update(mine)
-        if mine:
-            found[site.id] = mine
-    return found
+        own = tuple(name for name in names if name not in taken)
+        taken.update(own)
+        if own:
+            found[site.id] = own
+    counts = [name for names in mine.values() for name in names]
+    return Touched(found, frozenset(name for name in taken if counts.count(name) > 1))
 
 
-def parameters(program: Program, site: Site) -> tuple[str, ...]:
-    """The floating-point parameters that a site alone reads, or shares with other sites only."""
-    inside = set(site_parts(program, site))
-    others = {name for other in program.sites for name in site_parts(program, other)}
+def parameters(program: Program) -> dict[str, tuple[str, ...]]:
+    """The floating-point parameters that each site reads, by its id: those that nothing but sites
+    reads."""
+    parts = {site.id: set(site_parts(program, site)) for site in program.sites}
+    inside = set[str]().union(*parts.values())
     tables = dict(program.module.named_parameters(remove_duplicate=False))
-    found: list[str] = []
+    readers: dict[str, set[str]] = {}
     for node in program.graph.nodes:
         name = str(node.target)
-        if node.op != "get_attr" or name not in tables or name in found:
-            continue
-        readers = {reader.name for n in program.parameter_nodes(name) for reader in n.users}
-        own = bool(readers & inside) and readers <= others
-        if own and tables[name].is_floating_point():
-            found.append(name)
-    return tuple(found)
+        if node.op == "get_attr" and name in tables and tables[name].is_floating_point():
+            readers.setdefault(name, set()).update(user.name for user in node.users)
+    own = {name: users for name, users in readers.items() if users <= inside}
+    return {
+        id: tuple(name for name, users in own.items() if users & nodes)
+        for id, nodes in parts.items()
+    }
 
 
-def _changed(program: Program, original: Program, site: Site, names: tuple[str, ...]) -> bool:
+def _changed(
+    program: Program, original: Program, site: Site, names: tuple[str, ...], known: tuple[str, ...]
+) -> bool:
     before = next((other for other in original.sites if other.id == site.id), None)
     if before is None or not original.has(before.node):
         return True
-    if program.spec(site) != original.spec(before):
+    if program.spec(site) != original.spec(before) or set(names) != set(known):
         return True
-    known = set(parameters(original, before))
-    return set(names) != known or any(not _same(program, original, name) for name in names)
+    return any(not _same(program, original, name) for name in names)
 
 
 def _same(program: Program, original: Program, name: str) -> bool:

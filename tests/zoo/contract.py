@@ -29,7 +29,10 @@ from attnopt.compiler.verify import RUN_ERRORS, difference
 from tests.zoo.architecture import Architecture, Inputs
 from tests.zoo.survey import ALL, ALLOWED, cast, held, named, read
 
-OPTIONS = {"sliding_window": "sliding_window{left=4 sink=1}"}  # small enough for these models
+OPTIONS = {  # small enough for these models
+    "sliding_window": "sliding_window{left=4 sink=1}",
+    "heal": "heal{tokens=64 local=64}",
+}
 CALIBRATION = ((4, 16), (4, 13), (5, 12), (6, 12))
 
 

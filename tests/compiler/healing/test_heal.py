@@ -89,7 +89,7 @@ def test_the_held_out_loss_falls_and_is_the_one_that_is_told() -> None:
 
 
 def test_only_parameters_of_the_touched_site_are_trained() -> None:
-    names = touched(merged(), decoder())
+    names = touched(merged(), decoder()).names
     assert list(names) == ["s0"] and set(plain().weights) == set(names["s0"])
     site = merged().site("s0")
     assert site.q and site.k and site.v and site.out
@@ -182,7 +182,7 @@ def windowed(program: Program) -> Program:
 
 
 def test_sites_whose_spec_alone_changed_are_touched() -> None:
-    assert list(touched(windowed(decoder()), decoder())) == ["s0", "s1"]
+    assert list(touched(windowed(decoder()), decoder()).names) == ["s0", "s1"]
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa", "chunked"])
