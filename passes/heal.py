@@ -44,7 +44,7 @@ class Heal(Pass):
     tokens: int = choice(50_000, 200_000, 1_000_000, default=200_000)
     local: int = choice(0, 10_000, 50_000, default=50_000)
     rank: int = choice(0, 8, 32, default=0)
-    rate: float = choice(0.01, 0.02, 0.05, default=0.02)
+    rate: float = choice(0.005, 0.01, 0.02, default=0.01)
 
     def settings(self, seed: int) -> Settings:
         """What the engine is told."""
@@ -61,9 +61,9 @@ class Heal(Pass):
         if isinstance(made, Miss):
             return made
         if not made.accepted:
-            least = min(value for name, value in made.stages.items() if name != "start")
+            *_, last = made.stages.values()
             return Miss(
-                f"the held-out loss would go from {made.before:.4g} to {least:.4g} {made.unit}",
+                f"the held-out loss would go from {made.before:.4g} to {last:.4g} {made.unit}",
                 help="train on more text, or with a smaller rate",
             )
         evidence = {

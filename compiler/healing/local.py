@@ -72,7 +72,7 @@ class Local:
         program = self.student.with_weights(self.factors.merged())
         site = program.site(id)
         region = Region.of(program, site)
-        own = [name for name in names if name not in self.shared]
+        own = self._own(region, names)
         if not own or not self.teacher.program.has(region.end):
             return None
         size = tokens(self.draw(0, stage))
@@ -89,12 +89,16 @@ class Local:
         """One recording and one step, for the clock; the weights stay. The tokens it took."""
         program = self.student.with_weights(self.factors.merged())
         region = Region.of(program, program.site(id))
-        if not self.teacher.program.has(region.end):
+        own = self._own(region, names)
+        if not own or not self.teacher.program.has(region.end):
             return 0
         start = self.factors.state()
-        self._train(program, region, names, self._recorded(program, region, 1, 0), EPOCHS)
+        self._train(program, region, own, self._recorded(program, region, 1, 0), EPOCHS)
         self.factors.restore(start)
         return EPOCHS * tokens(self.draw(0, 0))
+
+    def _own(self, region: Region, names: Sequence[str]) -> list[str]:
+        return [name for name in names if name in region.parameters and name not in self.shared]
 
     def _recorded(self, program: Program, region: Region, steps: int, stage: int) -> list[Pair]:
         found, held = list[Pair](), 0

@@ -21,7 +21,7 @@ class Settings:
     tokens: int = 200_000
     local: int = 50_000
     rank: int = 0
-    rate: float = 0.02
+    rate: float = 0.01
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -92,10 +92,19 @@ class Region:
     def of(program: Program, site: Site) -> Region:
         """The region of a site in a program that still has it."""
         inside = set(site_parts(program, site))
-        nodes = tuple(node for node in program.graph.nodes if node.name in inside)
-        read = [n.name for node in nodes for n in node.all_input_nodes if n.name not in inside]
         end = site.out.projection if site.out and program.has(site.out.projection) else site.node
-        return Region(nodes, tuple(dict.fromkeys(read)), end)
+        needed, nodes = {end}, list[fx.Node]()
+        for node in reversed(list(program.graph.nodes)):
+            if node.name in needed and node.name in inside:
+                nodes.insert(0, node)
+                needed.update(n.name for n in node.all_input_nodes)
+        read = [n.name for node in nodes for n in node.all_input_nodes if n.name not in inside]
+        return Region(tuple(nodes), tuple(dict.fromkeys(read)), end)
+
+    @property
+    def parameters(self) -> set[str]:
+        """The names of what it reads from the module."""
+        return {str(node.target) for node in self.nodes if node.op == "get_attr"}
 
     def __call__(
         self, module: fx.GraphModule, values: Mapping[str, Any], weights: Mapping[str, Tensor]
@@ -111,8 +120,6 @@ class Region:
                 continue
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: known[n.name])
             known[node.name] = _called(node, args, kwargs)
-            if node.name == self.end:
-                break
         return cast(Tensor, known[self.end])
 
 

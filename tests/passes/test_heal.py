@@ -14,7 +14,7 @@ from attnopt.compiler.program import Batch, Program
 from tests.decoder import VOCABULARY, decoder
 
 ROWS, LENGTH = 4, 12
-FEW = "heal{tokens=960 local=96}"
+FEW = "heal{tokens=960 local=96 rate=0.02}"
 
 
 def text(seed: int) -> Batch:

@@ -28,7 +28,7 @@ from tests.decoder import VOCABULARY, decoder
 from tests.tolerance import assert_close
 
 LENGTH, ROWS = 16, 4
-QUICK = Settings(tokens=30 * ROWS * LENGTH, local=12 * ROWS * LENGTH)
+QUICK = Settings(tokens=30 * ROWS * LENGTH, local=12 * ROWS * LENGTH, rate=0.02)
 
 
 def text(seed: int) -> Batch:
