@@ -19,7 +19,8 @@ from attnopt.autotune.environment import environment
 
 ROOT = Path(__file__).parent
 SECTIONS = (
-    "padded", "full", "pylm", "eager", "large", "backend", "onnx_export", "scale", "decode", "kv",
+    "padded", "full", "pylm", "healing", "eager", "large", "backend", "onnx_export", "scale",
+    "decode", "kv",
 )  # fmt: skip
 
 
