@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +90,23 @@ def test_a_text_too_short_to_be_split(tmp_path: Path, text: str) -> None:
         gather(_loaded(Words()), wanted, "model")
     assert caught.value.code == "A113" and "--calibration" in caught.value.help
     assert gather(_loaded(Words()), Wanted(path, path, batch=1), "model").evaluation
+
+
+def test_what_is_trained_on_is_apart_from_what_is_judged_on(tmp_path: Path) -> None:
+    """Characters as tokens: every sequence of a text of distinct ones is found again."""
+    for name, first in (("fit", 1_000), ("judge", 90_000)):
+        letters = "".join(chr(first + i) for i in range(45 * 4))
+        (tmp_path / name).write_text(letters, encoding="utf-8")
+    loaded = replace(_loaded(Words()), task="causal-lm")
+    wanted = Wanted(tmp_path / "judge", tmp_path / "fit", length=4)
+    plain, data = (gather(loaded, wanted, "m", training=more) for more in (False, True))
+    assert not plain.training and "training" not in plain.words
+
+    def seen(batches: Any) -> set[int]:
+        return {int(i) for batch in batches for i in batch.kwargs["input_ids"].flatten()}
+
+    assert seen(data.calibration) < seen(data.training)
+    assert len(data.training) == 24 + 9 and data.words["training"].startswith("33 sequences")
+    assert not seen(data.training) & (seen(data.heldout) | seen(data.evaluation))
+    for role in ("calibration", "heldout", "evaluation"):
+        assert seen(getattr(data, role)) == seen(getattr(plain, role))
