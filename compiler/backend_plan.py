@@ -72,14 +72,9 @@ class SavedPlan:
     def applied(self, program: Program, inputs: GraphInputs) -> Program:
         """The program with every approximate step of the plan; exact ones have been made before.
 
-        Raises `Problem` A213 where the graph is not the model of the run, and A512 where a step
-        does not apply.
+        Raises `Problem` A213 where the graph is not the model of the run or the plan heals it, and
+        A512 where a step does not apply.
         """
-        self._same(program)
-        fitted, held = (
-            inputs.batches(role, self.inputs) for role in (self.calibration, self.heldout)
-        )
-        notes = Notes(program, fitted, held, seed=self.seed)
         steps = [(read_pass(step.rewrite), step.targets) for step in self.plan.steps]
         if any(rewrite.asked for rewrite, _ in steps):
             raise Problem(
@@ -87,6 +82,11 @@ class SavedPlan:
                 where=str(self.home), why="a compilation trains nothing",
                 help="load the folder's model with attnopt.load(DIR), its weights are healed",
             )  # fmt: skip
+        self._same(program)
+        fitted, held = (
+            inputs.batches(role, self.inputs) for role in (self.calibration, self.heldout)
+        )
+        notes = Notes(program, fitted, held, seed=self.seed)
         outcomes: list[Outcome] = []
         made: list[str] = []
         for rewrite, targets in steps:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from attnopt import __version__
+from attnopt.autotune.request import HealBudget
 from tests.autotune.results import full, least
 from tests.cli.conftest import Command, save_encoder
 
@@ -143,6 +144,7 @@ def test_every_option_arrives(command: Command, tmp_path: Path, monkeypatch: Any
         "--resume", "--metric", "mine:score", "--text", text, "--calibration", text,
         "--inputs", text, "--batch", "8", "--length", "64", "--allow-global", "a.B",
         "--allow-global", "c.D", "--trust", "--attention", "eager", "--dtype", "float32",
+        "--heal", "200ktok", "--heal-rank", "8",
     )  # fmt: skip
     assert ended.code == 0
     given = asked[0]
@@ -152,7 +154,7 @@ def test_every_option_arrives(command: Command, tmp_path: Path, monkeypatch: Any
         "trials": 7, "timeout": 90.0, "out": Path("there"), "seed": 3, "resume": True,
         "metric": "mine:score", "text": text, "calibration": text, "inputs": text, "batch": 8,
         "length": 64, "allow_globals": ("a.B", "c.D"), "trust": True, "attention": "eager",
-        "dtype": "float32",
+        "dtype": "float32", "heal": HealBudget(tokens=200_000, rank=8),
     }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from attnopt.autotune import entries
 from attnopt.compiler import artifact, backend
+from attnopt.compiler.backend_plan import GraphInputs
 from attnopt.compiler.contract import Notes
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.intake.source import from_module
@@ -20,6 +21,7 @@ from attnopt.compiler.pipeline import apply_plan, read
 from attnopt.compiler.plan import Plan, Step
 from attnopt.compiler.program import Batch
 from tests.autotune.results import full
+from tests.decoder import decoder
 from tests.families import Nano
 from tests.tolerance import assert_close
 
@@ -149,3 +151,12 @@ def test_a_plan_that_is_not_there(model: Nano) -> None:
     compiled = torch.compile(model, backend=backend.attnopt, options={"plan": "nowhere"})
     with pytest.raises(Exception, match="cannot read nowhere"):
         compiled(torch.randn(1, 9, 64))
+
+
+def test_a_plan_that_heals_trains_nothing_in_a_compilation(tmp_path: Path) -> None:
+    saved = backend.SavedPlan(tmp_path, Plan((Step("heal{tokens=64}"),)))
+    program = decoder()
+    inputs = GraphInputs(program.module, (), [program.example.kwargs["input_ids"]])
+    with pytest.raises(Problem, match="heals its model") as caught:
+        saved.applied(program, inputs)
+    assert caught.value.code == "A213" and "attnopt.load" in caught.value.help
