@@ -36,7 +36,7 @@ from attnopt.compiler.intake.loaded import Loaded, require_weights
 from attnopt.compiler.intake.source import load
 from attnopt.compiler.pipeline import apply_plan, read
 from attnopt.compiler.plan import Outcome, Plan, require_applied
-from attnopt.compiler.program import Program
+from attnopt.compiler.program import Batch, Program
 
 Progress = Callable[[str, float], None]
 # Of the speed ratio a check may lose before it says slower: machines differ from day to day.
@@ -90,8 +90,8 @@ def apply(
     say = progress or (lambda what, share: None)
     steps = read_plan(plan)
     home = Path(plan) if Path(plan).is_dir() else Path(plan).parent
-    saved = _report(home) if out is not None or (home / REPORT).is_file() else None
-    _require_data(steps, saved, home)
+    saved = report_of(home) if out is not None or (home / REPORT).is_file() else None
+    require_data(steps, saved, home)
     if out is not None:
         check_writable(out)
     loaded = load(
@@ -99,6 +99,46 @@ def apply(
         trust=trust, attention=attention, dtype=dtype,
     )  # fmt: skip
     require_weights(loaded)
+    again = rebuild(loaded, steps, home, saved, model, say)
+    warnings = (UNMEASURED,) if saved is not None and not again.known else ()
+    folder = None
+    if out is not None:
+        assert saved is not None
+        report = replace(saved, outcomes=again.outcomes)
+        if not again.known:
+            report = _unmeasured(report, loaded, again.original, steps, again.sha, command)
+        folder = str(save(out, again.program, steps, report, again.kept))
+    return Applied(again.program, steps, again.outcomes, folder, warnings)
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """A plan replayed: the program before and after, and what every pass did.
+
+    `sha` is the model file's, `known` says that model and plan are those of the run, `kept` holds
+    the batches that the plan was fitted on.
+    """
+
+    original: Program
+    program: Program
+    outcomes: tuple[Outcome, ...]
+    sha: str
+    known: bool
+    kept: dict[str, list[Batch]]
+
+
+def rebuild(
+    loaded: Loaded,
+    steps: Plan,
+    home: Path,
+    saved: Result | None,
+    model: str | Path,
+    say: Progress,
+) -> Rebuilt:
+    """Apply the steps of a plan in the folder `home`, whose report is `saved`, to a loaded model.
+
+    Raises `Problem` A512 when a rewrite that the plan needs does not apply.
+    """
     program = read(loaded)
     require_sites(program)
     kept = load_calibration(home) if (home / CALIBRATION).is_file() else {}
@@ -118,20 +158,12 @@ def apply(
     sha = source_sha256(model) if Path(model).exists() else ""
     known = saved is not None and sha != "" and (sha, steps) == (saved.model_sha256, saved.plan)
     require_applied(_wanted(steps, saved, known), outcomes, home)
-    warnings = (UNMEASURED,) if saved is not None and not known else ()
-    folder = None
-    if out is not None:
-        assert saved is not None
-        report = replace(saved, outcomes=tuple(outcomes))
-        if not known:
-            report = _unmeasured(report, loaded, program, steps, sha, command)
-        folder = str(save(out, made, steps, report, kept))
-    return Applied(made, steps, tuple(outcomes), folder, warnings)
+    return Rebuilt(program, made, tuple(outcomes), sha, known, kept)
 
 
-def _require_data(plan: Plan, saved: Result | None, home: Path) -> None:
-    """What an approximate step makes depends on the batches that it was fitted on; only steps that
-    changed nothing in the run do without."""
+def require_data(plan: Plan, saved: Result | None, home: Path) -> None:
+    """Raise `Problem` A511 where the batches that an approximate step was fitted on are not there:
+    what it makes depends on them. Only steps that changed nothing in the run do without."""
     if (home / CALIBRATION).is_file():
         return
     outcomes = saved.outcomes if saved else ()
@@ -180,7 +212,8 @@ def _unmeasured(
     )  # fmt: skip
 
 
-def _report(home: Path) -> Result:
+def report_of(home: Path) -> Result:
+    """The report of a run's folder. Raises `Problem` A505."""
     return Result.from_json(read_report(home))
 
 
@@ -236,9 +269,9 @@ def check(
     say = progress or (lambda what, share: None)
     _require_bounds(min_speed, max_drop)
     home = Path(folder)
-    report = _report(home)
+    report = report_of(home)
     _require_measured(report, home)
-    _same_model(report, Path(model))
+    same_model(report, Path(model))
     _same_metric(report, metric)
     wanted = Wanted(_path(text), _path(calibration), _path(inputs), batch, length)
     loaded = load(
@@ -343,7 +376,8 @@ def _path(value: str | Path | None) -> Path | None:
     return None if value is None else Path(value)
 
 
-def _same_model(report: Result, model: Path) -> None:
+def same_model(report: Result, model: Path) -> None:
+    """Raise `Problem` A513 where a model's file is there and is not the one of the run."""
     if not report.model_sha256 or not model.exists():
         return
     if source_sha256(model) != report.model_sha256:

@@ -9,11 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from attnopt.cli import options
+from attnopt.cli.recorded import TEXTS, recorded
 from attnopt.cli.stdout import document
 from attnopt.compiler.errors import Problem
 
 NOT_MET = 2
-_TEXTS = ("text", "calibration")
 
 
 def check(
@@ -116,7 +116,7 @@ def _as_then(
     A report can come from a stranger. So only a path to a model and its data are taken over, never
     code to import (`module:callable`) and never `--trust` or `--allow-global`.
     """
-    then = _recorded(folder)
+    then = recorded(folder)
     form = {key: then.get(key) if value is None else value for key, value in form.items()}
     named = model if model is not None else then.get("model")
     if model is None and (named is None or not Path(named).exists()):
@@ -136,11 +136,11 @@ def _merged(data: dict[str, Any], then: dict[str, Any]) -> dict[str, Any]:
     given = {key: value for key, value in data.items() if value is not None}
     stale = set[str]()
     if "inputs" in given:
-        stale = {*_TEXTS, "batch", "length"}
-    elif given.keys() & _TEXTS:
+        stale = {*TEXTS, "batch", "length"}
+    elif given.keys() & TEXTS:
         stale = {"inputs"}
     taken = {key: then.get(key) for key in data.keys() - given.keys() - stale}
-    for key in (*_TEXTS, "inputs"):
+    for key in (*TEXTS, "inputs"):
         path = taken.get(key)
         if path is not None and not path.is_file():
             raise Problem(
@@ -151,30 +151,3 @@ def _merged(data: dict[str, Any], then: dict[str, Any]) -> dict[str, Any]:
                 help=f"give --{key} FILE, or go to the directory that the run was started in",
             )
     return {**dict.fromkeys(data), **taken, **given}
-
-
-def _recorded(folder: Path) -> dict[str, Any]:
-    """The options of the command that made a folder; empty where none is recorded.
-
-    Raises `Problem` A505 where the report is missing or damaged.
-    """
-    from typer.main import get_command
-
-    from attnopt.cli.main import commands
-    from attnopt.compiler.artifact import read_report
-
-    recorded = read_report(folder).get("command")
-    try:
-        words = shlex.split(recorded) if isinstance(recorded, str) else []
-    except ValueError:  # a quotation that does not end
-        return {}
-    name, *after = (words[1:] if words[:1] == ["attnopt"] else words) or [""]
-    if name not in ("optimize", "apply"):
-        return {}
-    group: Any = get_command(commands)
-    made = group.commands[name]
-    context = made.make_context(name, list(after), resilient_parsing=True)
-    spelled, _, _ = made.make_parser(context).parse_args(list(after))
-    # The context drops a path that is not there; here it has to be told.
-    paths = {key: Path(spelled[key]) for key in (*_TEXTS, "inputs") if key in spelled}
-    return {**context.params, **paths}

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,8 +39,9 @@ _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
 _NO_LINK = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 
 
-def write(folder: str | Path, files: Mapping[str, Content]) -> Path:
-    """Make `folder` hold exactly these outputs, and whatever else it held that is not an output.
+def write(folder: str | Path, files: Mapping[str, Content], stale: Collection[str] = ()) -> Path:
+    """Make `folder` hold exactly these outputs, and whatever else it held that is neither an output
+    nor among the `stale` names.
 
     A value is the bytes, a file to copy, or a function that writes the file at the path it is
     given. Returns the folder's real path. Raises `Problem` A502 when the disk refuses; the old
@@ -54,7 +55,7 @@ def write(folder: str | Path, files: Mapping[str, Content]) -> Path:
         with _building(target) as fresh:
             for name, content in files.items():
                 _put(fresh / name, content)
-            _carry(target, fresh, leave_out={*OUTPUTS, *files})
+            _carry(target, fresh, leave_out={*OUTPUTS, *files, *stale})
             _sync(fresh)
             _swap(fresh, target)
     except OSError as error:

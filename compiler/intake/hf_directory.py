@@ -46,7 +46,7 @@ def read_directory(
         _scan_weights(file, trust=trust)
     built, notes = model_class(transformers, settings, path)
     try:
-        with _quiet(transformers), _default_dtype(dtype):
+        with quiet(transformers), _default_dtype(dtype):
             hf, missing = _build(built, path, dtype, attention) if weights else _empty(built, path)
     except LOAD_ERRORS as error:
         raise Problem(
@@ -95,7 +95,7 @@ def read_tokenizer(path: Path) -> Any | None:
         return None
     transformers = require_transformers(str(path))
     try:
-        with _quiet(transformers):
+        with quiet(transformers):
             return transformers.AutoTokenizer.from_pretrained(
                 path, local_files_only=True, trust_remote_code=False
             )
@@ -143,7 +143,7 @@ def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
+def quiet(transformers: Any) -> Iterator[None]:
     """Keep the library's progress bars and notes off the user's terminal."""
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

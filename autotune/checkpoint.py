@@ -1,0 +1,80 @@
+"""`export_checkpoint`: a finished run as a plain checkpoint of transformers.
+
+The plan is replayed on the original model, since a saved program no longer tells which weight holds
+which heads; what comes out is held against the model that the run saved.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from attnopt.autotune.replay import rebuild, report_of, require_data, same_model
+from attnopt.compiler.artifact import load as load_folder
+from attnopt.compiler.artifact import read_plan
+from attnopt.compiler.checkpoint import Written, write_checkpoint
+from attnopt.compiler.checkpoint.place import check_place
+from attnopt.compiler.errors import Problem
+from attnopt.compiler.intake.loaded import Loaded, require_weights
+from attnopt.compiler.intake.source import load
+from attnopt.compiler.program import Batch
+
+Progress = Callable[[str, float], None]
+
+
+def export_checkpoint(
+    folder: str | Path,
+    out: str | Path,
+    model: str | Path,
+    *,
+    trust: bool = False,
+    attention: str | None = None,
+    dtype: str | None = None,
+    progress: Progress | None = None,
+) -> Written:
+    """Write the model of the run in `folder` to the folder `out`, for stock transformers to load.
+
+    `model` is the folder of the original model; `attention` and `dtype` are what the run read it
+    with. Raises `Problem` A505 (no run), A511 to A513 as `apply` does, A521 for a model that is no
+    folder of transformers and for what its family cannot express, A522 when the written checkpoint
+    answers otherwise than the run's model, A523, A502 and A508 for a place that cannot be written.
+    """
+    say = progress or (lambda what, share: None)
+    home, source, to = Path(folder), Path(model), Path(out)
+    if not (source / "config.json").is_file():
+        raise Problem(
+            "A521", f"{source} is not a folder of a transformers model",
+            why="a checkpoint takes its family, its tokenizer and its config from the original",
+            help="give the original with --model; other models can be exported with --onnx",
+        )  # fmt: skip
+    check_place(to, source)
+    optimized = load_folder(home)
+    report, plan = report_of(home), read_plan(home)
+    require_data(plan, report, home)
+    same_model(report, source)
+    example = optimized.exported.example_inputs
+    assert example is not None
+    batch = Batch(tuple(example[0]), dict(example[1]))
+    say("reading the original", 0.1)
+    loaded = _like_the_run(source, batch, trust, attention, dtype)
+    again = rebuild(loaded, plan, home, report, source, say)
+    say("writing", 0.8)
+    return write_checkpoint(
+        loaded, again.original, again.program, plan, again.outcomes, source, to,
+        (optimized, batch),
+    )  # fmt: skip
+
+
+def _like_the_run(
+    source: Path, batch: Batch, trust: bool, attention: str | None, dtype: str | None
+) -> Loaded:
+    """The original with the inputs that the run's model was saved with."""
+    with tempfile.TemporaryDirectory() as place:
+        inputs = Path(place) / "inputs.pt"
+        torch.save((batch.args, dict(batch.kwargs)), inputs)
+        loaded = load(str(source), inputs=inputs, trust=trust, attention=attention, dtype=dtype)
+    require_weights(loaded)
+    return loaded

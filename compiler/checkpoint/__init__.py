@@ -1,0 +1,13 @@
+"""An optimized program as a plain checkpoint of transformers: same family, other sizes.
+
+`changes` reads what became of each attention and sublayer, `settings` says it in the fields of the
+family's config, `weights` moves the weights head by head into a model of that config, `write` saves
+it, loads it again and compares. No model family is named: where heads lie in a weight is read from
+the new model's graph in the same way as from the old one's.
+"""
+
+from __future__ import annotations
+
+from attnopt.compiler.checkpoint.write import Written, write_checkpoint
+
+__all__ = ["Written", "write_checkpoint"]

@@ -1,0 +1,254 @@
+"""Write an optimized program as a checkpoint, load it again without attnopt's code in the way, and
+compare before it takes its place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from attnopt.compiler.checkpoint.changes import Changes, Pair, changes, refusal
+from attnopt.compiler.checkpoint.place import beside, check_place, copy_files, put
+from attnopt.compiler.checkpoint.settings import Settings, settings, window_of
+from attnopt.compiler.checkpoint.weights import Mover, assembled, by_name, check_accounted, moves
+from attnopt.compiler.contract import read_pass
+from attnopt.compiler.errors import Problem
+from attnopt.compiler.faithful import ROUNDING
+from attnopt.compiler.intake.hf_config import require_transformers
+from attnopt.compiler.intake.hf_directory import quiet, read_directory
+from attnopt.compiler.intake.hf_inputs import longest
+from attnopt.compiler.intake.hf_model import HFModel, set_attention
+from attnopt.compiler.intake.loaded import Loaded
+from attnopt.compiler.intake.weightless import weightless
+from attnopt.compiler.plan import Outcome, Plan
+from attnopt.compiler.program import Batch, Program
+from attnopt.compiler.raising import raise_program
+from attnopt.compiler.trace import trace
+from attnopt.compiler.verify import compare, difference, own_dtype
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written: a model of class `family` in `folder`.
+
+    `settings` maps the fields of the config that differ to their values before and after; `zeroed`
+    are modules whose output projection is zero; `kept` names rewrites of which nothing is written,
+    since they change no function. `error` is the largest difference of the reloaded model's outputs
+    from the optimized one's on the run's example inputs, over their root mean square; `parameters`
+    counts weights before and after.
+    """
+
+    folder: Path
+    family: str
+    files: tuple[str, ...]
+    settings: Mapping[str, tuple[Any, Any]]
+    zeroed: tuple[str, ...]
+    kept: tuple[str, ...]
+    error: float
+    dtype: str
+    parameters: tuple[int, int]
+
+    def as_json(self) -> dict[str, Any]:
+        """The same as a JSON object."""
+        told = {name: {"was": was, "now": now} for name, (was, now) in self.settings.items()}
+        was, now = self.parameters
+        return {
+            "folder": str(self.folder), "family": self.family, "files": list(self.files),
+            "settings": told, "zeroed": list(self.zeroed), "kept": list(self.kept),
+            "error": self.error, "dtype": self.dtype, "parameters": {"was": was, "now": now},
+        }  # fmt: skip
+
+
+def write_checkpoint(
+    loaded: Loaded,
+    original: Program,
+    program: Program,
+    plan: Plan,
+    outcomes: Iterable[Outcome],
+    source: Path,
+    out: Path,
+    saved: tuple[Callable[..., Any], Batch] | None = None,
+) -> Written:
+    """Write what a plan made of a transformers model as a checkpoint in the folder `out`.
+
+    `original` and `program` are the model's program before and after the plan, `loaded` the model,
+    read from the folder `source`. `saved` is the optimized model as the run saved it, with an
+    example for it; without it the program and its example stand for it. Raises `Problem` A521 for
+    what the family cannot express (before anything is written), A522 when the reloaded checkpoint
+    answers otherwise, A502, A508 and A523 for a place that cannot be written.
+    """
+    check_place(out, source)
+    outcomes = tuple(outcomes)
+    hf: Any = getattr(loaded.module, "hf", None)
+    made = changes(original, program, outcomes)
+    check_accounted(made)
+    fields = settings(hf, made, loaded.root_prefix)
+    zeroed = _zeroed(made, fields, loaded.root_prefix)
+    model = _filled(loaded, hf, made, fields)
+    run, batch = saved or (program, program.example)
+    valid_only = any(type(read_pass(o.rewrite)).valid_only for o in outcomes if o.applied)
+    with beside(out) as fresh:
+        _save(model, fresh)
+        copy_files(source, fresh)
+        (fresh / "plan.json").write_text(json.dumps(plan.as_json(), indent=1) + "\n")
+        checked = _Reloaded(fresh, loaded, out)
+        error = checked.answers(run, batch, valid_only)
+        checked.computes(program, valid_only)
+        checked.windows(program, [pair for pair in made.pairs if pair.window is not None])
+        files = put(fresh, out)
+    return Written(
+        out, type(hf).__name__, tuple(files), dict(fields.told), zeroed,
+        made.kept, error, str(own_dtype(original)).removeprefix("torch."),
+        (_count(hf), _count(model)),
+    )  # fmt: skip
+
+
+def _zeroed(made: Changes, fields: Settings, prefix: str) -> tuple[str, ...]:
+    """The sublayers that stay in the config, and the projections that silence them."""
+    names = []
+    for item in made.removed:
+        if all(fields.drops(name.removeprefix(prefix)) for name in item.own):
+            continue
+        if item.last is None:
+            raise refusal(
+                f"the {item.layer.kind} sublayer {item.layer.id} cannot be silenced",
+                where=item.layer.module,
+                why="a block of the family has it, and it ends in no single projection of its own",
+                help="delete the whole block",
+            )
+        names.append(item.last.weight.removeprefix(prefix).removesuffix(".weight"))
+    return tuple(names)
+
+
+def _filled(loaded: Loaded, hf: Any, made: Changes, fields: Settings) -> Any:
+    """The new model with its weights; those that keep their shape are shared with the original."""
+    prefix = loaded.root_prefix
+    with weightless():
+        model = type(hf)(fields.config)
+    set_attention(model, hf.config._attn_implementation)
+    named = by_name(hf.state_dict(), made, prefix)
+    shapes = {
+        name: torch.empty(
+            value.shape, dtype=_dtype(named, fields.place(name), value), device="meta"
+        )
+        for name, value in model.state_dict().items()
+    }
+    moved: dict[str, Tensor] = {}
+    if moves(made) or any(pair.window is not None for pair in made.pairs):
+        mover = Mover(made.program, shapes, prefix)
+        for pair, new in _facts(model, loaded, made, fields):
+            if moves(replace(made, pairs=(pair,))):
+                mover.move(pair, new)
+        moved = mover.finish()
+    gone = frozenset(name.removeprefix(prefix) for item in made.removed for name in item.own)
+    model.load_state_dict(assembled(shapes, named, moved, fields, gone), strict=True, assign=True)
+    model.tie_weights()
+    return model.eval()
+
+
+def _dtype(named: Mapping[str, Tensor], name: str, value: Tensor) -> torch.dtype:
+    return named[name].dtype if name in named else value.dtype
+
+
+def _facts(model: Any, loaded: Loaded, made: Changes, fields: Settings) -> list[tuple[Pair, Any]]:
+    """Each attention with its site in the new model, which is read like any other.
+
+    Raises `Problem` A521 where the new model has other heads or another mask there.
+    """
+    empty = replace(loaded, module=HFModel(model).eval(), weights="meta")
+    found = {fields.place(site.module): site for site in raise_program(trace(empty)).sites}
+    pairs = []
+    for pair in made.pairs:
+        new = found.get(pair.before.module)
+        if new is None:
+            raise refusal(
+                f"{pair.before.id} is not found in the new model", where=pair.before.module
+            )
+        wanted = pair.before.mask if pair.window is None else f"{pair.window.left} keys"
+        got = new.mask if pair.window is None else f"{window_of(new.mask)} keys"
+        if (pair.after.kv_heads, wanted) != (new.kv_heads, got):
+            raise refusal(
+                f"{pair.before.id} has {pair.after.kv_heads} key/value heads and reads {wanted}",
+                where=pair.before.module,
+                why=f"with this config it has {new.kv_heads} and reads {got}",
+            )
+        pairs.append((pair, new))
+    return pairs
+
+
+def _save(model: Any, folder: Path) -> None:
+    transformers = require_transformers(str(folder))
+    try:
+        with quiet(transformers):
+            model.save_pretrained(folder)
+    except (OSError, SafetensorError) as error:
+        raise Problem(
+            "A502", f"cannot write the checkpoint beside {folder.parent}", why=str(error),
+            help="give another folder, or make room",
+        ) from error  # fmt: skip
+
+
+def _count(hf: Any) -> int:
+    return sum(p.numel() for p in hf.parameters())
+
+
+class _Reloaded:
+    """A checkpoint as transformers reads it, and what is asked of it before it is kept."""
+
+    def __init__(self, folder: Path, loaded: Loaded, out: Path) -> None:
+        hf: Any = getattr(loaded.module, "hf", None)
+        self.out, self.loaded = out, loaded
+        self.hf: Any
+        self.hf, _, self.notes = read_directory(folder, attention=hf.config._attn_implementation)
+        self.model = HFModel(self.hf).eval()
+
+    def answers(self, run: Callable[..., Any], batch: Batch, valid_only: bool) -> float:
+        """The difference from the outputs of the optimized model for one batch.
+
+        Raises `Problem` A522 where it is more than rounding.
+        """
+        with torch.no_grad():
+            expected = run(*batch.args, **batch.kwargs)
+            actual = self.model(*batch.args, **batch.kwargs)
+        mask = batch.kwargs.get("attention_mask") if valid_only else None
+        error = (
+            difference([expected[name] for name in actual], list(actual.values()),
+                       None if mask is None else mask.bool())
+            if set(expected) == set(actual) else float("inf")
+        )  # fmt: skip
+        self._allow(error, ROUNDING.get(self.hf.dtype, 1e-3), "on the run's example inputs")
+        return error
+
+    def computes(self, program: Program, valid_only: bool) -> None:
+        """Compare the traced model with the program at several sizes and paddings, in the widest
+        dtype that both run in. Raises `Problem` A522."""
+        result = compare(program, trace(replace(self.loaded, module=self.model)), valid_only)
+        self._allow(result.error, result.bound, f"in {result.dtype}")
+
+    def windows(self, program: Program, pairs: list[Pair]) -> None:
+        """Compare both on random tokens that reach beyond every window. Raises `Problem` A522."""
+        config = self.hf.config.get_text_config()
+        most = max((pair.window.left for pair in pairs if pair.window is not None), default=0)
+        length = min(most + 17, longest(config) or most + 17)
+        if not most or set(program.example.kwargs) != {"input_ids"}:
+            return
+        draw = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, int(config.vocab_size), (2, length), generator=draw)
+        self.answers(program, Batch((), {"input_ids": ids}), valid_only=False)
+
+    def _allow(self, error: float, bound: float, when: str) -> None:
+        if error <= bound:
+            return
+        raise Problem(
+            "A522", "the checkpoint does not answer as the optimized model does",
+            where=str(self.out),
+            why="; ".join((f"the outputs differ by {error:.1e} of their rms {when}, {bound:.0e} is "
+                           "allowed", *self.notes)),
+            help="nothing was written; the optimized model itself is in the run's folder",
+        )  # fmt: skip
