@@ -3,12 +3,12 @@ plan."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import fx
 
+from attnopt.compiler.checkpoint.names import read_names
 from attnopt.compiler.contract import Exactness, read_pass
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.plan import Outcome
@@ -19,7 +19,6 @@ from attnopt.compiler.spec import Mask
 
 # The approximate rewrites that are understood here; exact and guarded ones change no function.
 EXPRESSED = ("merge_kv_heads", "sliding_window", "skip_sublayers", "fuse_blocks", "refit")
-_NUMBER = re.compile(r"^(.*?)\.(\d+)(\.|$)")
 
 
 @dataclass(frozen=True)
@@ -79,17 +78,6 @@ def changes(original: Program, program: Program, outcomes: Iterable[Outcome]) ->
         if site.id in after
     )  # fmt: skip
     return Changes(original, program, pairs, _removed(original, program), kept)
-
-
-def layer_of(name: str) -> tuple[str, int] | None:
-    """The list of layers that a weight or module lies in, by its path, and its place there."""
-    found = _NUMBER.match(name)
-    return (found[1], int(found[2])) if found else None
-
-
-def read_names(program: Program) -> set[str]:
-    """The names of the parameters and buffers that a program reads."""
-    return {str(node.target) for node in program.graph.nodes if node.op == "get_attr"}
 
 
 def _kept(applied: list[Outcome]) -> tuple[str, ...]:

@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from attnopt.compiler import text
-from attnopt.compiler.checkpoint.changes import Changes, Pair, layer_of, read_names, refusal
+from attnopt.compiler.checkpoint.changes import Changes, Pair, refusal
+from attnopt.compiler.checkpoint.names import Names, layer_of, read_names
 
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads")
 
@@ -42,15 +43,14 @@ class Settings:
         return f"{self.layers}.{kept[found[1]]}{name[len(f'{self.layers}.{found[1]}') :]}"
 
 
-def settings(hf: Any, made: Changes, prefix: str) -> Settings:
-    """The new model's config. `hf` is the original model, `prefix` that of its weights' names in
-    the program.
+def settings(hf: Any, made: Changes, names: Names) -> Settings:
+    """The new model's config; `hf` is the original model.
 
     Raises `Problem` A521 for an attention that no field of the config describes.
     """
     config = copy.deepcopy(hf.config)
     own = config.get_text_config()
-    layers, dropped = _dropped(hf, made, prefix)
+    layers, dropped = _dropped(hf, made, names)
     told = {**_kv_heads(own, made), **_windows(own, made)}
     _set(own, told)
     if dropped:
@@ -62,9 +62,9 @@ def settings(hf: Any, made: Changes, prefix: str) -> Settings:
     return Settings(config, layers, dropped, told)
 
 
-def _dropped(hf: Any, made: Changes, prefix: str) -> tuple[str, tuple[int, ...]]:
+def _dropped(hf: Any, made: Changes, names: Names) -> tuple[str, tuple[int, ...]]:
     """The list of layers, and those of its entries of which the program reads nothing any more."""
-    gone = [layer_of(min(item.own).removeprefix(prefix)) for item in made.removed]
+    gone = [layer_of(min(names(name) for name in item.own)) for item in made.removed]
     lists = {found[0] for found in gone if found is not None}
     count = getattr(hf.config.get_text_config(), "num_hidden_layers", None)
     if len(lists) != 1:
@@ -73,7 +73,7 @@ def _dropped(hf: Any, made: Changes, prefix: str) -> tuple[str, tuple[int, ...]]
     found = dict(hf.named_modules()).get(name)
     if not isinstance(found, nn.ModuleList) or len(found) != count:
         return "", ()
-    places = (layer_of(read.removeprefix(prefix)) for read in read_names(made.program))
+    places = (layer_of(names(read)) for read in read_names(made.program))
     alive = {place[1] for place in places if place is not None and place[0] == name}
     return name, tuple(i for i in range(len(found)) if i not in alive)
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from attnopt.compiler.checkpoint.changes import Changes, Pair, read_names, refusal
+from attnopt.compiler.checkpoint.changes import Changes, Pair, refusal
+from attnopt.compiler.checkpoint.names import Names, read_names
 from attnopt.compiler.checkpoint.settings import Settings
+from attnopt.compiler.errors import Problem
 from attnopt.compiler.program import Program
 from attnopt.compiler.site import OutputPath, Path, Site, WeightLayout
 from attnopt.compiler.site_weights import read_output, read_weight
@@ -18,69 +19,112 @@ from attnopt.compiler.site_weights import read_output, read_weight
 _WHICH: tuple[Literal["q", "k", "v"], ...] = ("q", "k", "v")
 
 
-def moves(made: Changes) -> bool:
-    """Whether some weight has to be moved head by head, since no name or shape tells its place."""
-    names = read_names(made.original)
-    return any(
-        path is not None and (path.weight not in names or (path.bias or path.weight) not in names)
-        for pair in made.pairs
-        for path in (pair.after.q, pair.after.k, pair.after.v, pair.after.out)
-    )
-
-
-def check_accounted(made: Changes) -> None:
-    """Raise `Problem` A521 for a new weight of the program that is in no attention's projections,
-    nor an original one in another dtype."""
+def check_accounted(made: Changes, names: Names) -> None:
+    """Raise `Problem` A521 for a weight that the plan made or changed, and that is neither one of
+    the checkpoint, nor in an attention's projections, nor an original in another dtype."""
     old = {name: made.original.weight(name) for name in read_names(made.original)}
-    known = {
-        name
-        for site in made.program.sites
-        for path in (site.q, site.k, site.v, site.out) if path is not None
-        for name in (path.weight, path.bias)
-    }  # fmt: skip
-    for name in sorted(read_names(made.program) - old.keys() - known):
+    known = {name for pair in made.pairs for name in (*_inputs(pair.after), *_outputs(pair.after))}
+    for name in sorted(read_names(made.program) - known):
         value = made.program.weight(name)
-        if not value.is_floating_point() or any(_copies(value, item) for item in old.values()):
+        if names.whole(name) or value is old.get(name) or not value.is_floating_point():
             continue
-        raise refusal(
-            f"the plan added the weight {name}", where=name,
-            why="no weight of the family has its place",
-        )  # fmt: skip
+        if not any(_copies(value, item) for item in old.values()):
+            raise refusal(
+                f"the plan made the weight {name}", where=name,
+                why="no weight of the family has its place",
+            )  # fmt: skip
 
 
 def _copies(value: Tensor, other: Tensor) -> bool:
     return value.shape == other.shape and torch.equal(value.to(other.dtype), other)
 
 
-def by_name(weights: Mapping[str, Tensor], made: Changes, prefix: str) -> dict[str, Tensor]:
+def by_name(weights: Mapping[str, Tensor], made: Changes, names: Names) -> dict[str, Tensor]:
     """The original's weights by name, with what the plan wrote under the same names, in the
-    original's dtype. `last` of each sublayer that is gone is zero."""
+    original's dtype. The last projection of each sublayer that is gone is zero."""
     found = dict(weights)
     for name in read_names(made.program):
-        plain = name.removeprefix(prefix)
-        if plain in found:
+        if names.whole(name):
+            plain = names(name)
             found[plain] = made.program.weight(name).detach().to(found[plain].dtype)
     for item in made.removed:
-        for name in (item.last.weight, item.last.bias) if item.last else ():
-            plain = (name or "").removeprefix(prefix)
-            if plain in found:
-                found[plain] = torch.zeros_like(found[plain])
+        for last in (item.last.weight, item.last.bias) if item.last else ():
+            if last is not None and names(last) in found:
+                found[names(last)] = torch.zeros_like(found[names(last)])
     return found
 
 
-@dataclass
-class Mover:
-    """Fills `weights` of the new model, given by name with shape and dtype, from the attentions of
-    the optimized program. `fresh` holds what is being filled, `open` which rows are still empty."""
+def to_move(made: Changes, names: Names) -> dict[str, set[str]]:
+    """By attention, the weights of the checkpoint that have to be filled head by head: those of
+    projections that the program has under names of its own."""
+    found = dict[str, set[str]]()
+    for pair in made.pairs:
+        filled = set[str]()
+        for before, after in (
+            (_inputs(pair.before), _inputs(pair.after)),
+            (_outputs(pair.before), _outputs(pair.after)),
+        ):
+            if not all(_in_place(made, names, name) for name in after):
+                filled |= {names(name) for name in before}
+        if filled:
+            found[pair.before.id] = filled
+    return found
 
-    program: Program
-    shapes: Mapping[str, Tensor]
-    prefix: str
-    fresh: dict[str, Tensor] = field(default_factory=dict)
-    open: dict[str, Tensor] = field(default_factory=dict)
+
+def _in_place(made: Changes, names: Names, name: str) -> bool:
+    if names.whole(name):
+        return True
+    known = name in names.owners
+    return known and made.program.weight(name) is made.original.weight(name)
+
+
+def _inputs(site: Site) -> list[str]:
+    paths = [path for path in (site.q, site.k, site.v) if path is not None]
+    return [name for path in paths for name in (path.weight, path.bias) if name is not None]
+
+
+def _outputs(site: Site) -> list[str]:
+    names = () if site.out is None else (site.out.weight, site.out.bias)
+    return [name for name in names if name is not None]
+
+
+def assembled(
+    model: Any, named: Mapping[str, Tensor], empty: set[str], made: Settings, gone: frozenset[str]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """All weights of the new model by name, and those among them that are still to be filled, NaN.
+
+    These are the ones in `empty`; of a sublayer that is `gone` a weight of another shape is zero.
+    Raises `Problem` A521 for any other weight that has not the shape of the new model's.
+    """
+    found, fresh = dict[str, Tensor](), dict[str, Tensor]()
+    for name, like in model.state_dict().items():
+        old = made.place(name)
+        if old not in named:
+            raise refusal(f"the new model has a weight {name} that the old one has not", where=name)
+        dtype = named[old].dtype
+        if old in empty:
+            found[name] = fresh[name] = torch.full(like.shape, torch.nan, dtype=dtype)
+        elif named[old].shape == like.shape:
+            found[name] = named[old]
+        elif old in gone:
+            found[name] = torch.zeros(like.shape, dtype=dtype)
+        else:
+            raise refusal(
+                f"{name} does not fit a model of the family", where=name,
+                why=f"it is {tuple(named[old].shape)}, the new model has {tuple(like.shape)}",
+            )  # fmt: skip
+    return found, fresh
+
+
+class Mover:
+    """Writes the projections of the optimized program's attentions into the weights of the new
+    model, through its program `to`; only into the `fresh` ones, which are its own."""
+
+    def __init__(self, program: Program, to: Program, fresh: Mapping[str, Tensor]) -> None:
+        self.program, self.to, self.fresh = program, to, fresh
 
     def move(self, pair: Pair, new: Site) -> None:
-        """Move one attention's projections to where the new model has them.
+        """Write one attention's projections where the new model has them.
 
         Raises `Problem` A521 where sizes, biases or places do not fit.
         """
@@ -93,25 +137,24 @@ class Mover:
         if pair.after.out is not None and new.out is not None:
             self._output(pair, pair.after.out, new.out)
 
-    def finish(self) -> dict[str, Tensor]:
-        """What was filled. Raises `Problem` A521 for a weight that was filled in part."""
-        for name, rows in self.open.items():
-            if rows.any():
+    def finish(self) -> None:
+        """Raise `Problem` A521 for a weight that was filled in part."""
+        for name, value in self.fresh.items():
+            if value.isnan().any():
                 raise refusal(
-                    f"{int(rows.sum())} channels of {name} belong to no head", where=name,
-                    why="only what belongs to heads can be moved",
+                    f"a part of {name} belongs to no head", where=name,
+                    why="only what belongs to heads can be moved to another size",
                 )  # fmt: skip
-        return self.fresh
 
     def _project(self, pair: Pair, which: str, source: Path, spot: Path) -> None:
         weight, bias = read_weight(self.program, source)
         if weight.shape[:2] != spot.channels.shape:
             was, now = tuple(weight.shape[:2]), tuple(spot.channels.shape)
             raise _at(pair, f"{which} has {was} heads and dims, the new model has {now}")
-        self._fill(pair, spot.weight, spot.channels, weight, spot.layout)
+        self._write(pair, spot.weight, spot.channels, weight, spot.layout)
         if spot.bias is not None:
             value = torch.zeros_like(weight[..., 0]) if bias is None else bias
-            self._fill(pair, spot.bias, spot.channels, value, "out_in")
+            self._write(pair, spot.bias, spot.channels, value, "out_in")
         elif bias is not None and bias.any():
             raise _at(pair, f"{which} has a bias, which the family has not")
 
@@ -119,75 +162,45 @@ class Mover:
         rows: WeightLayout = "in_out" if spot.layout == "out_in" else "out_in"  # heads are inputs
         whole = self.program.weight(source.weight).detach()
         whole = whole if source.layout == "in_out" else whole.T
-        if len(whole) == _rows(self._shape(spot.weight), rows):
-            every = torch.arange(len(whole))
-            self._fill(pair, spot.weight, every, whole, rows)
+        like = self.to.weight(spot.weight)
+        if len(whole) == like.shape[1 if rows == "in_out" else 0]:
+            self._write(pair, spot.weight, torch.arange(len(whole)), whole, rows)
         elif source.channels.shape == spot.channels.shape:
             value = read_output(self.program, source)
-            self._fill(pair, spot.weight, spot.channels, value, rows)
+            self._write(pair, spot.weight, spot.channels, value, rows)
         else:
             was, now = tuple(source.channels.shape), tuple(spot.channels.shape)
             raise _at(pair, f"the output has {was} heads and dims, the new model has {now}")
         bias = None if source.bias is None else self.program.weight(source.bias).detach()
         if spot.bias is not None:
-            size = self._shape(spot.bias).numel()
-            value = torch.zeros(size) if bias is None else bias
-            self._fill(pair, spot.bias, torch.arange(size), value, "out_in")
+            every = torch.arange(self.to.weight(spot.bias).numel())
+            value = torch.zeros(len(every)) if bias is None else bias
+            self._write(pair, spot.bias, every, value, "out_in")
         elif bias is not None and bias.any():
             raise _at(pair, "the output projection has a bias, which the family has not")
 
-    def _fill(
+    def _write(
         self, pair: Pair, name: str, channels: Tensor, value: Tensor, layout: WeightLayout
     ) -> None:
-        """Write rows (columns, for "in_out") of a weight of the new model."""
-        plain, like = name.removeprefix(self.prefix), self._shape(name)
-        made = self.fresh.setdefault(plain, torch.zeros(like.shape, dtype=like.dtype))
-        rows = made.T if layout == "in_out" else made
-        left = self.open.setdefault(plain, torch.ones(len(rows), dtype=torch.bool))
+        """Write rows (columns, for "in_out") of a weight of the new model, where it is fresh; what
+        is not holds the value already, or is refused."""
+        held = self.to.weight(name).detach()
+        rows = held.T if layout == "in_out" else held
         if value.shape[channels.dim() :] != rows.shape[1:]:
-            raise _at(pair, f"{plain} is {tuple(like.shape)} in the new model")
-        rows[channels] = value.to(like.dtype)
-        left[channels.reshape(-1)] = False
+            raise _at(pair, f"{name} is {tuple(held.shape)} in the new model")
+        value, now = value.to(held.dtype), rows[channels]
+        if torch.equal(now, value):
+            return
+        if not now.isnan().all() or not self._is_fresh(held):
+            raise _at(pair, f"{name} is shared with another attention, which reads other values")
+        rows[channels] = value
 
-    def _shape(self, name: str) -> Tensor:
-        return self.shapes[name.removeprefix(self.prefix)]
+    def _is_fresh(self, held: Tensor) -> bool:
+        at = held.data_ptr()
+        return any(0 <= at - value.data_ptr() < value.nbytes for value in self.fresh.values())
 
 
-def _rows(weight: Tensor, layout: WeightLayout) -> int:
-    return weight.shape[1 if layout == "in_out" else 0]
-
-
-def _at(pair: Pair, why: str) -> Exception:
+def _at(pair: Pair, why: str) -> Problem:
     return refusal(
         f"{pair.before.id} does not fit a model of the family", where=pair.before.module, why=why
     )
-
-
-def assembled(
-    shapes: Mapping[str, Tensor],
-    named: Mapping[str, Tensor],
-    moved: Mapping[str, Tensor],
-    made: Settings,
-    gone: frozenset[str],
-) -> dict[str, Tensor]:
-    """All weights of the new model by name: what was moved, else what has the name and the shape.
-
-    Of sublayers that are `gone` a weight of another shape is zero. Raises `Problem` A521 for a
-    weight that has none of the three.
-    """
-    found = {}
-    for name, like in shapes.items():
-        old = made.place(name)
-        if name in moved:
-            found[name] = moved[name]
-        elif old in named and named[old].shape == like.shape:
-            found[name] = named[old]
-        elif old in gone:
-            found[name] = torch.zeros(like.shape, dtype=named[old].dtype)
-        else:
-            shape = tuple(named[old].shape) if old in named else "missing"
-            raise refusal(
-                f"{name} does not fit a model of the family", where=name,
-                why=f"it is {shape}, the new model has {tuple(like.shape)}",
-            )  # fmt: skip
-    return found

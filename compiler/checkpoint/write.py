@@ -11,12 +11,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from attnopt.compiler.checkpoint.changes import Changes, Pair, changes, refusal
+from attnopt.compiler.checkpoint.names import Names
 from attnopt.compiler.checkpoint.place import beside, check_place, copy_files, put
 from attnopt.compiler.checkpoint.settings import Settings, settings, window_of
-from attnopt.compiler.checkpoint.weights import Mover, assembled, by_name, check_accounted, moves
+from attnopt.compiler.checkpoint.weights import (
+    Mover,
+    assembled,
+    by_name,
+    check_accounted,
+    to_move,
+)
 from attnopt.compiler.contract import read_pass
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.faithful import ROUNDING
@@ -29,6 +35,7 @@ from attnopt.compiler.intake.weightless import weightless
 from attnopt.compiler.plan import Outcome, Plan
 from attnopt.compiler.program import Batch, Program
 from attnopt.compiler.raising import raise_program
+from attnopt.compiler.site import Site
 from attnopt.compiler.trace import trace
 from attnopt.compiler.verify import compare, difference, own_dtype
 
@@ -86,11 +93,12 @@ def write_checkpoint(
     check_place(out, source)
     outcomes = tuple(outcomes)
     hf: Any = getattr(loaded.module, "hf", None)
+    names = Names.read(original, hf.state_dict(), loaded.root_prefix)
     made = changes(original, program, outcomes)
-    check_accounted(made)
-    fields = settings(hf, made, loaded.root_prefix)
-    zeroed = _zeroed(made, fields, loaded.root_prefix)
-    model = _filled(loaded, hf, made, fields)
+    check_accounted(made, names)
+    fields = settings(hf, made, names)
+    zeroed = _zeroed(made, fields, names)
+    model = _filled(loaded, hf, made, fields, names)
     run, batch = saved or (program, program.example)
     valid_only = any(type(read_pass(o.rewrite)).valid_only for o in outcomes if o.applied)
     with beside(out) as fresh:
@@ -109,11 +117,11 @@ def write_checkpoint(
     )  # fmt: skip
 
 
-def _zeroed(made: Changes, fields: Settings, prefix: str) -> tuple[str, ...]:
+def _zeroed(made: Changes, fields: Settings, names: Names) -> tuple[str, ...]:
     """The sublayers that stay in the config, and the projections that silence them."""
-    names = []
+    silent = []
     for item in made.removed:
-        if all(fields.drops(name.removeprefix(prefix)) for name in item.own):
+        if all(fields.drops(names(name)) for name in item.own):
             continue
         if item.last is None:
             raise refusal(
@@ -122,63 +130,53 @@ def _zeroed(made: Changes, fields: Settings, prefix: str) -> tuple[str, ...]:
                 why="a block of the family has it, and it ends in no single projection of its own",
                 help="delete the whole block",
             )
-        names.append(item.last.weight.removeprefix(prefix).removesuffix(".weight"))
-    return tuple(names)
+        silent.append(names(item.last.weight).removesuffix(".weight"))
+    return tuple(silent)
 
 
-def _filled(loaded: Loaded, hf: Any, made: Changes, fields: Settings) -> Any:
+def _filled(loaded: Loaded, hf: Any, made: Changes, fields: Settings, names: Names) -> Any:
     """The new model with its weights; those that keep their shape are shared with the original."""
-    prefix = loaded.root_prefix
     with weightless():
         model = type(hf)(fields.config)
     set_attention(model, hf.config._attn_implementation)
-    named = by_name(hf.state_dict(), made, prefix)
-    shapes = {
-        name: torch.empty(
-            value.shape, dtype=_dtype(named, fields.place(name), value), device="meta"
-        )
-        for name, value in model.state_dict().items()
-    }
-    moved: dict[str, Tensor] = {}
-    if moves(made) or any(pair.window is not None for pair in made.pairs):
-        mover = Mover(made.program, shapes, prefix)
-        for pair, new in _facts(model, loaded, made, fields):
-            if moves(replace(made, pairs=(pair,))):
-                mover.move(pair, new)
-        moved = mover.finish()
-    gone = frozenset(name.removeprefix(prefix) for item in made.removed for name in item.own)
-    model.load_state_dict(assembled(shapes, named, moved, fields, gone), strict=True, assign=True)
+    named = by_name(hf.state_dict(), made, names)
+    moved = to_move(made, names)
+    gone = frozenset(names(name) for item in made.removed for name in item.own)
+    found, fresh = assembled(model, named, set().union(*moved.values()), fields, gone)
+    model.load_state_dict(found, strict=True, assign=True)
     model.tie_weights()
+    if moved or any(pair.window is not None for pair in made.pairs):
+        new = raise_program(trace(replace(loaded, module=HFModel(model).eval(), weights="meta")))
+        mover = Mover(made.program, new, fresh)
+        for pair, site in _facts(new, made, fields):
+            if pair.before.id in moved:
+                mover.move(pair, site)
+        mover.finish()
     return model.eval()
 
 
-def _dtype(named: Mapping[str, Tensor], name: str, value: Tensor) -> torch.dtype:
-    return named[name].dtype if name in named else value.dtype
-
-
-def _facts(model: Any, loaded: Loaded, made: Changes, fields: Settings) -> list[tuple[Pair, Any]]:
-    """Each attention with its site in the new model, which is read like any other.
+def _facts(new: Program, made: Changes, fields: Settings) -> list[tuple[Pair, Site]]:
+    """Each attention with its site in the new model.
 
     Raises `Problem` A521 where the new model has other heads or another mask there.
     """
-    empty = replace(loaded, module=HFModel(model).eval(), weights="meta")
-    found = {fields.place(site.module): site for site in raise_program(trace(empty)).sites}
+    found = {fields.place(site.module): site for site in new.sites}
     pairs = []
     for pair in made.pairs:
-        new = found.get(pair.before.module)
-        if new is None:
+        site = found.get(pair.before.module)
+        if site is None:
             raise refusal(
                 f"{pair.before.id} is not found in the new model", where=pair.before.module
             )
         wanted = pair.before.mask if pair.window is None else f"{pair.window.left} keys"
-        got = new.mask if pair.window is None else f"{window_of(new.mask)} keys"
-        if (pair.after.kv_heads, wanted) != (new.kv_heads, got):
+        got = site.mask if pair.window is None else f"{window_of(site.mask)} keys"
+        if (pair.after.kv_heads, wanted) != (site.kv_heads, got):
             raise refusal(
                 f"{pair.before.id} has {pair.after.kv_heads} key/value heads and reads {wanted}",
                 where=pair.before.module,
-                why=f"with this config it has {new.kv_heads} and reads {got}",
+                why=f"with this config it has {site.kv_heads} and reads {got}",
             )
-        pairs.append((pair, new))
+        pairs.append((pair, site))
     return pairs
 
 
