@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,9 +18,11 @@ from attnopt.compiler.artifact import load as load_folder
 from attnopt.compiler.artifact import read_plan
 from attnopt.compiler.checkpoint import Written, write_checkpoint
 from attnopt.compiler.checkpoint.place import check_place
+from attnopt.compiler.contract import Exactness, read_pass
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.intake.loaded import Loaded, require_weights
 from attnopt.compiler.intake.source import load
+from attnopt.compiler.plan import Plan
 from attnopt.compiler.program import Batch
 
 Progress = Callable[[str, float], None]
@@ -60,12 +63,22 @@ def export_checkpoint(
     batch = Batch(tuple(example[0]), dict(example[1]))
     say("reading the original", 0.1)
     loaded = _like_the_run(source, batch, trust, attention, dtype)
-    again = rebuild(loaded, plan, home, report, source, say)
+    fitted = _fitted(plan)
+    again = rebuild(loaded, fitted, home, report, source, say)
+    left = {read_pass(step.rewrite).text for step in plan.steps[len(fitted.steps) :]}
+    outcomes = (*again.outcomes, *(o for o in report.outcomes if o.rewrite in left))
     say("writing", 0.8)
     return write_checkpoint(
-        loaded, again.original, again.program, plan, again.outcomes, source, to,
-        (optimized, batch),
-    )  # fmt: skip
+        loaded, again.original, again.program, plan, outcomes, source, to, (optimized, batch)
+    )
+
+
+def _fitted(plan: Plan) -> Plan:
+    """The plan up to its last approximate step: what follows changes no function, and may hide
+    which weights hold which heads (packed tokens)."""
+    kinds = [read_pass(step.rewrite).exactness for step in plan.steps]
+    last = max((i for i, k in enumerate(kinds, 1) if k is Exactness.APPROXIMATE), default=0)
+    return replace(plan, steps=plan.steps[:last])
 
 
 def _like_the_run(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,14 +31,14 @@ from attnopt.compiler.intake.hf_config import require_transformers
 from attnopt.compiler.intake.hf_directory import quiet, read_directory
 from attnopt.compiler.intake.hf_inputs import longest
 from attnopt.compiler.intake.hf_model import HFModel, set_attention
-from attnopt.compiler.intake.loaded import Loaded
+from attnopt.compiler.intake.loaded import Loaded, describe
 from attnopt.compiler.intake.weightless import weightless
 from attnopt.compiler.plan import Outcome, Plan
 from attnopt.compiler.program import Batch, Program
 from attnopt.compiler.raising import raise_program
 from attnopt.compiler.site import Site
 from attnopt.compiler.trace import trace
-from attnopt.compiler.verify import compare, difference, own_dtype
+from attnopt.compiler.verify import RUN_ERRORS, compare, difference, own_dtype, variations
 
 
 @dataclass(frozen=True)
@@ -98,17 +99,24 @@ def write_checkpoint(
     check_accounted(made, names)
     fields = settings(hf, made, names)
     zeroed = _zeroed(made, fields, names)
-    model = _filled(loaded, hf, made, fields, names)
+    model, traced = _filled(loaded, hf, made, fields, names)
     run, batch = saved or (program, program.example)
     valid_only = any(type(read_pass(o.rewrite)).valid_only for o in outcomes if o.applied)
+    same = compare(program, traced, valid_only)
+    _allow(same.error, same.bound, f"in {same.dtype}", out)
     with beside(out) as fresh:
         _save(model, fresh)
         copy_files(source, fresh)
         (fresh / "plan.json").write_text(json.dumps(plan.as_json(), indent=1) + "\n")
         checked = _Reloaded(fresh, loaded, out)
-        error = checked.answers(run, batch, valid_only)
-        checked.computes(program, valid_only)
-        checked.windows(program, [pair for pair in made.pairs if pair.window is not None])
+        with torch.no_grad():
+            error = checked.answers(run(*batch.args, **batch.kwargs), batch, valid_only)
+        for other in (*variations(program), *_beyond(program, made, model.config)):
+            outputs = None
+            with suppress(*RUN_ERRORS):  # not a size that the program takes
+                outputs = program.run(other)
+            if outputs is not None:
+                checked.answers(outputs, other, valid_only)
         files = put(fresh, out)
     return Written(
         out, type(hf).__name__, tuple(files), dict(fields.told), zeroed,
@@ -134,8 +142,11 @@ def _zeroed(made: Changes, fields: Settings, names: Names) -> tuple[str, ...]:
     return tuple(silent)
 
 
-def _filled(loaded: Loaded, hf: Any, made: Changes, fields: Settings, names: Names) -> Any:
-    """The new model with its weights; those that keep their shape are shared with the original."""
+def _filled(
+    loaded: Loaded, hf: Any, made: Changes, fields: Settings, names: Names
+) -> tuple[Any, Program]:
+    """The new model with its weights, and its trace; weights that keep their shape are shared with
+    the original."""
     with weightless():
         model = type(hf)(fields.config)
     set_attention(model, hf.config._attn_implementation)
@@ -145,14 +156,15 @@ def _filled(loaded: Loaded, hf: Any, made: Changes, fields: Settings, names: Nam
     found, fresh = assembled(model, named, set().union(*moved.values()), fields, gone)
     model.load_state_dict(found, strict=True, assign=True)
     model.tie_weights()
+    traced = trace(replace(loaded, module=HFModel(model.eval()).eval(), weights="meta"))
     if moved or any(pair.window is not None for pair in made.pairs):
-        new = raise_program(trace(replace(loaded, module=HFModel(model).eval(), weights="meta")))
+        new = raise_program(traced)
         mover = Mover(made.program, new, fresh)
         for pair, site in _facts(new, made, fields):
             if pair.before.id in moved:
                 mover.move(pair, site)
         mover.finish()
-    return model.eval()
+    return model, traced
 
 
 def _facts(new: Program, made: Changes, fields: Settings) -> list[tuple[Pair, Site]]:
@@ -196,57 +208,51 @@ def _count(hf: Any) -> int:
     return sum(p.numel() for p in hf.parameters())
 
 
+def _beyond(program: Program, made: Changes, config: Any) -> list[Batch]:
+    """Random tokens that reach beyond every window that the plan gave, for a model that takes
+    tokens alone."""
+    text = config.get_text_config()
+    most = max((pair.window.left for pair in made.pairs if pair.window is not None), default=0)
+    if not most or set(program.example.kwargs) != {"input_ids"}:
+        return []
+    length = min(most + 17, longest(text) or most + 17)
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, int(text.vocab_size), (2, length), generator=draw)
+    return [Batch((), {"input_ids": ids})]
+
+
 class _Reloaded:
-    """A checkpoint as transformers reads it, and what is asked of it before it is kept."""
+    """A checkpoint as transformers reads it."""
 
     def __init__(self, folder: Path, loaded: Loaded, out: Path) -> None:
-        hf: Any = getattr(loaded.module, "hf", None)
-        self.out, self.loaded = out, loaded
-        self.hf: Any
-        self.hf, _, self.notes = read_directory(folder, attention=hf.config._attn_implementation)
-        self.model = HFModel(self.hf).eval()
+        original: Any = getattr(loaded.module, "hf", None)
+        attention = original.config._attn_implementation
+        hf, _, self.notes = read_directory(folder, attention=attention)
+        self.dtype = original.dtype
+        self.model, self.out = HFModel(hf).eval(), out
 
-    def answers(self, run: Callable[..., Any], batch: Batch, valid_only: bool) -> float:
+    def answers(self, expected: Mapping[str, Any], batch: Batch, valid_only: bool) -> float:
         """The difference from the outputs of the optimized model for one batch.
 
         Raises `Problem` A522 where it is more than rounding.
         """
         with torch.no_grad():
-            expected = run(*batch.args, **batch.kwargs)
             actual = self.model(*batch.args, **batch.kwargs)
         mask = batch.kwargs.get("attention_mask") if valid_only else None
-        error = (
-            difference([expected[name] for name in actual], list(actual.values()),
-                       None if mask is None else mask.bool())
-            if set(expected) == set(actual) else float("inf")
-        )  # fmt: skip
-        self._allow(error, ROUNDING.get(self.hf.dtype, 1e-3), "on the run's example inputs")
+        error = float("inf")
+        if set(expected) == set(actual):
+            valid = None if mask is None else mask.bool()
+            error = difference([expected[n] for n in actual], list(actual.values()), valid)
+        when = f"reloaded, on {describe(batch.args, dict(batch.kwargs))}"
+        _allow(error, ROUNDING.get(self.dtype, 1e-3), "; ".join((when, *self.notes)), self.out)
         return error
 
-    def computes(self, program: Program, valid_only: bool) -> None:
-        """Compare the traced model with the program at several sizes and paddings, in the widest
-        dtype that both run in. Raises `Problem` A522."""
-        result = compare(program, trace(replace(self.loaded, module=self.model)), valid_only)
-        self._allow(result.error, result.bound, f"in {result.dtype}")
 
-    def windows(self, program: Program, pairs: list[Pair]) -> None:
-        """Compare both on random tokens that reach beyond every window. Raises `Problem` A522."""
-        config = self.hf.config.get_text_config()
-        most = max((pair.window.left for pair in pairs if pair.window is not None), default=0)
-        length = min(most + 17, longest(config) or most + 17)
-        if not most or set(program.example.kwargs) != {"input_ids"}:
-            return
-        draw = torch.Generator().manual_seed(0)
-        ids = torch.randint(0, int(config.vocab_size), (2, length), generator=draw)
-        self.answers(program, Batch((), {"input_ids": ids}), valid_only=False)
-
-    def _allow(self, error: float, bound: float, when: str) -> None:
-        if error <= bound:
-            return
-        raise Problem(
-            "A522", "the checkpoint does not answer as the optimized model does",
-            where=str(self.out),
-            why="; ".join((f"the outputs differ by {error:.1e} of their rms {when}, {bound:.0e} is "
-                           "allowed", *self.notes)),
-            help="nothing was written; the optimized model itself is in the run's folder",
-        )  # fmt: skip
+def _allow(error: float, bound: float, when: str, out: Path) -> None:
+    if error <= bound:
+        return
+    raise Problem(
+        "A522", "the checkpoint does not answer as the optimized model does", where=str(out),
+        why=f"its outputs differ by {error:.1e} of their rms, {bound:.0e} is allowed ({when})",
+        help="nothing was written; the optimized model itself is in the run's folder",
+    )  # fmt: skip
