@@ -110,16 +110,17 @@ def _removed(original: Program, program: Program) -> tuple[Removed, ...]:
     read, left = read_names(program), {site.id for site in program.sites}
     found = []
     for layer in original.sublayers:
-        own = _own(original, layer)
-        if not own or own & read or left & set(layer.sites):
-            continue
-        if program.has(layer.exit) and _adds_something_else(original, program, layer):
+        replaced = program.has(layer.exit) and not program.has(layer.branch)
+        if replaced and _adds_something_else(original, program, layer):
             raise refusal(
                 f"the {layer.kind} sublayer {layer.id} is replaced by a linear map",
                 where=layer.module,
                 why="no family has a linear map in the place of a sublayer",
                 help="delete it instead: skip_sublayers{method=delete}",
             )
+        own = _own(original, layer)
+        if not own or own & read or left & set(layer.sites):
+            continue
         found.append(Removed(layer, frozenset(own), _last(original, layer)))
     return tuple(found)
 
@@ -137,17 +138,20 @@ def _own(program: Program, layer: Sublayer) -> set[str]:
 
 
 def _adds_something_else(original: Program, program: Program, layer: Sublayer) -> bool:
-    """Whether the sum that the branch went into takes a term that the original does not have."""
-    known = {node.name for node in original.graph.nodes}
+    """Whether the sum that the branch went into reads a projection with a weight that the original
+    has not, and that is no attention's."""
+    sites = [path for s in program.sites for path in (s.q, s.k, s.v, s.out) if path is not None]
+    known = read_names(original) | {path.weight for path in sites}
     stack, seen = [program.node(layer.exit)], set[fx.Node]()
     while stack:
         node = stack.pop()
-        for source in node.all_input_nodes:
-            if source in seen or source.name in known:
-                continue
-            seen.add(source)
-            stack.append(source)
-    return any(projection(node) is not None for node in seen)
+        made = projection(node)
+        if made is not None and made.weight not in known:
+            return True
+        if made is None and node.name != layer.entry:
+            stack += [source for source in node.all_input_nodes if source not in seen]
+        seen.add(node)
+    return False
 
 
 def _last(program: Program, layer: Sublayer) -> Projection | None:

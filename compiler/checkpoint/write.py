@@ -5,17 +5,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 
 from attnopt.compiler.checkpoint.changes import Changes, Pair, changes, refusal
 from attnopt.compiler.checkpoint.names import Names
 from attnopt.compiler.checkpoint.place import beside, check_place, copy_files, put
+from attnopt.compiler.checkpoint.reload import Reloaded, allow
 from attnopt.compiler.checkpoint.settings import Settings, settings, window_of
 from attnopt.compiler.checkpoint.weights import (
     Mover,
@@ -26,19 +25,17 @@ from attnopt.compiler.checkpoint.weights import (
 )
 from attnopt.compiler.contract import read_pass
 from attnopt.compiler.errors import Problem
-from attnopt.compiler.faithful import ROUNDING
 from attnopt.compiler.intake.hf_config import require_transformers
-from attnopt.compiler.intake.hf_directory import quiet, read_directory
-from attnopt.compiler.intake.hf_inputs import longest
+from attnopt.compiler.intake.hf_directory import quiet
 from attnopt.compiler.intake.hf_model import HFModel, set_attention
-from attnopt.compiler.intake.loaded import Loaded, describe
+from attnopt.compiler.intake.loaded import Loaded
 from attnopt.compiler.intake.weightless import weightless
 from attnopt.compiler.plan import Outcome, Plan
 from attnopt.compiler.program import Batch, Program
 from attnopt.compiler.raising import raise_program
 from attnopt.compiler.site import Site
 from attnopt.compiler.trace import trace
-from attnopt.compiler.verify import RUN_ERRORS, compare, difference, own_dtype, variations
+from attnopt.compiler.verify import compare, own_dtype
 
 
 @dataclass(frozen=True)
@@ -103,20 +100,12 @@ def write_checkpoint(
     run, batch = saved or (program, program.example)
     valid_only = any(type(read_pass(o.rewrite)).valid_only for o in outcomes if o.applied)
     same = compare(program, traced, valid_only)
-    _allow(same.error, same.bound, f"in {same.dtype}", out)
+    allow(same.error, same.bound, f"in {same.dtype}", out)
     with beside(out) as fresh:
         _save(model, fresh)
         copy_files(source, fresh)
         (fresh / "plan.json").write_text(json.dumps(plan.as_json(), indent=1) + "\n")
-        checked = _Reloaded(fresh, loaded, out)
-        with torch.no_grad():
-            error = checked.answers(run(*batch.args, **batch.kwargs), batch, valid_only)
-        for other in (*variations(program), *_beyond(program, made, model.config)):
-            outputs = None
-            with suppress(*RUN_ERRORS):  # not a size that the program takes
-                outputs = program.run(other)
-            if outputs is not None:
-                checked.answers(outputs, other, valid_only)
+        error = Reloaded(fresh, loaded, out).holds(made, run, batch)
         files = put(fresh, out)
     return Written(
         out, type(hf).__name__, tuple(files), dict(fields.told), zeroed,
@@ -206,53 +195,3 @@ def _save(model: Any, folder: Path) -> None:
 
 def _count(hf: Any) -> int:
     return sum(p.numel() for p in hf.parameters())
-
-
-def _beyond(program: Program, made: Changes, config: Any) -> list[Batch]:
-    """Random tokens that reach beyond every window that the plan gave, for a model that takes
-    tokens alone."""
-    text = config.get_text_config()
-    most = max((pair.window.left for pair in made.pairs if pair.window is not None), default=0)
-    if not most or set(program.example.kwargs) != {"input_ids"}:
-        return []
-    length = min(most + 17, longest(text) or most + 17)
-    draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, int(text.vocab_size), (2, length), generator=draw)
-    return [Batch((), {"input_ids": ids})]
-
-
-class _Reloaded:
-    """A checkpoint as transformers reads it."""
-
-    def __init__(self, folder: Path, loaded: Loaded, out: Path) -> None:
-        original: Any = getattr(loaded.module, "hf", None)
-        attention = original.config._attn_implementation
-        hf, _, self.notes = read_directory(folder, attention=attention)
-        self.dtype = original.dtype
-        self.model, self.out = HFModel(hf).eval(), out
-
-    def answers(self, expected: Mapping[str, Any], batch: Batch, valid_only: bool) -> float:
-        """The difference from the outputs of the optimized model for one batch.
-
-        Raises `Problem` A522 where it is more than rounding.
-        """
-        with torch.no_grad():
-            actual = self.model(*batch.args, **batch.kwargs)
-        mask = batch.kwargs.get("attention_mask") if valid_only else None
-        error = float("inf")
-        if set(expected) == set(actual):
-            valid = None if mask is None else mask.bool()
-            error = difference([expected[n] for n in actual], list(actual.values()), valid)
-        when = f"reloaded, on {describe(batch.args, dict(batch.kwargs))}"
-        _allow(error, ROUNDING.get(self.dtype, 1e-3), "; ".join((when, *self.notes)), self.out)
-        return error
-
-
-def _allow(error: float, bound: float, when: str, out: Path) -> None:
-    if error <= bound:
-        return
-    raise Problem(
-        "A522", "the checkpoint does not answer as the optimized model does", where=str(out),
-        why=f"its outputs differ by {error:.1e} of their rms, {bound:.0e} is allowed ({when})",
-        help="nothing was written; the optimized model itself is in the run's folder",
-    )  # fmt: skip

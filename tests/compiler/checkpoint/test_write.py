@@ -1,0 +1,308 @@
+"""Plans as checkpoints of transformers: the same logits and tokens where attnopt is not there, and
+a reason wherever a family has no field for what a plan did."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnopt.compiler.checkpoint import Written, changes, write, write_checkpoint
+from attnopt.compiler.contract import Notes
+from attnopt.compiler.errors import Problem
+from attnopt.compiler.intake.loaded import Loaded
+from attnopt.compiler.intake.source import load
+from attnopt.compiler.pipeline import apply_plan, read
+from attnopt.compiler.plan import Plan, Step
+from attnopt.compiler.program import Batch, Program
+from tests.families import VOCABULARY
+from tests.programs import EXACT
+from tests.tolerance import assert_close
+
+transformers = pytest.importorskip("transformers")
+LENGTH, PROMPT, NEW = 24, 6, 64
+_SIZES: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": VOCABULARY,
+    "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig",
+              {"num_hidden_layers": 2, "num_key_value_heads": 2, **_SIZES}),
+    "mistral": ("MistralForCausalLM", "MistralConfig",
+                {"num_hidden_layers": 2, "num_key_value_heads": 2, "sliding_window": None,
+                 **_SIZES}),
+    "phi3": ("Phi3ForCausalLM", "Phi3Config",
+             {"num_hidden_layers": 1, "num_key_value_heads": 2, "pad_token_id": 0, **_SIZES}),
+    "falcon": ("FalconForCausalLM", "FalconConfig",
+               {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
+                "num_kv_heads": 4, "vocab_size": VOCABULARY, "new_decoder_architecture": True}),
+    "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", {"num_hidden_layers": 1, **_SIZES}),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config",
+             {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 128,
+              "vocab_size": VOCABULARY}),
+    "bert": ("BertForMaskedLM", "BertConfig",
+             {"num_hidden_layers": 1, "pad_token_id": 0, **_SIZES}),
+}  # fmt: skip
+BLOCK = Step("skip_sublayers{method=delete}", ("b1.attention", "b1.mlp"))
+MERGE, REFIT = Step("merge_kv_heads{factor=2}"), Step("refit{}")
+FIVE: dict[str, tuple[str, tuple[Step, ...]]] = {
+    "exact": ("llama", ()),
+    "merged": ("llama", (MERGE, REFIT)),
+    "a block less": ("llama", (BLOCK,)),
+    "an attention less": ("llama", (Step("skip_sublayers{method=delete}", ("b1.attention",)),)),
+    "windows": ("mistral", (Step("sliding_window{left=8 sink=0}"),)),
+}
+
+
+@dataclass(frozen=True)
+class Given:
+    """A model on disk, and read."""
+
+    folder: Path
+    loaded: Loaded
+    program: Program
+
+
+@lru_cache(maxsize=len(_MODELS))
+def given(name: str) -> Given:
+    """A tiny random model, saved with a file that a tokenizer would have."""
+    head, config, sizes = _MODELS[name]
+    folder = Path(mkdtemp()) / name
+    torch.manual_seed(0)
+    getattr(transformers, head)(getattr(transformers, config)(**sizes)).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("a\nb\n")
+    (folder / "README.md").write_text("of the original")
+    loaded = load(str(folder), length=LENGTH)
+    return Given(folder, loaded, read(loaded))
+
+
+def _data(name: str, count: int, seed: int) -> list[Batch]:
+    draw = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(count):
+        inputs = {"input_ids": torch.randint(3, VOCABULARY, (8, LENGTH), generator=draw)}
+        if "attention_mask" in given(name).loaded.kwargs:
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        found.append(Batch((), inputs))
+    return found
+
+
+def optimized(name: str, steps: tuple[Step, ...]) -> tuple[Plan, Program, list[Any]]:
+    """A plan with the exact rewrites and these steps, and what it made of a model."""
+    plan = Plan((*(Step(exact) for exact in EXACT), *steps))
+    notes = Notes(given(name).program, _data(name, 3, 1), _data(name, 2, 2))
+    made, outcomes = apply_plan(given(name).program, plan, notes)
+    applied = {outcome.rewrite for outcome in outcomes if outcome.applied}
+    assert {step.rewrite.split("{")[0] for step in steps} <= {
+        text.split("{")[0] for text in applied
+    }
+    return plan, made, outcomes
+
+
+def export(name: str, steps: tuple[Step, ...], out: Path) -> tuple[Written, Program]:
+    plan, made, outcomes = optimized(name, steps)
+    model = given(name)
+    written = write_checkpoint(model.loaded, model.program, made, plan, outcomes, model.folder, out)
+    return written, made
+
+
+def _refused(name: str, steps: tuple[Step, ...], out: Path) -> Problem:
+    with pytest.raises(Problem) as caught:
+        export(name, steps, out)
+    assert caught.value.code == "A521"
+    assert not out.exists() and not list(out.parent.iterdir())
+    return caught.value
+
+
+_STOCK = """
+import sys
+
+class Gone:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "attnopt":
+            raise ImportError("attnopt is not here")
+
+sys.meta_path.insert(0, Gone())
+try:
+    import attnopt
+except ImportError:
+    pass
+else:
+    raise SystemExit("attnopt can be imported")
+import torch, transformers
+torch.set_num_threads(1)
+prompt, found = torch.load("prompt.pt"), {}
+for folder in sys.argv[1:]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        logits = model(prompt).logits
+    tokens = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
+                            max_new_tokens=NEW, eos_token_id=None, pad_token_id=0)
+    found[folder] = (logits, tokens)
+torch.save(found, "found.pt")
+"""
+
+
+@pytest.fixture(scope="module")
+def five(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Written, Program]]:
+    home = tmp_path_factory.mktemp("five")
+    return {name: export(*FIVE[name], home / name) for name in FIVE}
+
+
+def _next(program: Program, tokens: Tensor) -> Tensor:
+    """The most likely token after each one but those of the prompt, int64 `[batch, NEW]`."""
+    logits: Tensor = program.run(Batch((), {"input_ids": tokens}))["logits"]
+    return logits.argmax(-1)[:, PROMPT - 1 : -1]
+
+
+def test_five_plans_in_stock_transformers(
+    five: dict[str, tuple[Written, Program]], tmp_path: Path
+) -> None:
+    """In a process where attnopt cannot be imported."""
+    prompt = torch.randint(3, VOCABULARY, (2, PROMPT))
+    torch.save(prompt, tmp_path / "prompt.pt")
+    folders = {name: str(written.folder) for name, (written, _) in five.items()}
+    script = _STOCK.replace("NEW", str(NEW))
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    run = subprocess.run(
+        [sys.executable, "-P", "-W", "ignore", "-c", script, *folders.values()], cwd=tmp_path,
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    found = torch.load(tmp_path / "found.pt")
+    seen = []
+    for name, (_, program) in five.items():
+        logits, tokens = found[folders[name]]
+        assert_close(logits, program.run(Batch((), {"input_ids": prompt}))["logits"], name)
+        assert torch.equal(tokens[:, PROMPT:], _next(program, tokens)), name
+        assert tokens.shape[1] == PROMPT + NEW
+        seen.append(logits)
+    assert not any(torch.allclose(seen[0], other) for other in seen[1:])
+
+
+def test_what_is_said_of_each(five: dict[str, tuple[Written, Program]]) -> None:
+    told = {name: dict(written.settings) for name, (written, _) in five.items()}
+    assert told == {
+        "exact": {}, "an attention less": {},
+        "merged": {"num_key_value_heads": (2, 1)},
+        "a block less": {"num_hidden_layers": (2, 1)},
+        "windows": {"sliding_window": (None, 8)},
+    }  # fmt: skip
+    silent = {name: written.zeroed for name, (written, _) in five.items() if written.zeroed}
+    assert silent == {"an attention less": ("model.layers.1.self_attn.o_proj",)}
+    for written, _ in five.values():
+        assert set(written.kept) <= {"simplify_mask", "fold_repeated_kv", "fuse_attention"}
+        assert written.error < 1e-5 and written.dtype == "float32"
+        assert {"model.safetensors", "config.json", "plan.json", "vocab.txt"} <= set(written.files)
+        assert "README.md" not in written.files
+        assert {path.name for path in written.folder.iterdir()} == set(written.files)
+    assert five["merged"][0].parameters[1] < five["merged"][0].parameters[0]
+
+
+_EXPORTS: dict[str, tuple[str, tuple[Step, ...], dict[str, Any], tuple[str, ...]]] = {
+    "fused projections": ("phi3", (MERGE,), {"num_key_value_heads": (2, 1)}, ()),
+    "weights read through a view": ("falcon", (MERGE,), {"num_kv_heads": (4, 2)}, ()),
+    "weights the other way round": (
+        "gpt2", (Step("skip_sublayers{method=delete}", ("b0.mlp",)),), {},
+        ("transformer.h.0.mlp.c_proj",),
+    ),
+    "a norm after the sum, which stays": (
+        "bert", (Step("skip_sublayers{method=delete}", ("b0.attention", "b0.mlp")),), {},
+        ("bert.encoder.layer.0.attention.output.dense", "bert.encoder.layer.0.output.dense"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", _EXPORTS)
+def test_other_families(name: str, tmp_path: Path) -> None:
+    """Writing compares the reloaded checkpoint with the program itself."""
+    model, steps, told, zeroed = _EXPORTS[name]
+    written, _ = export(model, steps, tmp_path / "out")
+    assert (dict(written.settings), written.zeroed) == (told, zeroed)
+
+
+_REFUSED: dict[str, tuple[str, tuple[Step, ...], str, str]] = {
+    "a linear map": (
+        "llama", (Step("skip_sublayers{method=linear}", ("b1.mlp",)),), "model.layers.1.mlp",
+        "no family has a linear map",
+    ),
+    "one layer merged": (
+        "llama", (Step(MERGE.rewrite, ("s1",)),), "model.layers.0.self_attn",
+        "one num_key_value_heads for all layers",
+    ),
+    "no field for a window": (
+        "llama", (Step("sliding_window{left=8 sink=0}"),), "model.layers.0.self_attn",
+        "llama has no field for a window",
+    ),
+    "no field for sinks": (
+        "mistral", (Step("sliding_window{left=8 sink=4}"),), "model.layers.0.self_attn",
+        "the first keys (sink)",
+    ),
+    "one layer with a window": (
+        "mistral", (Step("sliding_window{left=8 sink=0}", ("s1",)),), "model.layers.0.self_attn",
+        "one window for all layers",
+    ),
+    "some heads with a window": (
+        "mistral", (Step("sliding_window{left=8 sink=0 groups=[1]}", ("s1",)),),
+        "model.layers.1.self_attn", "all heads of an attention at once",
+    ),
+    "no field for groups": (
+        "gpt_neox", (MERGE,), "gpt_neox.layers.0.attention", "gpt_neox has no field",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", _REFUSED)
+def test_what_a_family_cannot_say(name: str, tmp_path: Path) -> None:
+    model, steps, where, why = _REFUSED[name]
+    refused = _refused(model, steps, tmp_path / "out")
+    assert refused.where == where and why in refused.why
+
+
+def test_a_rewrite_that_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(changes, "EXPRESSED", ("refit",))
+    refused = _refused("llama", (BLOCK,), tmp_path / "out")
+    assert refused.where == "b1.attention" and "`skip_sublayers`" in refused.what
+
+
+_NORM = "transformer.ln_f.weight"
+
+
+def _wrong(call: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+    def changed(*arguments: Any) -> dict[str, Tensor]:
+        found = call(*arguments)
+        return found | {_NORM: 1.01 * found[_NORM]}
+
+    return changed
+
+
+def test_a_wrong_answer_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(write, "by_name", _wrong(write.by_name))
+    with pytest.raises(Problem) as caught:
+        export("gpt2", (), tmp_path / "out")
+    assert caught.value.code == "A522" and not list(tmp_path.iterdir())
+
+
+def test_a_wrong_answer_once_reloaded_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoiled(model: Any, folder: Path) -> None:
+        model.transformer.ln_f.weight = torch.nn.Parameter(1.01 * model.transformer.ln_f.weight)
+        save(model, folder)
+
+    save = write._save
+    monkeypatch.setattr(write, "_save", spoiled)
+    with pytest.raises(Problem) as caught:
+        export("gpt2", (), tmp_path / "out")
+    assert caught.value.code == "A522" and "reloaded" in caught.value.why
+    assert not list(tmp_path.iterdir())
