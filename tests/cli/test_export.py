@@ -1,0 +1,87 @@
+"""`attnopt export --hf` over the command line: a run with fitted steps, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from attnopt.compiler.artifact import save, source_sha256
+from attnopt.compiler.contract import Notes
+from attnopt.compiler.intake.source import load
+from attnopt.compiler.pipeline import apply_plan, read
+from attnopt.compiler.plan import Plan, Step
+from attnopt.compiler.program import Batch
+from tests.autotune.results import least
+from tests.cli.conftest import Command
+
+PLAN = Plan((Step("fuse_attention{}"), Step("merge_kv_heads{factor=2}"), Step("refit{}")))
+LENGTH = 16
+
+
+def _model(folder: Path) -> Path:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def _run(model: Path, out: Path) -> None:
+    """The folder of a run, with figures that nobody measured."""
+    program = read(load(str(model), length=LENGTH))
+    batches = [Batch((), {"input_ids": torch.randint(0, 50, (4, LENGTH))}) for _ in range(4)]
+    kept = {"calibration": batches[:2], "heldout": batches[2:]}
+    made, outcomes = apply_plan(program, PLAN, Notes(program, *kept.values()))
+    told = replace(
+        least(), plan=PLAN, outcomes=tuple(outcomes), model_sha256=source_sha256(model),
+        command=f"attnopt optimize {model} --out {out}",
+    )  # fmt: skip
+    save(out, made, PLAN, told, kept)
+
+
+def _error(command: Command, *words: object) -> dict[str, Any]:
+    ended = command("attnopt", "export", *words, "--json")
+    assert ended.code == 1
+    return ended.error
+
+
+def test_a_run_becomes_a_model_of_transformers(command: Command, tmp_path: Path) -> None:
+    model, out = _model(tmp_path / "model"), tmp_path / "out"
+    _run(model, out)
+    told = command("attnopt", "export", out, "--hf", "new", "--json").json
+    assert told["settings"] == {"num_key_value_heads": {"was": 2, "now": 1}}
+    assert told["family"] == "LlamaForCausalLM" and told["error"] < 1e-5
+    assert told["kept"] == ["fuse_attention"] and "model.safetensors" in told["files"]
+    again = read(load("new", length=LENGTH))
+    assert [site.kv_heads for site in again.sites] == [1]
+    stale = tmp_path / "new" / "model-00001-of-00002.safetensors"
+    stale.touch()
+    ended = command("attnopt", "export", out / "plan.json", "--hf", "new", "--model", model)
+    assert ended.code == 0 and not stale.exists()
+    assert "num_key_value_heads: 2 -> 1" in ended.out
+    assert "change no function: fuse_attention" in ended.out
+    for place, why in ((out, "holds a run"), (model, "the original model")):
+        error = _error(command, out, "--hf", place)
+        assert error["code"] == "A523" and why in error["why"]
+    (model / "more.txt").touch()
+    assert _error(command, out, "--hf", "other")["code"] == "A513"
+    (model / "config.json").unlink()
+    assert _error(command, out, "--hf", "other")["code"] == "A521"
+    assert not Path("other").exists()
+
+
+def test_one_of_the_two_is_asked_for(command: Command) -> None:
+    for more in ((), ("--hf", "a", "--onnx", "b")):
+        error = _error(command, "out", *more)
+        assert error["code"] == "A610" and "--onnx" in error["what"]
+
+
+def test_it_needs_a_run(command: Command) -> None:
+    assert _error(command, "none", "--hf", "new")["code"] == "A505"
