@@ -63,7 +63,10 @@ def settings(hf: Any, made: Changes, names: Names) -> Settings:
 
 
 def _dropped(hf: Any, made: Changes, names: Names) -> tuple[str, tuple[int, ...]]:
-    """The list of layers, and those of its entries of which the program reads nothing any more."""
+    """The list of layers, and those of its entries of which the program reads nothing any more.
+
+    Empty for a model with several lists, whose config counts them in fields of their own.
+    """
     gone = [layer_of(min(names(name) for name in item.own)) for item in made.removed]
     lists = {found[0] for found in gone if found is not None}
     count = getattr(hf.config.get_text_config(), "num_hidden_layers", None)
@@ -73,9 +76,11 @@ def _dropped(hf: Any, made: Changes, names: Names) -> tuple[str, tuple[int, ...]
     found = dict(hf.named_modules()).get(name)
     if not isinstance(found, nn.ModuleList) or len(found) != count:
         return "", ()
-    places = (layer_of(names(read)) for read in read_names(made.program))
-    alive = {place[1] for place in places if place is not None and place[0] == name}
-    return name, tuple(i for i in range(len(found)) if i not in alive)
+    before, after = (
+        {place for read in read_names(program) if (place := layer_of(names(read))) is not None}
+        for program in (made.original, made.program)
+    )
+    return name, tuple(sorted(at for of, at in before - after if of == name))
 
 
 def _set(config: Any, told: Mapping[str, tuple[Any, Any]]) -> None:
