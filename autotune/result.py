@@ -240,12 +240,9 @@ class Refit:
 
 @dataclass(frozen=True)
 class HealingEntry:
-    """What training the touched sites did; `reason` says why it was not kept. The held-out loss (KL
-    from the original, or a relative squared error) decided. `metric`, as in `accuracy`, is of the
-    evaluation data, which decided nothing: of the original, before and after.
-
-    `numbers` of `sites` sites were trained on `tokens`; with `rank` 0 whole weights.
-    """
+    """What training `numbers` parameters of `sites` sites on `tokens` did (`rank` 0: whole weights).
+    The held-out loss decided; `reason` says why it was not kept. `metric` is of the evaluation
+    data, which decided nothing: of the original, before and after."""
 
     accepted: bool
     rewrite: str
