@@ -240,7 +240,7 @@ class Refit:
 
 @dataclass(frozen=True)
 class HealingEntry:
-    """What training `numbers` parameters of `sites` sites on `tokens` did (`rank` 0: whole weights).
+    """What training `numbers` weights of `sites` sites on `tokens` did (`rank` 0: whole weights).
     The held-out loss decided; `reason` says why it was not kept. `metric` is of the evaluation
     data, which decided nothing: of the original, before and after."""
 
