@@ -1,5 +1,6 @@
 """Healing the plan that a run chose: how many tokens fit into the time, the plan with that step,
-and what it did, measured on data that decided nothing."""
+and what it did, measured on evaluation data, which decides neither what is trained nor what of it
+is kept (but which plan wins)."""
 
 from __future__ import annotations
 

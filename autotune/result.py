@@ -241,8 +241,8 @@ class Refit:
 @dataclass(frozen=True)
 class HealingEntry:
     """What training `numbers` weights of `sites` sites on `tokens` did (`rank` 0: whole weights).
-    The held-out loss decided; `reason` says why it was not kept. `metric` is of the evaluation
-    data, which decided nothing: of the original, before and after."""
+    The held-out loss decided what was kept of it; `reason` says why it is not in the result.
+    `metric` is of the evaluation data, by which plans win: of the original, before and after."""
 
     accepted: bool
     rewrite: str

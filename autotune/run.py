@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class Run:
     warnings: list[str] = field(default_factory=list)
     paces: dict[tuple[Step, ...], Pace] = field(default_factory=dict)
     healing: HealingEntry | None = None
+    passed: set[tuple[Step, ...]] = field(default_factory=set)  # on evaluation data, unhealed
 
     def go(self) -> tuple[Built, Result]:
         """Run the whole flow."""
@@ -198,6 +199,7 @@ class Run:
                     f"{accuracy.drop_upper:.2%}, {accuracy.sequences} sequences)"
                 )
                 continue
+            self.passed.add(candidate.steps)
             pace = self._raced(candidate)
             if pace.ratio > best.pace.ratio:
                 best = _Best(pace, candidate)
@@ -207,39 +209,54 @@ class Run:
         """The winner, healed where that was asked for.
 
         Where it misses the budget, the plan that reaches it at the least loss is healed in its
-        place, and wins if it then is within the bound.
+        place. What was healed wins only if it is then within the bound; else the winner stays.
         """
         asked = self.request.heal
         if asked is None:
             return best
-        chosen = best.tried if best.tried and self._keeps(best.pace) else self._hopeful(best, tried)
+        chosen = best.tried if self._keeps(best.pace) else self._hopeful(best, tried)
         if chosen is None:
             return best
-        plain = self._raced(chosen)
-        before = self.bench.verdict(plain.built)
+        before = self.bench.verdict(self._raced(chosen).built)
         made = healed(self.bench, list(chosen.steps), asked, before)
         self.healing = made.entry
-        if not made.entry.accepted:
-            self.warnings.append(f"healing was not kept: {made.entry.reason}")
-            return best
-        if made.accuracy.verdict(self.request.max_drop) != "pass" and chosen is not best.tried:
-            self.warnings.append(
-                f"plan {chosen.number} reaches the budget; healed it still drops by "
-                f"{made.accuracy.drop:.2%}, at most {made.accuracy.drop_upper:.2%}"
-            )
-            return best
-        return _Best(self._pace(made.built), chosen)
+        if made.entry.accepted:
+            pace = self._pace(made.built)
+            lost = self._lost(best, chosen, made.accuracy, pace)
+            if not lost:
+                return _Best(pace, chosen)
+            self.healing = replace(made.entry, accepted=False, reason=lost)
+        self.warnings.append(f"healing was not kept: {self.healing.reason}")
+        return best
 
     def _keeps(self, pace: Pace) -> bool:
         return self.request.budget is None or self._enough(pace)
 
     def _hopeful(self, best: _Best, tried: Sequence[Tried]) -> Tried | None:
         """What to heal where the winner misses the budget: of the plans that were predicted to
-        reach it the one with the least loss; else the winner."""
+        reach it, and do when raced, the one with the least loss; else the winner."""
         base = best.pace.ratio / (best.tried.gain if best.tried else 1.0)
         budget = self.request.budget or 0.0
-        fast = [t for t in tried if t.gain * base >= budget and t.steps and not t.feasible]
-        return min(fast, key=lambda t: t.drop_upper, default=best.tried)
+        fast = [
+            t for t in tried
+            if t.gain * base >= budget and t.steps and t.steps not in self.passed
+        ]  # fmt: skip
+        for plan in sorted(fast, key=lambda t: t.drop_upper)[:FINALISTS]:
+            pace = self._raced(plan)
+            if self._enough(pace) and pace.ratio > best.pace.ratio:
+                return plan
+        return best.tried
+
+    def _lost(self, best: _Best, chosen: Tried, accuracy: Accuracy, pace: Pace) -> str:
+        """Why a healed plan does not win; empty where it does."""
+        if accuracy.verdict(self.request.max_drop) != "pass":
+            drop = f"it still drops by {accuracy.drop:.2%}, at most {accuracy.drop_upper:.2%}"
+            if chosen is best.tried:
+                return f"healed {drop}, on evaluation data; without it the plan is within the bound"
+            return f"plan {chosen.number} reaches the budget; healed {drop}, on evaluation data"
+        if chosen is not best.tried and pace.ratio <= best.pace.ratio:
+            return f"healed, plan {chosen.number} is no faster than the winner"
+        return ""
 
     def _finish(
         self,

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from attnopt.compiler.healing.settings import Settings
-from attnopt.compiler.program import Batch
+from attnopt.compiler.program import Batch, Program
 
 SECONDS = 30.0
 
@@ -27,7 +27,7 @@ SECONDS = 30.0
 class Checkpoint:
     """A file that is written at most every `seconds`; without a path nothing is kept.
 
-    A file whose key is another (other settings, weights or data), or that cannot be read, counts
+    A file whose key is another (other settings, programs or data), or that cannot be read, counts
     as none.
     """
 
@@ -65,12 +65,21 @@ class Checkpoint:
             self.path.unlink(missing_ok=True)
 
 
-def key_of(settings: Settings, weights: Mapping[str, Tensor], batches: Iterable[Batch]) -> str:
-    """A hash of all that a healing depends on."""
+def key_of(
+    settings: Settings, program: Program, original: Program, batches: Iterable[Batch]
+) -> str:
+    """A hash of all that a healing depends on: both graphs, which hold the specs of the attentions,
+    all weights, and the data."""
     made = sha256(repr(settings).encode())
-    for name, value in weights.items():
-        made.update(name.encode())
-        _add(made, value)
+    known = dict[int, str]()  # the programs share most of their weights
+    for graph in (program, original):
+        made.update(str(graph.graph).encode())
+        for name, value in graph.module.state_dict(keep_vars=True).items():
+            if id(value) not in known:
+                alone = sha256()
+                _add(alone, value)
+                known[id(value)] = alone.hexdigest()
+            made.update(f"{name} {known[id(value)]}".encode())
     for batch in batches:
         for leaf in pytree.tree_leaves((batch.args, dict(batch.kwargs), batch.valid)):
             if isinstance(leaf, Tensor):

@@ -102,7 +102,8 @@ def start(
         return Miss("no site differs from the original's: there is nothing to heal")
     saved = checkpoint or Checkpoint()
     weights = {name: program.weight(name) for mine in names.values() for name in mine}
-    saved.key = key_of(settings, weights, (*batches, *heldout))
+    if saved.path is not None:
+        saved.key = key_of(settings, program, original, (*batches, *heldout))
     return Healing(
         Working.of(program), Working.of(original), found, Factors(weights, settings),
         Draw.of(batches, settings.seed), heldout, settings, saved,

@@ -62,7 +62,7 @@ def done(bench: Workbench) -> HealedPlan:
     return healed(bench, [MERGE], HealBudget(tokens=2400), before)
 
 
-def test_the_figures_are_measured_on_data_that_decided_nothing(
+def test_the_figures_are_of_data_that_decides_nothing_while_healing(
     bench: Workbench, done: HealedPlan
 ) -> None:
     entry = done.entry
@@ -110,37 +110,78 @@ def test_a_plan_that_heals_is_replayed_with_the_same_weights(
 
 
 def _tried(number: int, gain: float, drop: float, feasible: bool) -> Tried:
-    return Tried(number, (MERGE,), drop, drop, gain, feasible)
+    return Tried(number, (MERGE,) * (number + 1), drop, drop, gain, feasible)
 
 
-def test_where_the_budget_is_missed_the_nearest_plan_that_reaches_it_is_healed(
-    bench: Workbench, done: HealedPlan, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = object.__new__(Run)
-    run.bench, run.warnings, run.healing = bench, [], None
-    slow, near, far = _tried(0, 1.1, 0.001, True), _tried(1, 2.1, 0.02, False), _tried(
-        2, 2.5, 0.5, False
-    )  # fmt: skip
-    pace: Any = SimpleNamespace(built=bench.build([MERGE]), ratio=1.1)
-    asked = list[Any]()
+@pytest.fixture
+def run(bench: Workbench, done: HealedPlan, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A run of which plans race at `paces`, and healing takes no time; `asked` were healed."""
+    made: Any = object.__new__(Run)
+    made.bench, made.warnings, made.healing, made.passed = bench, [], None, set()
+    made.raced, made.asked, made.after = dict[int, float](), list[Any](), 2.1
+    built = bench.build([MERGE])
 
     def heal(bench: Any, steps: Any, budget: Any, before: Any) -> HealedPlan:
-        asked.append(steps)
+        made.asked.append(steps)
         return done
 
     monkeypatch.setattr("attnopt.autotune.run.healed", heal)
-    monkeypatch.setattr(run, "_raced", lambda tried: pace)
-    monkeypatch.setattr(run, "_pace", lambda built: SimpleNamespace(built=built, ratio=2.1))
-    monkeypatch.setattr(run, "_enough", lambda at: at.ratio >= 2.0)
-    for largest, wins in ((0.9, near), (1e-9, slow)):
-        run.request = Request(budget=2.0, max_drop=largest, heal=HealBudget(tokens=1))
-        best = run._healed(_Best(pace, slow), [slow, near, far])
-        assert best.tried is wins
-    assert "still drops" in run.warnings[-1] and len(asked) == 2
-    run.request = Request(heal=HealBudget(tokens=1))
-    assert run._healed(_Best(pace, slow), [slow, near, far]).tried is slow
+    made._raced = lambda plan: SimpleNamespace(built=built, ratio=made.raced[plan.number])
+    made._pace = lambda built: SimpleNamespace(built=built, ratio=made.after)
+    made._enough = lambda at: made.request.budget is not None and at.ratio >= made.request.budget
+    return made
+
+
+LOOSE, TIGHT = 0.9, 1e-9  # the bound, beside what `done` drops by
+
+
+def _run_healed(
+    run: Any, budget: float | None, bound: float, best: Tried | None, *tried: Tried
+) -> Any:
+    run.request = Request(budget=budget, max_drop=bound, heal=HealBudget(tokens=1))
+    run.passed = {best.steps} if best else set()
+    ratio = run.raced[best.number] if best else 1.05
+    return run._healed(_Best(SimpleNamespace(built=None, ratio=ratio), best), tried)
+
+
+def test_where_the_budget_is_missed_the_nearest_plan_that_reaches_it_is_healed(run: Any) -> None:
+    slow, near, far = _tried(0, 1.1, 0.001, True), _tried(1, 2.1, 0.02, False), _tried(
+        2, 2.5, 0.5, False
+    )  # fmt: skip
+    run.raced = {0: 1.1, 1: 2.1, 2: 2.5}
+    assert _run_healed(run, 2.0, LOOSE, slow, slow, near, far).tried is near
+    assert run.healing.accepted and not run.warnings
+    assert _run_healed(run, 2.0, TIGHT, slow, slow, near, far).tried is slow
+    assert "still drops" in run.warnings[-1] and len(run.asked) == 2
+    assert not run.healing.accepted and "still drops" in run.healing.reason
+    assert _run_healed(run, None, LOOSE, slow, slow, near, far).tried is slow
     run.request = Request(budget=2.0)
-    assert run._healed(_Best(pace, slow), [slow, near]).pace is pace and len(asked) == 3
+    assert run._healed(_Best(run._raced(slow), slow), [slow, near]).pace.ratio == 1.1
+    assert len(run.asked) == 3
+
+
+def test_a_plan_is_healed_for_the_budget_only_where_it_reaches_it_when_raced(run: Any) -> None:
+    slow, said, held = _tried(0, 1.8, 0.001, True), _tried(1, 2.1, 0.02, False), _tried(
+        2, 2.2, 0.03, True  # passed on held-out data, not on evaluation data
+    )  # fmt: skip
+    run.raced = {0: 1.8, 1: 1.3, 2: 2.2}
+    assert _run_healed(run, 2.0, LOOSE, slow, slow, said).tried is slow
+    assert _run_healed(run, 2.0, LOOSE, slow, slow, said, held).tried is held
+    run.after = 1.7  # raced again it is slower than the winner
+    assert _run_healed(run, 2.0, LOOSE, slow, slow, held).tried is slow
+    assert "no faster" in run.healing.reason and not run.healing.accepted
+    count = len(run.asked)
+    assert _run_healed(run, None, LOOSE, None, said, held).tried is None
+    assert len(run.asked) == count
+
+
+def test_a_winner_within_the_bound_is_not_given_up_for_a_healed_one_beyond_it(run: Any) -> None:
+    best = _tried(0, 2.1, 0.001, True)
+    run.raced = {0: 2.1}
+    assert _run_healed(run, 2.0, TIGHT, best, best).pace.built is None  # not the healed one
+    assert not run.healing.accepted and "within the bound" in run.healing.reason
+    assert run.warnings == [f"healing was not kept: {run.healing.reason}"]
+    assert _run_healed(run, 2.0, LOOSE, best, best).pace.built is not None
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attnopt.compiler.contract import Miss, Notes, read_pass
 from attnopt.compiler.errors import Problem
-from attnopt.compiler.healing.checkpoint import Checkpoint
+from attnopt.compiler.healing.checkpoint import Checkpoint, key_of
 from attnopt.compiler.healing.draw import Draw, tokens
 from attnopt.compiler.healing.factors import Factors
 from attnopt.compiler.healing.heal import Healed, heal
@@ -156,6 +156,17 @@ def test_a_checkpoint_of_another_healing_is_not_gone_on_with(tmp_path: Path) -> 
     assert Checkpoint(path, "another").load() is None
 
 
+def test_the_key_of_a_checkpoint_is_of_specs_weights_and_the_original() -> None:
+    one, two = windowed(decoder()), windowed(decoder(), left=8)
+    other = decoder().copy()
+    other.set_weight("blocks.0.q.weight", 2 * other.weight("blocks.0.q.weight"))
+    keys = [key_of(QUICK, *pair, HELDOUT) for pair in (
+        (one, decoder()), (two, decoder()), (one, one), (one, other), (other, decoder()),
+    )]  # fmt: skip
+    assert len(set(keys)) == len(keys)
+    assert keys[0] == key_of(QUICK, windowed(decoder()), decoder(), HELDOUT)
+
+
 def test_what_does_not_help_is_thrown_away() -> None:
     """A rate this large drives the weights apart: no check is below the start."""
     done = healed(Settings(tokens=20 * ROWS * LENGTH, local=0, rate=0.99))
@@ -171,11 +182,11 @@ def test_low_rank_changes_have_their_rank_and_help() -> None:
         assert int(torch.linalg.matrix_rank(change, rtol=1e-4)) == 2, name
 
 
-def windowed(program: Program, backend: str = "sdpa") -> Program:
+def windowed(program: Program, backend: str = "sdpa", left: int = 3) -> Program:
     """The program with a narrow window at every site."""
     made = program.copy()
     for site in made.sites:
-        spec = made.spec(site).with_(mask=Mask("window", left=3), backend=backend)
+        spec = made.spec(site).with_(mask=Mask("window", left=left), backend=backend)
         made.node(site.node).update_arg(4, spec.text)
     made.clean()
     return made
