@@ -71,7 +71,7 @@ class Local:
         original, or shares all its weights with another site."""
         program = self.student.with_weights(self.factors.merged())
         site = program.site(id)
-        region = Region.of(program, site)
+        region = Region.of(program, site, self.teacher.program)
         own = self._own(region, names)
         if not own or not self.teacher.program.has(region.end):
             return None
@@ -88,7 +88,7 @@ class Local:
     def step(self, id: str, names: Sequence[str]) -> int:
         """One recording and one step, for the clock; the weights stay. The tokens it took."""
         program = self.student.with_weights(self.factors.merged())
-        region = Region.of(program, program.site(id))
+        region = Region.of(program, program.site(id), self.teacher.program)
         own = self._own(region, names)
         if not own or not self.teacher.program.has(region.end):
             return 0

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import fx
 
 from attnopt.compiler.program import Program, attribute
 from attnopt.compiler.regions import site_parts
@@ -30,7 +31,7 @@ def touched(program: Program, original: Program) -> Touched:
     sites are where the original has residual sublayers that the program lacks, since whatever
     follows them sees another stream.
     """
-    mine, theirs = parameters(program), parameters(original)
+    mine, theirs = parameters(program, original), parameters(original, original)
     every = len(program.sublayers) < len(original.sublayers)
     found: dict[str, tuple[str, ...]] = {}
     taken: set[str] = set()
@@ -46,10 +47,10 @@ def touched(program: Program, original: Program) -> Touched:
     return Touched(found, frozenset(name for name in taken if counts.count(name) > 1))
 
 
-def parameters(program: Program) -> dict[str, tuple[str, ...]]:
-    """The floating-point parameters that each site reads, by its id: those that nothing but sites
-    reads."""
-    parts = {site.id: set(site_parts(program, site)) for site in program.sites}
+def parameters(program: Program, original: Program) -> dict[str, tuple[str, ...]]:
+    """The floating-point parameters that each site of a program reads, by its id: those that
+    nothing but sites reads."""
+    parts = {site.id: site_nodes(program, site, original) for site in program.sites}
     inside = set[str]().union(*parts.values())
     tables = dict(program.module.named_parameters(remove_duplicate=False))
     readers: dict[str, set[str]] = {}
@@ -62,6 +63,24 @@ def parameters(program: Program) -> dict[str, tuple[str, ...]]:
         id: tuple(name for name, users in own.items() if users & nodes)
         for id, nodes in parts.items()
     }
+
+
+def site_nodes(program: Program, site: Site, original: Program) -> set[str]:
+    """The names of a site's nodes, and of the products with weights that the original has not, on
+    the way into this site alone: a rewrite has split a projection into two."""
+    inside = set(site_parts(program, site))
+    known = dict(original.module.named_parameters(remove_duplicate=False))
+    for node in reversed(list(program.graph.nodes)):
+        read = [n for n in (node, *node.all_input_nodes) if n.op == "get_attr"]
+        new = any(str(n.target) not in known and _floating(program, n) for n in read)
+        if new and node.users and all(user.name in inside for user in node.users):
+            inside.add(node.name)
+    return inside
+
+
+def _floating(program: Program, node: fx.Node) -> bool:
+    value = attribute(program.module, str(node.target))
+    return isinstance(value, torch.nn.Parameter) and value.is_floating_point()
 
 
 def _changed(

@@ -13,10 +13,10 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from attnopt.compiler import attend
+from attnopt.compiler.healing.touched import site_nodes
 from attnopt.compiler.lower import lower
 from attnopt.compiler.ops import ATTENTION
 from attnopt.compiler.program import Batch, Program, attribute
-from attnopt.compiler.regions import site_parts
 from attnopt.compiler.site import Site
 from attnopt.compiler.spec import parse_spec
 from attnopt.compiler.verify import own_dtype, widened
@@ -89,9 +89,9 @@ class Region:
     end: str
 
     @staticmethod
-    def of(program: Program, site: Site) -> Region:
+    def of(program: Program, site: Site, original: Program) -> Region:
         """The region of a site in a program that still has it."""
-        inside = set(site_parts(program, site))
+        inside = site_nodes(program, site, original)
         end = site.out.projection if site.out and program.has(site.out.projection) else site.node
         needed, nodes = {end}, list[fx.Node]()
         for node in reversed(list(program.graph.nodes)):

@@ -21,6 +21,7 @@ from attnopt.compiler.healing.loss import distance
 from attnopt.compiler.healing.schedule import share
 from attnopt.compiler.healing.settings import Settings
 from attnopt.compiler.healing.touched import touched
+from attnopt.compiler.healing.working import Region
 from attnopt.compiler.pipeline import apply_pass
 from attnopt.compiler.program import Batch, Program
 from attnopt.compiler.spec import Mask
@@ -98,6 +99,20 @@ def test_only_parameters_of_the_touched_site_are_trained() -> None:
         before = merged().weight(name)
         assert value.dtype == before.dtype and value.shape == before.shape
         assert not torch.equal(value, before)
+
+
+def test_factors_on_the_way_into_a_site_are_trained_with_it() -> None:
+    rewrite = read_pass("low_rank_projections{keep=0.5}")
+    thin, (outcome,) = apply_pass(decoder(), rewrite, ("s0",), Notes(decoder(), TRAINING, HELDOUT))
+    assert outcome.applied
+    known = dict(decoder().module.named_parameters())
+    new = {n for n, _ in thin.module.named_parameters() if n not in known}
+    assert {f"blocks.0.{part}.weight_down0" for part in "qkv"} <= new
+    assert touched(thin, decoder()).names.keys() == {"s0"}
+    assert set(touched(thin, decoder()).names["s0"]) == new
+    region = Region.of(thin, thin.site("s0"), decoder())
+    assert region.parameters == new
+    assert region.inputs[0] == decoder().site("s0").q.source  # type: ignore[union-attr]
 
 
 def test_the_programs_given_stay_as_they_are() -> None:
