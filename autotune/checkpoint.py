@@ -17,6 +17,7 @@ from attnopt.autotune.replay import rebuild, report_of, require_data, same_model
 from attnopt.compiler.artifact import load as load_folder
 from attnopt.compiler.artifact import read_plan
 from attnopt.compiler.checkpoint import Written, write_checkpoint
+from attnopt.compiler.checkpoint.changes import kept_out
 from attnopt.compiler.checkpoint.place import check_place
 from attnopt.compiler.contract import Exactness, read_pass
 from attnopt.compiler.errors import Problem
@@ -54,10 +55,12 @@ def export_checkpoint(
             help="give the original with --model; other models can be exported with --onnx",
         )  # fmt: skip
     check_place(to, source)
-    optimized = load_folder(home)
     report, plan = report_of(home), read_plan(home)
+    steps = {read_pass(step.rewrite).text for step in plan.steps}
+    kept_out(o for o in report.outcomes if o.rewrite in steps)  # before minutes of replaying
     require_data(plan, report, home)
     same_model(report, source)
+    optimized = load_folder(home)
     example = optimized.exported.example_inputs
     assert example is not None
     batch = Batch(tuple(example[0]), dict(example[1]))

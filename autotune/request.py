@@ -58,6 +58,11 @@ class HealBudget:
                 "A410", "a healing has to take more than 0 seconds or tokens",
                 help="for example --heal 5m, or --heal 200ktok",
             )  # fmt: skip
+        if self.rank < 0:
+            raise Problem(
+                "A410", f"a healing cannot have the rank {self.rank}",
+                help="0 trains whole weights; 8 or 32 is usual for changes of a rank",
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,11 @@ class Request:
     heal: HealBudget | None = None
 
     def __post_init__(self) -> None:
+        if self.heal is not None and not isinstance(self.heal, HealBudget):
+            raise Problem(
+                "A410", f"{self.heal!r} does not say how long to heal",
+                help='give a text such as "5m" or "200ktok", or a HealBudget',
+            )  # fmt: skip
         if self.budget is not None and not (math.isfinite(self.budget) and self.budget > 0):
             raise Problem(
                 "A410", f"a budget of {self.budget:g}x cannot be met by any model",

@@ -34,7 +34,9 @@ def export(
             metavar="FOLDER", help="The original model, for --hf (default: the one of the run)."
         ),
     ] = None,
-    opset: Annotated[int, typer.Option(help="The opset of the ONNX file: 23 or 24.")] = 23,
+    opset: Annotated[
+        int | None, typer.Option(help="The opset of the ONNX file: 23 (default) or 24.")
+    ] = None,
     trust: options.Trust = False,
     attention: options.Attention = None,
     dtype: options.Dtype = None,
@@ -47,12 +49,21 @@ def export(
             "A610", "Give --onnx FILE or --hf OUT" + ("" if onnx is None else ", not both"),
             help="attnopt export --help lists the options",
         )  # fmt: skip
+    other = "--onnx" if hf is not None else "--hf"
+    given = (
+        {"--opset": opset} if hf is not None
+        else {"--model": model, "--trust": trust or None, "--attention": attention,
+              "--dtype": dtype}
+    )  # fmt: skip
+    vain = [name for name, value in given.items() if value is not None]
+    if vain:
+        raise Problem("A610", f"{', '.join(vain)} can be given with {other} only")
     home = folder.parent if folder.name == "plan.json" else folder
     if hf is not None:
         form = {"attention": attention, "dtype": dtype}
         return _checkpoint(home, hf, model, form, trust, threads, json)
     assert onnx is not None
-    return _onnx(home, onnx, opset, threads, json)
+    return _onnx(home, onnx, 23 if opset is None else opset, threads, json)
 
 
 def _onnx(home: Path, onnx: Path, opset: int, threads: int | None, json: bool) -> int:

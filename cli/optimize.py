@@ -11,6 +11,7 @@ import typer
 
 from attnopt.cli import options
 from attnopt.cli.stdout import Interrupted, document
+from attnopt.compiler.errors import Problem
 
 RUNS = Path("attnopt-out")
 
@@ -67,6 +68,10 @@ def optimize(
     """Make the attention of MODEL fast, and measure what it cost."""
     from attnopt.autotune.request import parse_budget, parse_healing, parse_seconds, parse_share
 
+    if heal_rank and heal is None:
+        raise Problem(
+            "A610", "--heal-rank needs --heal", help="optimize --help lists the options"
+        )  # fmt: skip
     demands: dict[str, Any] = {
         "budget": None if budget is None else parse_budget(budget),
         "max_drop": parse_share(max_drop),

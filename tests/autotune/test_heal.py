@@ -206,6 +206,13 @@ def test_what_is_no_length_is_refused(said: str) -> None:
     assert caught.value.code == "A410"
 
 
+def test_what_is_no_healing_is_refused_before_any_work() -> None:
+    for wrong in (lambda: HealBudget(tokens=9, rank=-1), lambda: Request(heal=300)):  # type: ignore[arg-type]
+        with pytest.raises(Problem) as caught:
+            wrong()
+        assert caught.value.code == "A410"
+
+
 def test_reports_tell_what_healing_did_or_why_it_was_thrown_away() -> None:
     number = Number(0.0321, "measured")
     entry = HealingEntry(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,15 @@ def _run(model: Path, out: Path) -> None:
     save(out, made, PLAN, told, kept)
 
 
+def _also(out: Path, rewrite: str) -> None:
+    """Say in the files of a run that one more rewrite was made."""
+    files = (("plan.json", "steps", {}), ("report.json", "outcomes", {"applied": True}))
+    for name, key, more in files:
+        told = json.loads((out / name).read_text())
+        told[key].append({**told[key][-1], "rewrite": rewrite, **more})
+        (out / name).write_text(json.dumps(told))
+
+
 def _error(command: Command, *words: object) -> dict[str, Any]:
     ended = command("attnopt", "export", *words, "--json")
     assert ended.code == 1
@@ -72,6 +82,9 @@ def test_a_run_becomes_a_model_of_transformers(command: Command, tmp_path: Path)
         assert error["code"] == "A523" and why in error["why"]
     (model / "more.txt").touch()
     assert _error(command, out, "--hf", "other")["code"] == "A513"
+    _also(out, "heal{}")  # known before the original is looked at
+    error = _error(command, out, "--hf", "other")
+    assert error["code"] == "A521" and "model.pt2" in error["why"]
     (model / "config.json").unlink()
     assert _error(command, out, "--hf", "other")["code"] == "A521"
     assert not Path("other").exists()
@@ -81,6 +94,16 @@ def test_one_of_the_two_is_asked_for(command: Command) -> None:
     for more in ((), ("--hf", "a", "--onnx", "b")):
         error = _error(command, "out", *more)
         assert error["code"] == "A610" and "--onnx" in error["what"]
+
+
+def test_what_the_other_one_takes_is_refused(command: Command) -> None:
+    for more, vain in (
+        (("--hf", "a", "--opset", "24"), "--opset"),
+        (("--onnx", "a", "--model", "b", "--trust"), "--model, --trust"),
+        (("--onnx", "a", "--dtype", "float32"), "--dtype"),
+    ):
+        error = _error(command, "out", *more)
+        assert error["code"] == "A610" and error["what"].startswith(f"{vain} can")
 
 
 def test_it_needs_a_run(command: Command) -> None:

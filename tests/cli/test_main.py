@@ -58,6 +58,7 @@ def test_help_and_version(command: Command, name: str, argv: list[str], said: st
         ("optimize", [], None),
         ("optimize", ["m", "--text", "missing.txt"], "missing.txt"),
         ("optimize", ["m", "--batch", "0"], "--batch"),
+        ("optimize", ["m", "--heal-rank", "8"], "--heal-rank needs --heal"),
         ("attnopt", ["apply", "plan.json"], "MODEL"),
         ("attnopt", ["mistake"], "mistake"),
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path as Place
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ from attnopt.compiler.healing.touched import touched
 from attnopt.compiler.healing.working import Region
 from attnopt.compiler.pipeline import apply_pass
 from attnopt.compiler.program import Batch, Program
+from attnopt.compiler.site import Path, Site
 from attnopt.compiler.spec import Mask
 from tests.decoder import VOCABULARY, decoder
 from tests.tolerance import assert_close
@@ -40,10 +41,20 @@ def text(seed: int) -> Batch:
 TRAINING, HELDOUT = [text(seed) for seed in range(6)], [text(90), text(91)]
 
 
+def _split(site: Site) -> Site:
+    """The site with its splits named where the graph makes heads of channels."""
+
+    def at_heads(path: Path | None) -> Path | None:
+        (reshape,) = decoder().node(path.projection).users if path else (None,)
+        return replace(path, split=reshape.name) if path and reshape else path
+
+    return replace(site, q=at_heads(site.q), k=at_heads(site.k), v=at_heads(site.v))
+
+
 @lru_cache(maxsize=1)
 def merged() -> Program:
     """The decoder with one key/value head at its first site, by plain averaging."""
-    original = decoder()
+    original = decoder().with_sites(map(_split, decoder().sites))
     rewrite = read_pass("merge_kv_heads{factor=2 method=mean}")
     made, (outcome,) = apply_pass(original, rewrite, ("s0",), Notes(original))
     assert outcome.applied
@@ -135,7 +146,7 @@ class _Stopped(Exception):
 
 
 @pytest.mark.parametrize("stage", ["healing site by site", "healing end to end"])
-def test_an_interrupted_healing_ends_as_if_it_had_not_been(tmp_path: Path, stage: str) -> None:
+def test_an_interrupted_healing_ends_as_if_it_had_not_been(tmp_path: Place, stage: str) -> None:
     both = windowed(decoder())
     whole = heal(both, decoder(), TRAINING, HELDOUT, QUICK)
     assert isinstance(whole, Healed)
@@ -161,7 +172,7 @@ def test_an_interrupted_healing_ends_as_if_it_had_not_been(tmp_path: Path, stage
     assert not path.exists()
 
 
-def test_a_checkpoint_of_another_healing_is_not_gone_on_with(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_healing_is_not_gone_on_with(tmp_path: Place) -> None:
     path = tmp_path / "healing.pt"
     torch.save({"key": "another", "stage": 1, "at": 29}, path)
     done = healed(QUICK, Checkpoint(path))
