@@ -52,7 +52,7 @@ def write(folder: str | Path, files: Mapping[str, Content], stale: Collection[st
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target)
-        with _building(target) as fresh:
+        with building(target) as fresh:
             for name, content in files.items():
                 _put(fresh / name, content)
             _carry(target, fresh, leave_out={*OUTPUTS, *files, *stale})
@@ -122,6 +122,24 @@ def is_ours(folder: Path) -> bool:
     return _holds(folder / "plan.json", "steps") or _holds(folder / "report.json", "schema")
 
 
+@contextmanager
+def building(target: Path) -> Iterator[Path]:
+    """A fresh sibling of the folder `target`, removed at the end, and locked while its maker lives,
+    so that `write` can tell what a killed one left from work in progress.
+
+    Raises OSError where it cannot be made.
+    """
+    fresh = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
+    os.chmod(fresh, 0o777 & ~_umask())
+    handle = _lock(fresh)
+    try:
+        yield fresh
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)  # after the exchange this is the old folder
+        if handle is not None:
+            os.close(handle)
+
+
 def work_folder(folder: str | Path) -> Path:
     """`folder/.work`, made when missing: where a running search keeps its journal. It survives
     every `write`.
@@ -183,22 +201,6 @@ def _holds(path: Path, key: str) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(found, dict) and key in found
-
-
-@contextmanager
-def _building(target: Path) -> Iterator[Path]:
-    """A fresh sibling folder, locked while its maker lives, so that `_sweep` can tell a leftover
-    from work in progress.
-    """
-    fresh = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
-    os.chmod(fresh, 0o777 & ~_umask())
-    handle = _lock(fresh)
-    try:
-        yield fresh
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)  # after the exchange this is the old folder
-        if handle is not None:
-            os.close(handle)
 
 
 def _sweep(target: Path) -> None:

@@ -60,15 +60,19 @@ class Reloaded:
 
     def _beyond(self, made: Changes) -> list[Batch]:
         """Random tokens that reach beyond every window that the plan gave, for a model that takes
-        tokens alone."""
+        tokens, alone or with a mask of the real ones."""
         text = self.model.hf.config.get_text_config()
         most = max((pair.window.left for pair in made.pairs if pair.window is not None), default=0)
-        if not most or set(made.program.example.kwargs) != {"input_ids"}:
+        given = made.program.example.kwargs
+        if not most or given.keys() - {"attention_mask"} != {"input_ids"}:
             return []
         length = min(most + 17, longest(text) or most + 17)
         draw = torch.Generator().manual_seed(0)
         ids = torch.randint(0, int(text.vocab_size), (2, length), generator=draw)
-        return [Batch((), {"input_ids": ids})]
+        inputs = {"input_ids": ids}
+        if (mask := given.get("attention_mask")) is not None:
+            inputs["attention_mask"] = torch.ones_like(ids, dtype=mask.dtype)
+        return [Batch((), inputs)]
 
 
 def allow(error: float, bound: float, when: str, out: Path) -> None:

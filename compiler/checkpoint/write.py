@@ -3,7 +3,6 @@ compare before it takes its place."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,14 @@ from safetensors import SafetensorError
 
 from attnopt.compiler.checkpoint.changes import Changes, Pair, changes, refusal
 from attnopt.compiler.checkpoint.names import Names
-from attnopt.compiler.checkpoint.place import beside, check_place, copy_files, put
+from attnopt.compiler.checkpoint.place import (
+    beside,
+    check_place,
+    copy_files,
+    put,
+    write_plan,
+    writing,
+)
 from attnopt.compiler.checkpoint.reload import Reloaded, allow
 from attnopt.compiler.checkpoint.settings import Settings, settings, window_of
 from attnopt.compiler.checkpoint.weights import (
@@ -103,8 +109,9 @@ def write_checkpoint(
     allow(same.error, same.bound, f"in {same.dtype}", out)
     with beside(out) as fresh:
         _save(model, fresh)
-        copy_files(source, fresh)
-        (fresh / "plan.json").write_text(json.dumps(plan.as_json(), indent=1) + "\n")
+        with writing(out):
+            copy_files(source, fresh)
+            write_plan(plan, fresh)
         error = Reloaded(fresh, loaded, out).holds(made, run, batch)
         files = put(fresh, out)
     return Written(

@@ -3,10 +3,12 @@ been interrupted, since what is drawn depends on the seed and the step alone."""
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -21,6 +23,7 @@ from attnopt.compiler.healing.settings import Settings
 from attnopt.compiler.program import Batch, Program
 
 SECONDS = 30.0
+log = logging.getLogger("attnopt")
 
 
 @dataclass
@@ -51,12 +54,18 @@ class Checkpoint:
         return self.path is not None and time.monotonic() - self.written >= self.seconds
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Replace the file in one step."""
+        """Replace the file in one step. Where the disk refuses, the earlier one stays: the healing
+        goes on, and an interruption costs more."""
         if self.path is None:
             return
         fresh = self.path.with_name(self.path.name + ".new")
-        torch.save({**state, "key": self.key}, fresh)
-        os.replace(fresh, self.path)
+        try:
+            torch.save({**state, "key": self.key}, fresh)
+            os.replace(fresh, self.path)
+        except (OSError, RuntimeError) as error:  # torch's writer raises the latter
+            log.warning("where the healing stands was not saved: %s", error)
+            with suppress(OSError):
+                fresh.unlink(missing_ok=True)
         self.written = time.monotonic()
 
     def clear(self) -> None:

@@ -3,6 +3,7 @@ a reason wherever a family has no field for what a plan did."""
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -11,13 +12,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from tempfile import mkdtemp
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from attnopt.compiler.checkpoint import Written, changes, write, write_checkpoint
+from attnopt.compiler.artifact import read_plan
+from attnopt.compiler.checkpoint import Written, changes, place, write, write_checkpoint
+from attnopt.compiler.checkpoint.reload import Reloaded
 from attnopt.compiler.contract import Notes
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.intake.loaded import Loaded
@@ -25,6 +29,7 @@ from attnopt.compiler.intake.source import load
 from attnopt.compiler.pipeline import apply_plan, read
 from attnopt.compiler.plan import Plan, Step
 from attnopt.compiler.program import Batch, Program
+from attnopt.compiler.spec import Mask
 from tests.families import VOCABULARY
 from tests.programs import EXACT
 from tests.tolerance import assert_close
@@ -302,3 +307,47 @@ def test_a_wrong_answer_once_reloaded_is_not_written(
         export("gpt2", (), tmp_path / "out")
     assert caught.value.code == "A522" and "reloaded" in caught.value.why
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: Path, fresh: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(write, "copy_files", refuse)
+    with pytest.raises(Problem) as caught:
+        export("gpt2", (), tmp_path / "out")
+    assert caught.value.code == "A502" and "No space" in caught.value.why
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_earlier_export_goes_and_what_a_killed_one_left(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for names in (("vocab.txt", "model-00001-of-00002.safetensors"), ("merges.txt",)):
+        with place.beside(out) as fresh:
+            fresh.with_name(fresh.name + "killed").mkdir()
+            for name in names:
+                (fresh / name).touch()
+            place.write_plan(Plan(()), fresh)
+            assert set(place.put(fresh, out)) == {*names, "plan.json"}
+        (out / "mine.txt").touch()
+    assert {path.name for path in out.iterdir()} == {"merges.txt", "plan.json", "mine.txt"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert read_plan(out) == Plan(())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_windows_are_compared_beyond_them_with_a_mask_or_without(masked: bool) -> None:
+    site = given("mistral").program.sites[0]
+    ids = torch.zeros(2, 4, dtype=torch.int64)
+    inputs = {"input_ids": ids, **({"attention_mask": ids.bool()} if masked else {})}
+    made: Any = SimpleNamespace(
+        pairs=(changes.Pair(site, site, Mask("window", left=8)),),
+        program=SimpleNamespace(example=Batch((), inputs)),
+    )
+    reloaded: Any = object.__new__(Reloaded)
+    reloaded.model = given("mistral").loaded.module
+    (batch,) = reloaded._beyond(made)
+    assert batch.kwargs.keys() == inputs.keys() and batch.kwargs["input_ids"].shape == (2, 25)
+    assert not masked or bool(batch.kwargs["attention_mask"].all())
+    made.program.example = Batch((), {**inputs, "position_ids": ids})
+    assert not reloaded._beyond(made)

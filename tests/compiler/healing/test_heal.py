@@ -182,6 +182,22 @@ def test_a_checkpoint_of_another_healing_is_not_gone_on_with(tmp_path: Place) ->
     assert Checkpoint(path, "another").load() is None
 
 
+def test_a_disk_that_refuses_a_checkpoint_stops_no_healing(
+    tmp_path: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Checkpoint(tmp_path / "none" / "healing.pt").save({"at": 1})
+    kept = Checkpoint(tmp_path / "healing.pt", "key")
+    kept.save({"at": 1})
+
+    def refuse(source: Place, to: Place) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("os.replace", refuse)
+    kept.save({"at": 2})
+    assert kept.load() == {"at": 1, "key": "key"}
+    assert [path.name for path in tmp_path.iterdir()] == ["healing.pt"]
+
+
 def test_the_key_of_a_checkpoint_is_of_specs_weights_and_the_original() -> None:
     one, two = windowed(decoder()), windowed(decoder(), left=8)
     other = decoder().copy()
