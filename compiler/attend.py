@@ -63,7 +63,9 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: Attent
     whose bias is the sink. Run eagerly on a CPU, a padding that
     drops nothing is left out, so that a causal mask stays a flag.
     """
-    grouped = spec.group > 1
+    grouped = False
+    if spec.group > 1:  # asked, since torch.compile may trace sizes as symbols
+        grouped = True
     padding = extra(extras, spec, "padding")
     if padding is not None and _drops_nothing(padding):
         extras = [x for x in extras if x is not padding]

@@ -16,10 +16,12 @@ SHORTEST = 1024  # keys, below which parts are not worth their merge
 
 def parts_for(q: Tensor, k: Tensor, v: Tensor) -> int:
     """Into how many parts keys should be cut, 1 for none: one key/value head on a CPU with more
-    threads than sequences.
+    threads than sequences, outside of torch.compile.
 
     q `[batch, 1, rows, dim]`, k `[batch, 1, T, dim]`, v `[batch, 1, T, v_dim]`.
     """
+    if torch.compiler.is_compiling():  # the number of keys would be a special case of the graph
+        return 1
     plain = k.shape[1] == 1 and q.shape[3] == v.shape[3] and q.device.type == "cpu"
     if not plain or k.shape[2] < SHORTEST:
         return 1
@@ -44,7 +46,7 @@ def merged(outs: Tensor, sums: Tensor) -> Tensor:
     """The attention to all keys, `[batch, 1, rows, dim]`, of outputs `[batch, parts, rows, dim]`
     and log-sum-exps `[batch, parts, rows]` of disjoint parts of them.
 
-    Parts without a key have -inf; rows without any give zeros.
+    Parts without a key have -inf and finite outputs; rows without any give zeros.
     """
     top = sums.amax(1, keepdim=True)
     shares = (sums - top.masked_fill(top == float("-inf"), 0.0)).exp()

@@ -44,7 +44,9 @@ class DimCut:
         known = {**example_sizes(program), **self.sizes}
         meta = self.split.meta["val"]
         self.dtype = meta.dtype
-        self.x = torch.randn([concrete(size, known) for size in meta.shape], dtype=torch.float64)
+        shape = [concrete(size, known) for size in meta.shape]
+        drawn = torch.Generator().manual_seed(0)
+        self.x = torch.randn(shape, generator=drawn, dtype=torch.float64)
         gone = self.x.clone()
         gone[..., kept] = 0.0
         self.whole = Evaluator(program, self.sizes, {self.split: self.x.to(self.dtype)})

@@ -101,25 +101,29 @@ class Optimized:
         return restored(path, self.exported)
 
     def draft(
-        self, texts: Sequence[Batch | Tensor] = (), remember: bool = False, **how: Any
+        self, texts: Sequence[Batch | Tensor] | Tensor = (), remember: bool = False, **how: Any
     ) -> Draft | Miss:
         """The model without some sublayers, to `generate` with as `speculate`, or why none pays.
 
         It is chosen by measurement on `texts`, batches or tokens int64 `[batch, seq]`; without them
-        it is what was remembered, or is chosen on the batches that the run kept. The arguments of
-        `Sampling` say what it is chosen for. `remember` writes it into the run's plan.json. Raises
-        `Problem` A708 as `decoder` does, and A709 where there is no text.
+        and without settings it is what was remembered, or is chosen on the batches that the run
+        kept. The arguments of `Sampling` say what it is chosen for. `remember` writes it into the
+        run's plan.json. Raises `Problem` A707 on unknown settings, A708 as `decoder` does, and A709
+        where there is no text.
         """
         from attnopt.compiler.artifact import load_calibration, remember_draft
         from attnopt.compiler.decode.draft import choose, restored, told
-        from attnopt.compiler.decode.sampling import Sampling
+        from attnopt.compiler.decode.generate import read
 
+        settings = read(how)
         known = (self._plan.get("decode") or {}).get("speculate")
-        if known is not None and not texts:
+        given: list[Batch | Tensor] = [texts] if isinstance(texts, Tensor) else list(texts)
+        if known is not None and not given and not how:
             return restored(self.decoder, known)
-        texts = texts or load_calibration(self.folder).get("calibration", ())
-        made = choose(self.decoder, texts, Sampling(**how))
+        given = given or list(load_calibration(self.folder).get("calibration", ()))
+        made = choose(self.decoder, given, settings)
         if remember:
+            self.__dict__.pop("_usual_draft", None)
             remember_draft(self.folder, told(made))
             self._plan["decode"] = {**self._plan["decode"], "speculate": told(made)}
         return made
@@ -148,8 +152,9 @@ class Optimized:
         `input_ids` is int64 `[batch, prompt]`, padded on the left where `attention_mask`, of that
         shape, is 0; the other arguments are those of `Generation`: `max_new_tokens`, `do_sample`,
         `temperature`, `top_k`, `top_p`, `seed`, `eos_token_id`, `pad_token_id`, `prefill_chunk`.
-        With `speculate` a draft guesses tokens, which changes none of them without sampling and
-        their distribution never; True takes what `draft()` gives. Raises `Problem` A707 on
+        With `speculate` a draft guesses tokens, which changes none of them without sampling (up to
+        ties within rounding) and their distribution never; True takes what `draft()` gives. Raises
+        `Problem` A707 on
         arguments that do not fit and A708 as `decoder` does.
         """
         columns = self.stream(input_ids, attention_mask, speculate, **how)

@@ -32,6 +32,8 @@ def divergences(
         real = _real(batch, expected)
         for at, found in enumerate(_weights(changed, node, batch, GRID)):
             lost = torch.where(expected > 0, expected * (expected / found).log(), 0.0).sum(-1)
+            rest, other = ((1 - x.sum(-1)).clamp(min=1e-30) for x in (expected, found))
+            lost = lost + rest * (rest / other).log()  # of sinks, which are no keys
             total[at] += torch.where(real[:, None], lost, 0.0).double().sum((0, 2))
         count += int(real.sum())
     return total / max(count, 1)

@@ -52,6 +52,7 @@ class CpuDtype(Pass):
     source: ClassVar[str] = "oneDNN developer guide, Data types"
     after: ClassVar[tuple[str, ...]] = (
         "simplify_mask", "fold_repeated_kv", "fuse_attention", "merge_kv_heads", "latent_kv",
+        "share_kv_layers",
         "prune_heads", "shrink_head_dim", "low_rank_projections", "sliding_window",
         "skip_sublayers", "fuse_blocks", "refit", "heal", "unpad",
     )  # fmt: skip

@@ -80,6 +80,8 @@ class LatentKv(Pass):
         )  # fmt: skip
 
     def _refused(self, site: Site, program: Program, notes: Notes) -> Miss | None:
+        if not (0 < self.keep < 1 and 0 <= self.rotary <= 1 and self.fold > 0):
+            return Miss("keep is a share below 1, rotary a share, and fold a count", site.node)
         missing = unknown(program, site)
         if missing is not None:
             return missing

@@ -96,8 +96,6 @@ class MergeKvHeads(Pass):
                 return Miss(f"the projection of {which} was not found: {why}", site.node)
         if site.out is not None and not site.out.channels.numel():
             return Miss("the output projection has factors", site.out.projection)
-        if site.out is not None and not site.out.channels.numel():
-            return Miss("the output projection has factors", site.out.projection)
         if "rotary" in site.missing:
             return Miss(
                 f"the rotary embedding is not understood: {site.missing['rotary']}", site.node

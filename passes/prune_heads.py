@@ -66,6 +66,8 @@ class PruneHeads(Pass):
                     evidence={**fit.evidence(pick), **damage})  # fmt: skip
 
     def _refused(self, site: Site, notes: Notes) -> Miss | None:
+        if not 0 < self.keep <= 1:
+            return Miss(f"keep={self.keep} is no share between 0 and 1", site.node)
         if site.kv_heads == 1:
             return Miss("there is one key/value head", site.node)
         if self._count(site) == site.kv_heads:

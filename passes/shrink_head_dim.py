@@ -52,6 +52,8 @@ class ShrinkHeadDim(Pass):
 
     def rewrite(self, target: Site, program: Program, notes: Notes) -> Edit | Miss:
         """Smaller projections for one site, or why not."""
+        if not 0 < self.keep < 1:
+            return Miss(f"keep={self.keep} is no share between 0 and 1", target.node)
         miss = unknown(program, target)
         if miss is not None:
             return miss

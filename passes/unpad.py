@@ -51,6 +51,7 @@ class Unpad(Pass):
     source: ClassVar[str] = "Zhai et al., ByteTransformer, IPDPS 2023"
     after: ClassVar[tuple[str, ...]] = (
         "simplify_mask", "fold_repeated_kv", "fuse_attention", "merge_kv_heads", "latent_kv",
+        "share_kv_layers",
         "prune_heads", "shrink_head_dim", "low_rank_projections", "sliding_window",
         "skip_sublayers", "refit", "heal",
     )  # fmt: skip

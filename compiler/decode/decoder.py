@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from attnopt.compiler.compiled import Compiled
-from attnopt.compiler.decode.caches import cache_of
+from attnopt.compiler.decode.caches import Ring, cache_of
 from attnopt.compiler.decode.causal import require_causal
 from attnopt.compiler.decode.latents import find
 from attnopt.compiler.decode.phases import Cache, phase, tables
@@ -55,11 +55,14 @@ class Decoder:
     ) -> None:
         self.program, self.split, self.slack, self.dtype = program, parts, slack, dtype
         self.caches: dict[str, Cache] = {
-            node.name: find(program, parts, node) or cache_of(parse_spec(str(node.args[4])), slack)
+            node.name: find(program, parts, node, dtype)
+            or cache_of(parse_spec(str(node.args[4])), slack)
             for node in program.attentions()
         }
+        self.places = _places(program, self.caches)
         self._phases: dict[tuple[str, bool], Callable[..., Tensor]] = {}
         self._single: Compiled | None = None
+        self._with_slack: dict[int, Decoder] = {}
 
     @cached_property
     def device(self) -> torch.device:
@@ -87,7 +90,7 @@ class Decoder:
                 )
                 for heads, dim in cache.widths
             )
-            for name, cache in self.caches.items()
+            for name, cache in self._owners()
         ]  # fmt: skip
         state = State(batch, capacity, caches, [], given)
         state.tables = self._make_tables(state)
@@ -138,6 +141,19 @@ class Decoder:
             )  # fmt: skip
         state.length = length
 
+    def with_slack(self, tokens: int) -> Decoder:
+        """This decoder, or one whose windows can take back so many tokens; it is made once, and
+        compiled where this one is."""
+        rings = [cache for cache in self.caches.values() if isinstance(cache, Ring)]
+        if all(ring.slack >= tokens for ring in rings):
+            return self
+        if tokens not in self._with_slack:
+            made = Decoder(self.program, self.split, tokens, self.dtype)
+            if self._single is not None:
+                made.compile()
+            self._with_slack[tokens] = made
+        return self._with_slack[tokens]
+
     def grow(self, state: State, capacity: int) -> None:
         """Make room for more tokens. Raises `Problem` A704 as `state` does."""
         larger = self.state(state.batch, capacity, state.masks)
@@ -172,7 +188,7 @@ class Decoder:
         """Bytes of cache that a token of one sequence takes, where it is kept."""
         return sum(
             heads * dim * self._kept(name).itemsize
-            for name, cache in self.caches.items()
+            for name, cache in self._owners()
             for heads, dim in cache.widths
         )
 
@@ -189,7 +205,15 @@ class Decoder:
 
     def phase(self, kind: str, last: bool) -> fx.GraphModule:
         """The graph of a phase; see `phases.phase`."""
-        return phase(self.program, self.split, self.caches, kind, last)  # type: ignore[arg-type]
+        at = {name: (self.places[name], cache) for name, cache in self.caches.items()}
+        return phase(self.program, self.split, at, kind, last)  # type: ignore[arg-type]
+
+    def _owners(self) -> list[tuple[str, Cache]]:
+        """The attentions whose caches are kept, in the order of a state's."""
+        first = dict[int, str]()
+        for name, place in self.places.items():
+            first.setdefault(place, name)
+        return [(name, self.caches[name]) for _, name in sorted(first.items())]
 
     def _run(self, kind: str, state: State, tokens: Sequence[Tensor], last: bool) -> Tensor:
         wanted = self.split.tokens
@@ -273,6 +297,19 @@ class Decoder:
     def _fake(self, name: str) -> Tensor:
         fake: Tensor = self.program.node(name).meta["val"]
         return fake
+
+
+def _places(program: Program, caches: Mapping[str, Cache]) -> dict[str, int]:
+    """Which cache of a state each attention reads: attentions that read the same keys and values
+    read the same one, which each of them writes alike. A ring is one attention's own, since what
+    is written last replaces what another still has to read."""
+    found: dict[object, int] = {}
+    return {
+        name: found.setdefault(
+            name if isinstance(cache, Ring) else program.node(name).args[1:3], len(found)
+        )
+        for name, cache in caches.items()
+    }
 
 
 def derive(program: Program, slack: int = 0, check: bool = True) -> Decoder:

@@ -89,6 +89,8 @@ def draft_without(decoder: Decoder, skipped: Sequence[str], length: int) -> Draf
         raise Problem("A709", f"{what} in {decoder.program.name}" if unknown else what,
                       help=f"there are {', '.join(known)}" if unknown else "")  # fmt: skip
     made = without(decoder.program, [known[name] for name in skipped])
+    if not made.attentions():
+        raise Problem("A709", f"without {', '.join(skipped)} no attention is left")
     return Draft(_decoder(made, decoder), tuple(skipped), length)
 
 
@@ -132,8 +134,11 @@ def choose(
     """
     how, clock = how or Sampling(), clock or seconds
     batches = _batches(decoder, texts)
-    whole = clock(decoder, 1)
-    verify = {length: clock(decoder, length + 1) / whole for length in LENGTHS}
+    try:
+        whole = clock(decoder, 1)
+        verify = {length: clock(decoder, length + 1) / whole for length in LENGTHS}
+    except Problem as problem:
+        return Miss(f"its steps cannot be timed: {problem.what}")
     best: Draft | None = None
     for skipped, program, acceptance in _orders(decoder, batches, how):
         try:
@@ -160,11 +165,13 @@ def choose(
 
 
 def seconds(decoder: Decoder, tokens: int) -> float:
-    """The measured time of a step of so many tokens, of one sequence, after a short prompt: the
-    shortest of several, which what else runs disturbs least."""
-    ids = torch.zeros(1, CONTEXT + tokens, dtype=torch.int64, device=decoder.device)
-    at = torch.arange(CONTEXT + tokens, device=decoder.device)[None]
-    state = decoder.state(1, CONTEXT + tokens)
+    """The measured time of a step of so many tokens, of one sequence (or the batch of a model that
+    was traced for one), after a short prompt: the shortest of several, which what else runs
+    disturbs least."""
+    batch = 1 if is_symbol(decoder.split.batch) else int(decoder.split.batch)
+    ids = torch.zeros(batch, CONTEXT + tokens, dtype=torch.int64, device=decoder.device)
+    at = torch.arange(CONTEXT + tokens, device=decoder.device).expand(batch, -1)
+    state = decoder.state(batch, CONTEXT + tokens)
     decoder.prefill(state, *inputs_of(decoder, ids[:, :CONTEXT], at[:, :CONTEXT]), last=True)
     given = inputs_of(decoder, ids[:, CONTEXT:], at[:, CONTEXT:])
     taken = []

@@ -15,17 +15,20 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses import FakeTensor
 
 from attnopt.compiler.attend_step import to_all, to_positions
 from attnopt.compiler.decode.split import Split
 from attnopt.compiler.layout import is_symbol, same_size
-from attnopt.compiler.program import Program
-from attnopt.compiler.raising.evaluate import Evaluator, Unknown
+from attnopt.compiler.program import Program, attribute
+from attnopt.compiler.raising.evaluate import LIMIT, Evaluator, Unknown
+from attnopt.compiler.raising.index_probe import CASTS
 from attnopt.compiler.spec import AttentionSpec, parse_spec
 
 aten = torch.ops.aten
 _PRODUCTS = (aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.default)
 _TRIALS = 3  # random tokens on which the maps are tried
+_SLACK = 64 * torch.finfo(torch.float32).eps  # tables in a graph are often of float32
 
 
 @dataclass(frozen=True)
@@ -97,11 +100,13 @@ def joined(latent: Tensor, shared: Tensor | None = None) -> Tensor:
     return made if shared is None else torch.cat((made, shared), -1)
 
 
-def find(program: Program, parts: Split, attention: fx.Node) -> Latent | None:
+def find(
+    program: Program, parts: Split, attention: fx.Node, dtype: torch.dtype | None = None
+) -> Latent | None:
     """The latent that an attention's keys and values are made of, where storing it takes less than
-    storing them; None where there is none."""
+    storing them; None where there is none. The maps are in the keys' dtype, or in `dtype`."""
     spec = parse_spec(str(attention.args[4]))
-    if spec.mask.kind == "window" or spec.kv_heads == 1:
+    if spec.mask.kind == "window":
         return None
     _, k, v = cast(tuple[fx.Node, ...], attention.args[:3])
     latent = _source(v, parts)
@@ -119,38 +124,38 @@ def find(program: Program, parts: Split, attention: fx.Node) -> Latent | None:
     if maps is None:
         return None
     up_k, key_bias, up_v, bias = maps
-    # A bias of all keys is the same in each of a query's logits, which softmax does not see.
-    seen = spec.softcap != 0.0 or "sinks" in spec.extras
-    if seen and (bool(key_bias.any()) or bool(bias.any())):
+    # A bias of all keys is the same in each of a query's logits, which softmax does not see; one of
+    # all values is what it was where a query's weights sum to one.
+    sinks = "sinks" in spec.extras
+    if ((spec.softcap or sinks) and bool(key_bias.any())) or (sinks and bool(bias.any())):
         return None
-    return Latent(spec, latent.name, shared.name if shared else None, up_k, up_v, bias)
+    kept = [x.to(dtype or k.meta["val"].dtype) for x in (up_k, up_v, bias)]
+    return Latent(spec, latent.name, shared.name if shared else None, *kept)
 
 
 def _source(v: fx.Node, parts: Split) -> fx.Node | None:
     """The node `[batch, seq, rank]` that the projection of an operand reads, where that is itself
     made by a narrowing projection; None otherwise."""
     projection = _up(v, parts)
-    if projection is None or projection.target not in _PRODUCTS:
+    if projection is None:
         return None
-    node = _activation(projection, parts)
+    node = _above(projection, parts)
     while node is not None and not _is_tokens(node, parts):
-        above = [n for n in node.all_input_nodes if n.name in parts.moving]
-        node = above[0] if len(above) == 1 and node.target not in _PRODUCTS else None
+        node = _above(node, parts) if node.target not in _PRODUCTS else None
     return node if node is not None and _narrowed(node, parts) else None
 
 
 def _up(node: fx.Node, parts: Split) -> fx.Node | None:
     """The first projection above a node that only moves its values about."""
-    while node.target not in _PRODUCTS:
-        above = [n for n in node.all_input_nodes if n.name in parts.moving]
-        if len(above) != 1:
-            return None
-        node = above[0]
-    return node
+    found: fx.Node | None = node
+    while found is not None and found.target not in _PRODUCTS:
+        found = _above(found, parts)
+    return found
 
 
-def _activation(projection: fx.Node, parts: Split) -> fx.Node | None:
-    above = [n for n in projection.all_input_nodes if n.name in parts.moving]
+def _above(node: fx.Node, parts: Split) -> fx.Node | None:
+    """The one value of the tokens that a node reads; None where there are several."""
+    above = [n for n in node.all_input_nodes if n.name in parts.moving]
     return above[0] if len(above) == 1 else None
 
 
@@ -171,7 +176,7 @@ def _narrowed(node: fx.Node, parts: Split) -> bool:
             continue
         seen.add(top)
         if top.target in _PRODUCTS:
-            source = _activation(top, parts)
+            source = _above(top, parts)
             return source is not None and width <= int(source.meta["val"].shape[-1])
         if top.target is aten.add.Tensor and _adds_streams(top, parts):
             return False
@@ -218,6 +223,8 @@ class _Reading:
         self.program, self.parts, self.k, self.v = program, parts, k, v
         self.given = [latent] if shared is None else [latent, shared]
         self.sizes = [int(node.meta["val"].shape[-1]) for node in self.given]
+        weight = next(program.module.parameters(), torch.empty(0))
+        self.device = torch.device("cpu") if weight.is_meta else weight.device
 
     @property
     def width(self) -> int:
@@ -240,19 +247,16 @@ class _Reading:
     def maps(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         """K `[kv_heads, head_dim, width]` and its bias, V `[kv_heads, v_dim, rank]` and its bias;
         None where keys and values are no such maps, the same at all positions."""
-        dtype = self.given[0].meta["val"].dtype
-        units = torch.cat((torch.zeros(1, self.width), torch.eye(self.width))).to(dtype)
+        units = torch.cat((torch.zeros(1, self.width), torch.eye(self.width))).double()
         keys, values = self._at(units)  # [heads, 1 + width, dim]
         up_k, up_v = (x[:, 1:] - x[:, :1] for x in (keys, values))
         rank = self.sizes[0]
         generator = torch.Generator().manual_seed(0)
-        tried = torch.randn(_TRIALS, self.width, generator=generator).to(dtype)
-        for made, base, maps in zip(self._at(tried), (keys, values), (up_k, up_v), strict=True):
-            off = (made - (base[:, :1] + tried @ maps)).abs().max()
-            if (
-                not off
-                <= 64 * torch.finfo(dtype).eps * (1 + made.abs().max()) * len(maps[0]) ** 0.5
-            ):
+        tried = torch.randn(_TRIALS, self.width, generator=generator, dtype=torch.float64)
+        sides = zip(self._at(tried), (keys, values), (up_k, up_v), strict=True)
+        for made, base, maps in sides:
+            off = (made - (base[:, :1] + tried.to(maps.device) @ maps)).abs().max()
+            if not off <= _SLACK * (made - base[:, :1]).abs().max().clamp(min=1e-30):
                 return None
         if bool(up_v[:, rank:].any()):
             return None
@@ -271,8 +275,30 @@ class _Reading:
         for node, part in zip(self.given, tokens.split(self.sizes, dim=1), strict=True):
             fake = node.meta["val"]
             rows = 1 if is_symbol(fake.shape[0]) else int(fake.shape[0])
-            shaped = part.view(*(1,) * (fake.dim() - 2), *part.shape)
-            given[node] = shaped.expand(rows, *shaped.shape[1:]).to(fake.dtype)
-        evaluator = Evaluator(self.program, sizes, given)
+            shaped = part.view(*(1,) * (fake.dim() - 2), *part.shape).to(self.device)
+            given[node] = shaped.expand(rows, *shaped.shape[1:])
+        evaluator = _Wide(self.program, sizes, given)
         with torch.no_grad():
-            return [evaluator(node)[0] for node in (self.k, self.v)]
+            return [evaluator(node)[0].double() for node in (self.k, self.v)]
+
+
+class _Wide(Evaluator):
+    """Evaluates in float64 whatever the dtype of the weights, so that a map is told from what only
+    resembles one; weights that are not there are drawn."""
+
+    def _run(self, node: fx.Node) -> Any:
+        source = node.args[0] if node.args else None
+        if node.target in CASTS and isinstance(source, fx.Node):
+            value = self.values[source]
+            if isinstance(value, Tensor) and value.is_floating_point():
+                return value
+        if node.op != "get_attr":
+            return super()._run(node)
+        held = attribute(self.program.module, str(node.target))
+        if held.is_floating_point() and (held.is_meta or isinstance(held, FakeTensor)):
+            if held.numel() > LIMIT:
+                raise Unknown(f"`{node.target}` has no values")
+            generator = torch.Generator().manual_seed(len(self.values))
+            return torch.randn(held.shape, generator=generator, dtype=torch.float64)
+        value = super()._run(node)
+        return value.double() if value.is_floating_point() else value

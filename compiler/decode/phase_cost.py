@@ -20,7 +20,7 @@ that expand a latent or absorb its expansion: their weights are read in either p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, cast
 
 import torch
@@ -173,11 +173,17 @@ def decoding(program: Program, load: Load | None = None) -> Decoding:
     """
     parts = split(program)
     load = load or _load(program, parts.tokens[0])
-    sites = tuple(
-        _site(program, parts, site, load) for site in program.sites if program.has(site.node)
-    )
+    sites = list[SitePhases]()
+    kept = set[object]()
+    for site in program.sites:
+        if not program.has(site.node):
+            continue
+        made, read = _site(program, parts, site, load), program.node(site.node).args[1:3]
+        # Attentions that read the same keys and values keep them once.
+        sites.append(replace(made, cache_bytes_per_token=0) if read in kept else made)
+        kept.add(read)
     return Decoding(
-        load.batch, load.prompt, load.cached, sites, _weight_bytes(program),
+        load.batch, load.prompt, load.cached, tuple(sites), _weight_bytes(program),
         load.batch * sum(site.cache_bytes for site in sites),
     )  # fmt: skip
 

@@ -34,13 +34,13 @@ def tables(program: Program, split: Split) -> fx.GraphModule:
 
 
 def phase(
-    program: Program, split: Split, caches: Mapping[str, Cache], kind: Kind, last: bool
+    program: Program, split: Split, caches: Mapping[str, tuple[int, Cache]], kind: Kind, last: bool
 ) -> fx.GraphModule:
     """The graph that new tokens run through.
 
     "prefill": `(tokens..., [table, ...], [(keys, values), ...]) -> logits`, an empty cache;
     "step": `(tokens..., tables, caches, start) -> logits`. Tables reach over all positions,
-    caches are written in place, in the order of `caches` (attention node -> cache). The logits are
+    caches are written in place; `caches` says which one each attention node reads. The logits are
     `[batch, S, vocabulary]`, those of the last position alone where `last`.
     """
     module = _bare(program)
@@ -49,7 +49,11 @@ def phase(
 
 class _Writer:
     def __init__(
-        self, module: fx.GraphModule, split: Split, caches: Mapping[str, Cache], kind: Kind
+        self,
+        module: fx.GraphModule,
+        split: Split,
+        caches: Mapping[str, tuple[int, Cache]],
+        kind: Kind,
     ) -> None:
         self.module, self.graph = module, module.graph
         self.split, self.caches, self.kind = split, caches, kind
@@ -73,7 +77,7 @@ class _Writer:
         self.end = self._call(operator.add, self.start, self.seq) if self.start != 0 else self.seq
         self._sizes()
         self._tables()
-        for index, (name, cache) in enumerate(self.caches.items()):
+        for name, (index, cache) in self.caches.items():
             self._attention(self.nodes[name], index, cache)
         logits = self.nodes[self.split.logits]
         if last:
@@ -117,9 +121,10 @@ class _Writer:
             sources = [self.nodes[name] for name in (cache.latent, cache.shared) if name]
             with self.graph.inserting_before(node):
                 stored = self.graph.call_function(joined, tuple(sources))
-                operands = [stored, *self._constants(node.name, cache)]
                 if self.kind == "prefill":
                     operands = [k, v, stored]
+                else:
+                    operands = [stored, *self._constants(node.name, cache)]
         bound = (prefilled if self.kind == "prefill" else stepped)(cache, len(operands))
         with self.graph.inserting_before(node):
             made = self.graph.call_function(bound, (q, *operands, *kept, self.start, *extras))

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnopt.compiler.decode.caches import Ring
 from attnopt.compiler.decode.decoder import Decoder
 from attnopt.compiler.decode.draft import Draft
 from attnopt.compiler.decode.generate import Generation, Rows, checked, inputs_of
@@ -141,7 +140,7 @@ class _Reader:
     def __init__(
         self, decoder: Decoder, mask: Tensor, tokens: Tensor, back: int, masks: dict[str, Tensor]
     ) -> None:
-        self.decoder, self.tokens = _able_to_go_back(decoder, back), tokens
+        self.decoder, self.tokens = decoder.with_slack(back), tokens
         batch, end = tokens.shape
         more = mask.new_ones(batch, end - mask.shape[1])
         self.positions = torch.cat((mask, more), 1).long().cumsum(1).sub(1).clamp(min=0)
@@ -176,11 +175,3 @@ class _Reader:
         part = slice(self.state.length, end)
         given = inputs_of(self.decoder, self.tokens[:, part], self.positions[:, part])
         return self.decoder.step(self.state, *given, last=last)
-
-
-def _able_to_go_back(decoder: Decoder, tokens: int) -> Decoder:
-    """The decoder, with windows that keep what going back so many tokens needs."""
-    rings = [cache for cache in decoder.caches.values() if isinstance(cache, Ring)]
-    if all(ring.slack >= tokens for ring in rings):
-        return decoder
-    return Decoder(decoder.program, decoder.split, tokens, decoder.dtype)

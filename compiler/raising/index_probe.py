@@ -22,7 +22,7 @@ from attnopt.compiler.raising.evaluate import Evaluator, Unknown, concrete, exam
 from attnopt.compiler.raising.projections import Projection
 
 aten = torch.ops.aten
-_CASTS = (
+CASTS = (
     aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default,
     aten.type_as.default,
 )  # fmt: skip
@@ -77,7 +77,7 @@ class _Held(Evaluator):
         if node not in self.owner.between:
             return super()._run(node)
         source = self.values.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
-        if node.target in _CASTS and isinstance(source, Tensor) and source.is_floating_point():
+        if node.target in CASTS and isinstance(source, Tensor) and source.is_floating_point():
             return source
         if node.target in _STATISTICS:
             self.owner.normed = True
@@ -169,8 +169,7 @@ def split_node(
                 found = evaluator(node)
             except Unknown:
                 return None
-            value = found.select(axis, 0)[0].double()
-            if _is_scaled(value, wanted):
+            if _is_scaled(found.select(axis, 0)[0].double(), wanted):
                 return node.name, order  # type: ignore[return-value]
     return None
 

@@ -36,6 +36,17 @@ def test_parts_without_a_key_count_nothing() -> None:
     assert torch.equal(made[1], torch.zeros_like(made[1]))
 
 
+def test_a_compiled_step_is_not_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attend_split, "SHORTEST", 16)
+    spec = AttentionSpec(6, 1, 16, 16, 0.25)
+    run = torch.compile(
+        lambda q, k, v: to_all(q, k, v, [], spec), backend="eager", dynamic=True, fullgraph=True
+    )
+    for keys in (12, 40):
+        q, k, v = operands(keys)
+        assert_close(run(q, k, v), (q @ k.transpose(2, 3) * 0.25).softmax(-1) @ v)
+
+
 def test_a_lone_head_is_split_among_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     q, k, v = operands(1500)

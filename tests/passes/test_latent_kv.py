@@ -16,6 +16,7 @@ from attnopt.compiler.lower import export
 from attnopt.compiler.program import Program
 from attnopt.compiler.site_heads import Heads
 from attnopt.passes.latent_kv import LatentKv
+from attnopt.passes.merge_kv_heads import MergeKvHeads
 from attnopt.passes.refit import Refit
 from tests.attention_models import applied, distance, logits, missed, notes, raised, tokens
 from tests.tolerance import assert_close
@@ -99,6 +100,15 @@ def test_the_predicted_loss_is_the_measured_one(kind: str) -> None:
             assert edit.evidence[f"{name}_heldout"] > 0
 
 
+@pytest.mark.parametrize("kind", ("llama", "learned"))
+def test_one_head_for_all_gets_a_smaller_cache_too(kind: str) -> None:
+    program = raised(kind)
+    alone, _ = applied(program, MergeKvHeads(0, "mean"), notes(program))
+    made, edits = applied(alone, LatentKv(0.5), notes(program))
+    before, after = (derive(p, check=False).bytes_per_token() for p in (alone, made))
+    assert after == before // 2 and "16 -> 8" in edits[0].note
+
+
 def test_any_unitary_map_holds_more_than_an_orthogonal_one() -> None:
     program = raised("llama")
     kept = {
@@ -156,7 +166,9 @@ def test_says_why_it_does_not_fire() -> None:
     assert "norm" in missed(raised("normed"), LatentKv(), notes(raised("normed"))).reason
     bare = missed(program, LatentKv(), Notes(program))
     assert "calibration" in bare.reason and "average" in bare.help
-    assert "would be stored of 64" in missed(program, LatentKv(1.0), known).reason
+    for wrong in (LatentKv(1.0), LatentKv(-0.5), LatentKv(rotary=-1.0), LatentKv(fold=0)):
+        assert "a share" in missed(program, wrong, known).reason
+    assert "would be stored of 64" in missed(program, LatentKv(0.03, 1.0), known).reason
     made, _ = applied(program, LatentKv(), known)
     assert (
         "latent" in missed(made, LatentKv(), known).reason

@@ -12,6 +12,7 @@ from attnopt.compiler.decode import Decoder, derive
 from attnopt.compiler.decode.caches import Contiguous
 from attnopt.compiler.decode.latents import Latent
 from attnopt.compiler.decode.phase_cost import decoding
+from attnopt.compiler.errors import Problem
 from attnopt.compiler.program import Program
 from tests.compiler.decode.test_derive import singly, traced, whole, zoo
 from tests.tolerance import assert_close
@@ -86,6 +87,26 @@ def test_steps_and_chunks_are_exact(chunk: int) -> None:
     joined = torch.cat((ids[1:, :8].expand(2, 8), torch.randint(0, 50, (2, 30))), 1)
     expected = whole(program, decoder, joined)[:, 8:]
     assert_close(torch.cat(singly(decoder, state, joined), 1), expected)
+
+
+def test_the_check_runs_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Latent.step
+    monkeypatch.setattr(Latent, "step", lambda *given: 2 * step(*given))
+    with pytest.raises(Problem) as caught:
+        derive(narrow(10))
+    assert caught.value.code == "A706"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_tells_a_map_from_what_resembles_one(dtype: torch.dtype) -> None:
+    def cache(twist: str) -> Any:
+        torch.manual_seed(0)
+        model = Narrow(10, twist).to(dtype)
+        program = traced(model, input_ids=torch.randint(0, 50, (2, 12)))
+        return the_cache(derive(program, check=False))
+
+    assert isinstance(cache(""), Latent) and cache("").up_k.dtype == dtype
+    assert isinstance(cache("positions"), Contiguous)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from attnopt.compiler.decode.draft import (
     draft_without,
     predicted_gain,
     removable,
+    seconds,
 )
 from attnopt.compiler.decode.generate import Generation, generate
 from attnopt.compiler.decode.sampling import Sampling
@@ -291,13 +292,40 @@ def test_a_draft_that_does_not_pay_is_not_offered(text: Tensor) -> None:
     assert "under 1.05x" in found.reason and "100% of its guesses are kept" in found.reason
 
 
-def test_steps_are_timed_unless_a_clock_is_given(text: Tensor) -> None:
-    assert isinstance(choose(small()[1], [text]), Draft | Miss)
+def test_steps_are_timed_unless_a_clock_is_given(text: Tensor, monkeypatch: Any) -> None:
+    timed = list[float]()
+
+    def watched(decoder: Decoder, tokens: int) -> float:
+        timed.append(seconds(decoder, tokens))
+        return timed[-1]
+
+    monkeypatch.setattr("attnopt.compiler.decode.draft.seconds", watched)
+    choose(small()[1], [text])
+    assert len(timed) > 2 and min(timed) > 0
+
+
+def test_a_model_of_few_positions_has_no_draft_to_time(text: Tensor) -> None:
+    def short(decoder: Decoder, tokens: int) -> float:
+        raise Problem("A704", "no positions for 33 tokens")
+
+    found = choose(small()[1], [text], None, short)
+    assert isinstance(found, Miss) and "no positions for 33 tokens" in found.reason
+
+
+def test_windows_that_take_back_more_are_made_once() -> None:
+    decoder = derive(zoo("Mistral"), check=False)
+    wider = decoder.with_slack(3)
+    assert wider is not decoder and wider is decoder.with_slack(3) and wider.slack == 3
+    assert small()[1].with_slack(3) is small()[1]
 
 
 @pytest.mark.parametrize(
     ("skipped", "length", "told"),
-    [(["b7.mlp"], 2, "no sublayer `b7.mlp`"), (["b0.mlp"], 0, "a draft of 0 tokens")],
+    [
+        (["b7.mlp"], 2, "no sublayer `b7.mlp`"),
+        (["b0.mlp"], 0, "a draft of 0 tokens"),
+        (["b0.attention", "b1.attention"], 2, "no attention is left"),
+    ],
 )
 def test_drafts_that_cannot_be(skipped: list[str], length: int, told: str) -> None:
     with pytest.raises(Problem, match=told) as caught:
