@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from attnopt.compiler.contract import Miss
+from attnopt.compiler.layout import expression, same_size
 from attnopt.compiler.program import Program, infer
 from attnopt.compiler.raising.evaluate import Evaluator, Unknown, concrete, example_sizes
 from attnopt.compiler.raising.index_probe import small_sizes
@@ -193,8 +194,8 @@ def projected(
         return Miss(f"the projection reads {tuple(shape)}, not [batch, seq, width]", source.name)
     out = split.meta["val"].shape
     batch, seq = (out[0], out[1]) if path.order == "bthd" else (out[0], out[2])
-    straight = same(shape[0], batch) and same(shape[1], seq)
-    crossed = same(shape[0], seq) and same(shape[1], batch)
+    straight = same_size(shape[0], batch) and same_size(shape[1], seq)
+    crossed = same_size(shape[0], seq) and same_size(shape[1], batch)
     if not straight and not crossed:
         return Miss(f"batch and seq of {tuple(shape)} are not those of the heads", source.name)
 
@@ -231,6 +232,8 @@ def split_scale(program: Program, path: Path) -> float | None:
         return None
     value = found if path.order == "bthd" else found.transpose(1, 2)
     wanted = y.double().flatten(0, -2)[:, path.channels]
+    if value.dim() != 4 or value.numel() != wanted.numel():
+        return None
     for rows in (value, value.transpose(0, 1)):
         given = rows.flatten(0, 1)
         at = wanted.abs().flatten().argmax()
@@ -331,7 +334,7 @@ def _reshaped(node: fx.Node, values: dict[fx.Node, fx.Node]) -> Iterator[list[An
         return
     axis = _first_change(values[source], source)
     lead = _product(source.meta["val"].shape[:axis])
-    size = _expression(source.meta["val"].shape[axis])
+    size = expression(source.meta["val"].shape[axis])
     shape = node.meta["val"].shape
     spots = [
         at
@@ -351,38 +354,32 @@ def _unlikely(shape: Any, axis: int, lead: Any, size: Any) -> int:
     inside = sympy.cancel(lead / _product(shape[:axis]))
     if inside == 1:
         return 0
-    whole = sympy.cancel(_expression(shape[axis]) / (inside * size))
+    whole = sympy.cancel(expression(shape[axis]) / (inside * size))
     return 1 if inside.is_Integer and whole.is_Integer else 2
 
 
 def _scaled(node: fx.Node, made: fx.Node, values: dict[fx.Node, fx.Node]) -> bool:
     """Whether the new view differs from the old in one axis at most."""
     old, new = node.meta["val"].shape, made.meta["val"].shape
-    return len(old) == len(new) and sum(not same(a, b) for a, b in zip(old, new, strict=True)) <= 1
+    return (
+        len(old) == len(new)
+        and sum(not same_size(a, b) for a, b in zip(old, new, strict=True)) <= 1
+    )
 
 
 def _unlike(result: fx.Node, operand: fx.Node, heads: int, dim: int) -> str:
     """Why the new operand is not [batch, heads, seq, dim] like the old one; empty when it is."""
     new, old = result.meta["val"], operand.meta["val"]
     wanted = (old.shape[0], heads, old.shape[2], dim)
-    if len(new.shape) == 4 and all(same(a, b) for a, b in zip(new.shape, wanted, strict=True)):
+    if len(new.shape) == 4 and all(same_size(a, b) for a, b in zip(new.shape, wanted, strict=True)):
         return "" if new.dtype == old.dtype else f"the new operand is {new.dtype}, not {old.dtype}"
     return f"the new operand would be {tuple(new.shape)}, not {wanted}"
-
-
-def same(a: Any, b: Any) -> bool:
-    """Whether two sizes, symbolic or not, are the same expression."""
-    return bool(_expression(a) == _expression(b))
-
-
-def _expression(size: Any) -> sympy.Expr:
-    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
 
 
 def _product(sizes: Any) -> sympy.Expr:
     found: sympy.Expr = sympy.Integer(1)
     for size in sizes:
-        found = found * _expression(size)
+        found = found * expression(size)
     return found
 
 
@@ -397,4 +394,4 @@ def _ratio(new: fx.Node, old: fx.Node) -> Any:
 
 def _first_change(new: fx.Node, old: fx.Node) -> int:
     pairs = enumerate(zip(new.meta["val"].shape, old.meta["val"].shape, strict=True))
-    return next((at for at, (a, b) in pairs if not same(a, b)), 0)
+    return next((at for at, (a, b) in pairs if not same_size(a, b)), 0)

@@ -19,12 +19,13 @@ from torch import Tensor, fx
 from attnopt.compiler.contract import Miss, Notes
 from attnopt.compiler.grams import moments
 from attnopt.compiler.head_costs import Results
+from attnopt.compiler.layout import same_size
 from attnopt.compiler.ops import ATTENTION
 from attnopt.compiler.program import Program, infer
 from attnopt.compiler.raising.evaluate import Unknown
 from attnopt.compiler.raising.index_probe import output_channels, small_sizes
 from attnopt.compiler.raising.projections import projection
-from attnopt.compiler.reproject import Cut, Which, between_nodes, clone_all, rebuilt, same
+from attnopt.compiler.reproject import Cut, Which, between_nodes, clone_all, rebuilt
 from attnopt.compiler.site import OutputPath, Path, Site
 from attnopt.compiler.site_weights import read_output, read_weight, rewired
 from attnopt.compiler.spec import AttentionSpec
@@ -234,7 +235,7 @@ def _output(program: Program, site: Site, rows: Tensor, bias: Tensor | None) -> 
     path = cast(OutputPath, site.out)
     attention, reader = program.node(site.node), program.node(path.projection)
     source = output_source(program, site)
-    if not same(source.meta["val"].shape[-1], rows.shape[0] * rows.shape[1]):
+    if not same_size(source.meta["val"].shape[-1], rows.shape[0] * rows.shape[1]):
         return Miss("the smaller heads do not come out side by side", source.name)
     try:
         channels = output_channels(program, attention, source, small_sizes(program))

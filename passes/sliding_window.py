@@ -25,10 +25,10 @@ from attnopt.compiler import attend, text
 from attnopt.compiler.attend_window import pays
 from attnopt.compiler.contract import Edit, Exactness, Miss, Notes, Pass, choice
 from attnopt.compiler.grams import real
+from attnopt.compiler.layout import same_size
 from attnopt.compiler.program import Batch, Program
 from attnopt.compiler.raising.evaluate import concrete, example_sizes
 from attnopt.compiler.regions import Part
-from attnopt.compiler.reproject import same
 from attnopt.compiler.site import Site
 from attnopt.compiler.spec import AttentionSpec, Mask, parse_spec
 from attnopt.compiler.split_heads import split_heads
@@ -79,7 +79,7 @@ class SlidingWindow(Pass):
 
     def _mask(self, site: Site, spec: AttentionSpec, program: Program) -> Mask | Miss:
         q, k = (cast(fx.Node, arg).meta["val"] for arg in program.node(site.node).args[:2])
-        if not same(q.shape[2], k.shape[2]):
+        if not same_size(q.shape[2], k.shape[2]):
             return Miss("queries and keys are not the same sequence", site.node)
         if site.position == "unknown":
             return Miss("the position encoding is not understood", site.node)
