@@ -50,9 +50,9 @@ class ShareKvLayers(Pass):
         if not place:
             return Miss("the first of its run keeps its own keys and values", target.node)
         first = program.sites[ids.index(target.id) - place]
-        miss = _unlike(program, first, target) or unknown(program, target)
-        if miss is not None:
-            return miss
+        for miss in (_unlike(program, first, target), unknown(program, target)):
+            if miss is not None:
+                return miss
         if not notes.calibration:
             return Miss(
                 "which keys stand for which needs calibration data", target.node,

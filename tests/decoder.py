@@ -98,7 +98,8 @@ def _site(program: Program, spec: AttentionSpec, index: int) -> Site:
         source = projection.all_input_nodes[0].name
         mine = channels[: HEADS if name == "q" else KV_HEADS]
         weight = f"{base}.{name}.weight"
-        return Path(projection.name, source, weight, None, "out_in", mine, projection.name, "bthd")
+        (split,) = projection.users  # the reshape into heads
+        return Path(projection.name, source, weight, None, "out_in", mine, split.name, "bthd")
 
     out = _product(program, f"{base}.out.weight")
     return Site(

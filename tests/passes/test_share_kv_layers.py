@@ -15,6 +15,7 @@ from attnopt.compiler.program import Batch, Program
 from attnopt.passes.share_kv_layers import ShareKvLayers
 from tests.compiler.decode.test_derive import singly, traced, whole, zoo
 from tests.tolerance import assert_close
+from tests.zoo.survey import ALL, read
 
 WIDTH, HEADS, DIM = 32, 4, 8
 
@@ -138,6 +139,13 @@ def test_says_why_it_does_not_fire() -> None:
     made, _ = shared(program, ShareKvLayers())
     again = ShareKvLayers().rewrite(made.sites[1], made, known)
     assert isinstance(again, Miss) and "reads the keys" in again.reason
+
+
+def test_heads_that_are_still_repeated_are_folded_first() -> None:
+    (padded,) = [a for a in ALL if a.name == "Llama, padded"]
+    _, program = read(padded, "sdpa")
+    answer = ShareKvLayers().rewrite(program.sites[1], program, Notes(program, [program.example]))
+    assert isinstance(answer, Miss) and "repeated" in answer.reason
 
 
 def test_reads_back_from_its_text() -> None:

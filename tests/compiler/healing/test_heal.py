@@ -24,7 +24,6 @@ from attnopt.compiler.healing.touched import touched
 from attnopt.compiler.healing.working import Region
 from attnopt.compiler.pipeline import apply_pass
 from attnopt.compiler.program import Batch, Program
-from attnopt.compiler.site import Path, Site
 from attnopt.compiler.spec import Mask
 from tests.decoder import VOCABULARY, decoder
 from tests.tolerance import assert_close
@@ -41,20 +40,10 @@ def text(seed: int) -> Batch:
 TRAINING, HELDOUT = [text(seed) for seed in range(6)], [text(90), text(91)]
 
 
-def _split(site: Site) -> Site:
-    """The site with its splits named where the graph makes heads of channels."""
-
-    def at_heads(path: Path | None) -> Path | None:
-        (reshape,) = decoder().node(path.projection).users if path else (None,)
-        return replace(path, split=reshape.name) if path and reshape else path
-
-    return replace(site, q=at_heads(site.q), k=at_heads(site.k), v=at_heads(site.v))
-
-
 @lru_cache(maxsize=1)
 def merged() -> Program:
     """The decoder with one key/value head at its first site, by plain averaging."""
-    original = decoder().with_sites(map(_split, decoder().sites))
+    original = decoder()
     rewrite = read_pass("merge_kv_heads{factor=2 method=mean}")
     made, (outcome,) = apply_pass(original, rewrite, ("s0",), Notes(original))
     assert outcome.applied
