@@ -1,9 +1,17 @@
-"""Which heads go together: groups of one size, each of heads that are alike."""
+"""Which heads go together: groups of one size, each of heads that are alike, and whether heads may
+change places at all."""
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+
+from attnopt.compiler.contract import Miss
+from attnopt.compiler.gauge import permutes
+from attnopt.compiler.program import Program
+from attnopt.compiler.site import Site
 
 
 def groups_of(similarity: Tensor, groups: int) -> Tensor:
@@ -26,3 +34,18 @@ def groups_of(similarity: Tensor, groups: int) -> Tensor:
         if not gain[a, b] > 1e-12 * count:
             return own.argsort(stable=True)
         own[a], own[b] = int(own[b]), int(own[a])
+
+
+def fixed_order(program: Program, site: Site, queries: Tensor, order: Tensor) -> Miss | None:
+    """Why the heads of a site cannot change places; None where they can."""
+    if torch.equal(order, torch.arange(len(order))):
+        return None
+    extras = cast(list[fx.Node], program.node(site.node).args[3])
+    for name, extra in zip(program.spec(site).extras, extras, strict=True):
+        shape = extra.meta["val"].shape
+        if name != "padding" and len(shape) >= 3 and shape[-3] != 1:
+            return Miss("heads that are told apart by a bias keep their places", extra.name)
+    for which, wanted in (("q", queries), ("k", order), ("v", order)):
+        if not permutes(program, site, which, wanted):  # type: ignore[arg-type]
+            return Miss(f"the heads of {which} are not treated alike", site.node)
+    return None

@@ -73,6 +73,10 @@ class Heads:
         """What the output projection makes of each value head, `[kv_heads, v_dim, v_dim]`."""
         return self.read_by(self.out @ self.out.transpose(1, 2))
 
+    def of_queries(self, order: Tensor) -> Tensor:
+        """The order of the query heads when key/value heads have this one."""
+        return (order[:, None] * self.group + torch.arange(self.group)).flatten()
+
     def query_heads(self, groups: Sequence[int]) -> list[int]:
         """The query heads that read these key/value heads."""
         return [g * self.group + i for g in groups for i in range(self.group)]

@@ -16,14 +16,14 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, cast
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from attnopt.compiler import shared_heads, temperature
 from attnopt.compiler.contract import Edit, Exactness, Miss, Notes, Pass, choice, option
 from attnopt.compiler.diagnostics import kv_similarity
-from attnopt.compiler.gauge import Freedom, freedom, permutes
+from attnopt.compiler.gauge import Freedom, freedom
 from attnopt.compiler.grams import Gram, source_moments
-from attnopt.compiler.head_groups import groups_of
+from attnopt.compiler.head_groups import fixed_order, groups_of
 from attnopt.compiler.program import Program
 from attnopt.compiler.regions import Part
 from attnopt.compiler.reproject import reproject
@@ -167,10 +167,6 @@ class _Heads(Heads):
         of_k = kv_similarity.of_keys(keys @ c_k @ keys.T, len(self.k), query, pairs)
         return (of_k + kv_similarity.of_values(values @ c_v @ values.T, len(self.v), metric)) / 2
 
-    def of_queries(self, order: Tensor) -> Tensor:
-        """The order of the query heads when key/value heads have this one."""
-        return (order[:, None] * self.group + torch.arange(self.group)).flatten()
-
     def ordered(self, order: Tensor) -> _Heads:
         """The same heads in another order of the key/value heads."""
         queries = self.of_queries(order)
@@ -202,21 +198,6 @@ class _Heads(Heads):
     def output(self, v: Shared) -> Tensor:
         """The output projection with the values' maps absorbed, `[heads, v_dim, width]`."""
         return v.expand.repeat_interleave(self.group, dim=0).transpose(1, 2) @ self.out
-
-
-def fixed_order(program: Program, site: Site, queries: Tensor, order: Tensor) -> Miss | None:
-    """Why the heads of a site cannot change places; None where they can."""
-    if torch.equal(order, torch.arange(len(order))):
-        return None
-    extras = cast(list[fx.Node], program.node(site.node).args[3])
-    for name, extra in zip(program.spec(site).extras, extras, strict=True):
-        shape = extra.meta["val"].shape
-        if name != "padding" and len(shape) >= 3 and shape[-3] != 1:
-            return Miss("heads that are told apart by a bias keep their places", extra.name)
-    for which, wanted in (("q", queries), ("k", order), ("v", order)):
-        if not permutes(program, site, which, wanted):  # type: ignore[arg-type]
-            return Miss(f"the heads of {which} are not treated alike", site.node)
-    return None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ assignment that explains most energy. Much is lost: heal it, or look at the figu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, cast
 
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor, fx
 
 from attnopt.compiler.contract import Edit, Exactness, Miss, Notes, Pass, choice
-from attnopt.compiler.gauge import Freedom, complex_scalars, freedom, permutes, unpaired
+from attnopt.compiler.gauge import Freedom, complex_scalars, freedom, unpaired
 from attnopt.compiler.grams import real
+from attnopt.compiler.head_groups import fixed_order
 from attnopt.compiler.layout import same_size
 from attnopt.compiler.program import Batch, Program, peek
 from attnopt.compiler.regions import Part
@@ -45,11 +47,13 @@ class ShareKvLayers(Pass):
 
     def rewrite(self, target: Site, program: Program, notes: Notes) -> Edit | Miss:
         """New queries and a new output for an attention that reads another's keys, or why not."""
-        ids = [site.id for site in program.sites]
+        ids = [site.id for site in program.sites if program.has(site.node)]
+        if target.id not in ids:
+            return Miss("an earlier rewrite took this attention away", target.node)
         place = ids.index(target.id) % self.span if self.span > 1 else 0
         if not place:
             return Miss("the first of its run keeps its own keys and values", target.node)
-        first = program.sites[ids.index(target.id) - place]
+        first = program.site(ids[ids.index(target.id) - place])
         for miss in (_unlike(program, first, target), unknown(program, target)):
             if miss is not None:
                 return miss
@@ -60,12 +64,9 @@ class ShareKvLayers(Pass):
             )  # fmt: skip
         free = freedom(program, target, "q")
         fitted = _Fit.of(program, first, target, free, notes.calibration)
-        if not torch.equal(fitted.order, torch.arange(len(fitted.order))):
-            queries = fitted.of_queries(target)
-            if "bias" in program.spec(target).extras or "sinks" in program.spec(target).extras:
-                fitted = _Fit.of(program, first, target, free, notes.calibration, fixed=True)
-            elif not permutes(program, target, "q", queries):
-                return Miss("the heads of q are not treated alike", target.node)
+        queries = Heads.read(program, target).of_queries(fitted.order)
+        if fixed_order(program, target, queries, fitted.order) is not None:
+            fitted = _Fit.of(program, first, target, free, notes.calibration, fixed=True)
         facts = _install(program.copy(), first, target, fitted)
 
         def edit(copy: Program) -> None:
@@ -125,12 +126,13 @@ class _Fit:
 
     @staticmethod
     def of(
-        program: Program, first: Site, target: Site, free: Freedom, batches: object,
+        program: Program, first: Site, target: Site, free: Freedom,
+        batches: Sequence[Batch],
         fixed: bool = False,
     ) -> _Fit:  # fmt: skip
         """The maps with the least squared errors, for the best assignment of heads."""
         pairs = target.rotary.pairs if target.rotary is not None else torch.empty(0, 2).long()
-        k, v = _moments(program, first, target, cast(list[Batch], batches))
+        k, v = _moments(program, first, target, batches)
         maps_k, maps_v = _key_maps(k, pairs, free), _linear(v)
         heads = len(maps_k)
         explained = sum(
@@ -140,18 +142,13 @@ class _Fit:
         at = torch.arange(heads)
         return _Fit(order, maps_k[at, order], maps_v[at, order])
 
-    def of_queries(self, site: Site) -> Tensor:
-        """The order of the query heads."""
-        group = site.spec.heads // len(self.order)
-        return (self.order[:, None] * group + torch.arange(group)).flatten()
-
     def lost(
-        self, program: Program, first: Site, target: Site, batches: object, said: str
+        self, program: Program, first: Site, target: Site, batches: Sequence[Batch], said: str
     ) -> dict[str, float]:
         """Shares of the energy of keys and values that the shared ones do not explain."""
         at = torch.arange(len(self.order))
         found = {}
-        both = _moments(program, first, target, cast(list[Batch], batches))
+        both = _moments(program, first, target, batches)
         for name, moments, maps in zip("kv", both, (self.keys, self.values), strict=True):
             mine = cast(Moments, tuple(x[at, self.order] for x in moments))
             own = mine[2].diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -164,7 +161,7 @@ Moments = tuple[Tensor, Tensor, Tensor]
 
 
 def _moments(
-    program: Program, first: Site, target: Site, batches: list[Batch]
+    program: Program, first: Site, target: Site, batches: Sequence[Batch]
 ) -> tuple[Moments, Moments]:
     """For keys and for values the sums of s s^T, t s^T and t t^T `[shared, target, d, d]` over the
     real tokens, s a shared head and t one of the target's."""
@@ -263,7 +260,7 @@ def _assigned(explained: Tensor) -> Tensor:
 def _install(program: Program, first: Site, target: Site, fitted: _Fit) -> Site:
     """Let the target read the first's keys and values; answers its new facts."""
     heads = Heads.read(program, target)
-    queries = fitted.of_queries(target)
+    queries = heads.of_queries(fitted.order)
     keys, values = (x.repeat_interleave(heads.group, 0) for x in (fitted.keys, fitted.values))
     q = keys.transpose(1, 2) @ heads.q[queries]
     q_path = cast(Path, target.q)

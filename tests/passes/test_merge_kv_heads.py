@@ -9,13 +9,14 @@ import torch
 
 from attnopt.compiler.contract import Notes, passes, read_pass
 from attnopt.compiler.errors import Problem
+from attnopt.compiler.head_groups import fixed_order
 from attnopt.compiler.lower import export
 from attnopt.compiler.program import Program
 from attnopt.compiler.site import Site
 from attnopt.compiler.site_weights import read_output, read_weight, write_output, write_query
 from attnopt.compiler.spec import AttentionSpec
 from attnopt.compiler.temperature import GRID, divergences
-from attnopt.passes.merge_kv_heads import MergeKvHeads, fixed_order
+from attnopt.passes.merge_kv_heads import MergeKvHeads
 from tests.attention_models import (
     applied,
     distance,
