@@ -130,6 +130,17 @@ def keys(query: Tensor, key: Tensor, pairs: Tensor, dims: int) -> Keys:
     return Keys(kept, chosen, rest, a, b, lost, energy + float(power.sum()))
 
 
+def phase_mean(moment: Tensor, pairs: Tensor) -> Tensor:
+    """Second moments `[..., dim, dim]` as they are on average over all phases of rotary pairs
+    `[pairs, 2]`: each pair's energy in equal parts, and nothing shared with other dims."""
+    made, paired = moment.clone(), pairs.reshape(-1)
+    power = moment.diagonal(dim1=-2, dim2=-1)[..., pairs].mean(-1, keepdim=True)
+    made[..., paired, :] = 0.0
+    made[..., :, paired] = 0.0
+    made[..., paired, paired] = power.expand(*power.shape[:-1], 2).flatten(-2)
+    return made
+
+
 def roots(moment: Tensor) -> tuple[Tensor, Tensor]:
     """The symmetric square root of second moments `[..., dim, dim]` and its pseudo-inverse."""
     found, vectors = torch.linalg.eigh(_symmetric(moment))

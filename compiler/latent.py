@@ -16,10 +16,13 @@ rotary pair is one complex number; rotary multiplies it by exp(i position freque
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from attnopt.compiler.head_dims import roots
 
 
 @dataclass(frozen=True)
@@ -118,19 +121,39 @@ class Latent:
     v_tail: float
 
 
+@dataclass(frozen=True)
+class Components:
+    """One latent for several sets of heads, float64: `down` `[rank, width]` makes it; `up` (each
+    `[heads, dim, rank]`) and `bias` (`[heads, dim]`) make the heads of it; `tails` are the shares
+    of their weighted energies about the mean that are lost."""
+
+    down: Tensor
+    up: tuple[Tensor, ...]
+    bias: tuple[Tensor, ...]
+    tails: tuple[float, ...]
+
+
 def joint(
     keys: Tensor, values: Tensor, gram: Tensor, k_metric: Tensor, v_metric: Tensor, rank: int
 ) -> Latent:
     """The best latent of a rank for keys `[heads, dim, width + 1]` and values `[heads, v_dim,
     width + 1]` on inputs of this Gram; metrics are `[heads, dim, dim]` and symmetric."""
+    made = components(((keys, k_metric), (values, v_metric)), gram, rank)
+    (up_k, up_v), (k_bias, v_bias), (k_tail, v_tail) = made.up, made.bias, made.tails
+    return Latent(made.down, up_k, up_v, k_bias, v_bias, k_tail, v_tail)
+
+
+def components(parts: Sequence[tuple[Tensor, Tensor]], gram: Tensor, rank: int) -> Components:
+    """The principal components of several sets of heads, at equal energy: each `[heads, dim,
+    width + 1]` with its metric, `[heads, dim, dim]` and symmetric."""
     mean, spread = _centred(gram)
-    parts, scales = [], []
-    for heads, metric in ((keys, k_metric), (values, v_metric)):
+    weighted, scales = [], []
+    for heads, metric in parts:
         part = (metric @ heads[..., :-1]).flatten(0, 1)
         energy = float(torch.einsum("ap,pq,aq->", part, spread, part))
         scales.append(max(energy, 1e-300) ** 0.5)
-        parts.append(part / scales[-1])
-    stacked = torch.cat(parts)
+        weighted.append(part / scales[-1])
+    stacked = torch.cat(weighted)
     moment = stacked @ spread @ stacked.T
     energies, vectors = torch.linalg.eigh((moment + moment.T) / 2)
     kept, lost = vectors[:, -rank:], vectors[:, :-rank]
@@ -138,9 +161,10 @@ def joint(
     down = kept.T @ stacked * usual
     missed = lost.square() @ energies[:-rank].clamp(min=0)
     made, biases, tails = [], [], []
-    for heads, metric, scale, rows, loss in zip(
-        (keys, values), (k_metric, v_metric), scales,
-        kept.split([len(part) for part in parts]), missed.split([len(part) for part in parts]),
+    for (heads, metric), scale, rows, loss in zip(
+        parts, scales,
+        kept.split([len(part) for part in weighted]),
+        missed.split([len(part) for part in weighted]),
         strict=True,
     ):  # fmt: skip
         back = rows.reshape(*heads.shape[:2], -1) * (scale / usual)
@@ -148,7 +172,20 @@ def joint(
         made.append(up)
         biases.append(heads[..., -1] + (heads[..., :-1] - up @ down) @ mean)
         tails.append(float(loss.sum()) if scale > 1e-100 else 0.0)
-    return Latent(down, made[0], made[1], biases[0], biases[1], *tails)
+    return Components(down, tuple(made), tuple(biases), tuple(tails))
+
+
+def spectrum(parts: Sequence[tuple[Tensor, Tensor]], gram: Tensor) -> Tensor:
+    """The energies of the principal components of `components`, ascending `[width]`, each set of
+    heads having one in all; cheaper where the heads are wider than what they read."""
+    _, spread = _centred(gram)
+    root, _ = roots(spread)
+    total = torch.zeros_like(spread)
+    for heads, metric in parts:
+        part = (metric @ heads[..., :-1]).flatten(0, 1) @ root
+        total += part.T @ part / part.square().sum().clamp(min=1e-300)
+    found: Tensor = torch.linalg.eigvalsh(total).clamp(min=0)
+    return found
 
 
 def residual(heads: Tensor, up: Tensor, down: Tensor, gram: Tensor, metric: Tensor) -> float:

@@ -186,9 +186,7 @@ def projected(
     """A new projection `[batch, seq, heads dim]` of what a path's reads, and its split into heads
     in the path's order, times `factor`."""
     split, name = program.node(path.split), _free_name(program, path, name)
-    source = program.node(path.source)
-    if source.meta["val"].dim() == 2 and source.target in _VIEWS:
-        source = cast(fx.Node, source.args[0])
+    source = token_rows(program, path)
     shape = source.meta["val"].shape
     if len(shape) != 3 or shape[-1] != weight.shape[1]:
         return Miss(f"the projection reads {tuple(shape)}, not [batch, seq, width]", source.name)
@@ -215,6 +213,14 @@ def projected(
     if path.order == "bhtd":
         fresh = program.call(aten.transpose.int, (fresh, 1, 2), before=split)
     return linear, fresh
+
+
+def token_rows(program: Program, path: Path) -> fx.Node:
+    """What a path's projection reads, as `[batch, seq, width]` where a view made rows of it."""
+    source = program.node(path.source)
+    if source.meta["val"].dim() == 2 and source.target in _VIEWS:
+        return cast(fx.Node, source.args[0])
+    return source
 
 
 def split_scale(program: Program, path: Path) -> float | None:

@@ -182,7 +182,7 @@ def _operand(
     count, dim, _ = heads.shape
     flat = heads.reshape(count * dim, -1)
     path = cast(Path, getattr(site, which))
-    bias = flat[:, -1] if path.bias else None
+    bias = flat[:, -1] if path.bias or bool(flat[:, -1].any()) else None
     return rebuilt(program, site, which, flat[:, :-1], bias, count, cut)
 
 

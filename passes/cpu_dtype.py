@@ -53,7 +53,8 @@ class CpuDtype(Pass):
     after: ClassVar[tuple[str, ...]] = (
         "simplify_mask", "fold_repeated_kv", "fuse_attention", "merge_kv_heads", "latent_kv",
         "share_kv_layers",
-        "prune_heads", "shrink_head_dim", "low_rank_projections", "sliding_window",
+        "prune_heads", "shrink_head_dim", "compress_attention", "low_rank_projections",
+        "sliding_window",
         "skip_sublayers", "fuse_blocks", "refit", "heal", "unpad",
     )  # fmt: skip
 

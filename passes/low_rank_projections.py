@@ -45,7 +45,7 @@ class LowRankProjections(Pass):
     source: ClassVar[str] = "SVD-LLM (arXiv 2403.07378), section 3; CARE, equation 1"
     # Calibrates on the fast form; heads are no columns of a factor any more.
     after: ClassVar[tuple[str, ...]] = (
-        "fuse_attention", "merge_kv_heads", "prune_heads", "shrink_head_dim",
+        "fuse_attention", "merge_kv_heads", "prune_heads", "shrink_head_dim", "compress_attention",
     )  # fmt: skip
     removes: ClassVar[tuple[Part, ...]] = ("q", "k", "v", "out")
 

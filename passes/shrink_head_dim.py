@@ -17,23 +17,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from attnopt.compiler import head_dims
 from attnopt.compiler.contract import Edit, Exactness, Miss, Notes, Pass, choice
 from attnopt.compiler.cut_dims import DimCut
 from attnopt.compiler.gauge import freedom
-from attnopt.compiler.grams import Gram, source_moments
-from attnopt.compiler.head_costs import Results, best_weight
-from attnopt.compiler.head_dims import Basis, Keys
+from attnopt.compiler.grams import source_moments
+from attnopt.compiler.head_dims import Keys
 from attnopt.compiler.program import Program
 from attnopt.compiler.raising.evaluate import Unknown
 from attnopt.compiler.reproject import Which
-from attnopt.compiler.site import OutputPath, Path, Rotary, Site
-from attnopt.compiler.site_heads import WHICH, Heads, resize, results, unknown
+from attnopt.compiler.site import Path, Site
+from attnopt.compiler.site_heads import WHICH, Heads, resize, unknown
+from attnopt.compiler.smaller_heads import (
+    Values,
+    cut_rotary,
+    cuts,
+    fitted_keys,
+    fitted_values,
+    fixed_keys,
+    logits_lost,
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,7 @@ class ShrinkHeadDim(Pass):
         reasons = [part for part in (keys, basis) if isinstance(part, Miss)]
         change = _Change(
             heads, keys if isinstance(keys, Keys) else None,
-            basis if isinstance(basis, _Values) else None,
+            basis if isinstance(basis, Values) else None,
         )  # fmt: skip
         if change.keys is None and change.values is None:
             return reasons[0]
@@ -87,27 +94,18 @@ class ShrinkHeadDim(Pass):
                     evidence=change.evidence(program, target, notes))  # fmt: skip
 
     def _keys(self, program: Program, site: Site, notes: Notes, heads: Heads) -> Keys | Miss:
-        if "rotary" in site.missing:
-            why = f"the rotary embedding is not understood: {site.missing['rotary']}"
-            return Miss(f"queries and keys stay: {why}", site.node)
-        pairs = site.rotary.pairs if site.rotary is not None else torch.empty(0, 2).long()
+        miss = fixed_keys(program, site)
+        if miss is not None:
+            return miss
         dim = heads.k.shape[1]
         dims = _less(dim, self.keep)
-        free = freedom(program, site, "q") & freedom(program, site, "k")
-        whole = (free.pairs == "scale" or not len(pairs)) and (free.rest or 2 * len(pairs) == dim)
-        if not whole:
-            return Miss(f"queries and keys stay: {free.why}", site.node)
         if dims == dim:
             return Miss(f"queries and keys stay: {dim} dims do not come in steps", site.node)
         grams = source_moments(program, site, notes)
         assert grams is not None
-        query, key = _moments(heads, site, grams)
-        try:
-            return head_dims.keys(query, key, pairs, dims)
-        except ValueError as reason:
-            return Miss(f"queries and keys stay: {reason}", site.node)
+        return fitted_keys(site, heads, grams, dims)
 
-    def _values(self, program: Program, site: Site, notes: Notes, heads: Heads) -> _Values | Miss:
+    def _values(self, program: Program, site: Site, notes: Notes, heads: Heads) -> Values | Miss:
         dim = heads.v.shape[1]
         dims = _less(dim, self.keep)
         free = freedom(program, site, "v")
@@ -115,49 +113,7 @@ class ShrinkHeadDim(Pass):
             return Miss(f"values stay: {free.why}", site.node)
         if dims == dim:
             return Miss(f"values stay: {dim} dims do not come in steps", site.node)
-        train, check = results(program, site, notes, heads)
-        assert train is not None
-        path = cast(OutputPath, site.out)
-        bias = None if path.bias is None else program.weight(path.bias).detach().double()
-        return _Values.fit(heads, train, check, bias, dims)
-
-
-@dataclass(frozen=True)
-class _Values:
-    """A smaller basis for values, with the output projection that was fitted to it.
-
-    `out` is `[heads, less, width]`, `unfitted` the same from the basis alone.
-    """
-
-    basis: Basis
-    out: Tensor
-    bias: Tensor | None
-    lost: dict[str, float]
-
-    @staticmethod
-    def fit(
-        heads: Heads, train: Results, check: Results | None, bias: Tensor | None, dims: int
-    ) -> _Values:
-        """From the results of the heads; `bias` is the output projection's, where it has one."""
-        count, dim, width = heads.out.shape
-        group, total = heads.group, count * dim
-        own = train.gram[:total, :total].view(count, dim, count, dim)
-        own = own.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        read = heads.out @ heads.out.mT
-        summed = [x.unflatten(0, (-1, group)).sum(1) for x in (own, read)]
-        basis = head_dims.values(summed[0], summed[1], dims)
-        down = basis.down.repeat_interleave(group, dim=0)
-        by = torch.block_diag(*down)
-        old = (basis.up.repeat_interleave(group, dim=0) @ heads.out).reshape(-1, width)
-        if bias is not None:
-            by = torch.block_diag(by, torch.ones(1, 1, dtype=by.dtype))
-            old = torch.cat((old, torch.zeros_like(old[:1])))
-        weight, _ = best_weight(train, check, by, old)
-        lost = {"out_unfitted": train.lost(by, old), "out_residual": train.lost(by, weight)}
-        if check is not None:
-            lost["out_heldout"] = check.lost(by, weight)
-        out = weight[: count * dims].reshape(count, dims, width)
-        return _Values(basis, out, None if bias is None else bias + weight[-1], lost)
+        return fitted_values(program, site, notes, heads, dims)
 
 
 @dataclass(frozen=True)
@@ -166,7 +122,7 @@ class _Change:
 
     heads: Heads
     keys: Keys | None
-    values: _Values | None
+    values: Values | None
 
     @property
     def new(self) -> Heads:
@@ -188,7 +144,7 @@ class _Change:
         made = resize(program, site, self.new, bias, cuts=cuts)
         if isinstance(made, Miss) or self.keys is None or site.rotary is None:
             return made
-        return replace(made, rotary=_rotary(site.rotary, self.keys))
+        return replace(made, rotary=cut_rotary(site.rotary, self.keys))
 
     def _cuts(self, program: Program, site: Site) -> dict[Which, DimCut]:
         """How each operand is cut that is made anew: those that change, and those that come from
@@ -203,9 +159,7 @@ class _Change:
         for which in WHICH:
             if paths[which].projection in touched and which not in kept:
                 kept[which] = torch.arange(paths[which].channels.shape[1])
-        tables: dict[Any, fx.Node] = {}
-        ordered = [which for which in WHICH if which in kept]
-        return {which: DimCut(program, site, which, kept[which], tables) for which in ordered}
+        return cuts(program, site, kept)
 
     def note(self, site: Site, reasons: Sequence[Miss]) -> str:
         """What became smaller, and what did not and why."""
@@ -230,7 +184,7 @@ class _Change:
         for name, heldout in (("qk_residual", False), ("qk_heldout", True)):
             grams = source_moments(program, site, notes, heldout)
             if grams is not None:
-                found[name] = _logits_lost(self.heads, self.new, self.keys, site, grams)
+                found[name] = logits_lost(self.heads, self.new, self.keys, site, grams)
         return found
 
 
@@ -238,45 +192,3 @@ def _less(dim: int, keep: float) -> int:
     """How many dims stay: in the largest step of 16, 8, 4 or 2 of which there are four or more."""
     step = next((s for s in (16, 8, 4, 2) if dim % s == 0 and dim >= 4 * s), dim)
     return max(1, int(keep * dim / step + 0.5)) * step
-
-
-def _moments(heads: Heads, site: Site, grams: dict[str, Gram]) -> tuple[Tensor, Tensor]:
-    """Second moments of queries (summed over those that share a key) and keys, before rotary,
-    `[kv_heads, dim, dim]`."""
-    c_q, c_k = (grams[cast(Path, path).source].xx for path in (site.q, site.k))
-    query = (heads.q @ c_q @ heads.q.mT).unflatten(0, (-1, heads.group)).sum(1)
-    return query, heads.k @ c_k @ heads.k.mT
-
-
-def _logits_lost(old: Heads, new: Heads, keys: Keys, site: Site, grams: dict[str, Gram]) -> float:
-    """The share of the logits' energy that new queries and keys lose, from the weights."""
-    pairs = site.rotary.pairs if site.rotary is not None else torch.empty(0, 2).long()
-    query, key = _moments(old, site, grams)
-    gone = torch.ones(len(pairs), dtype=torch.bool)
-    gone[keys.pairs] = False
-    power = head_dims.pair_energies(query, key, pairs)
-    at = torch.isin(keys.kept, keys.rest).nonzero().flatten()
-    c_q, c_k = (grams[cast(Path, path).source].xx for path in (site.q, site.k))
-    rows = [
-        (heads.q[:, dims].unflatten(0, (-1, old.group)), heads.k[:, dims])
-        for heads, dims in ((old, keys.rest), (new, at))
-    ]
-    total = wrong = 0.0
-    for h in range(old.group):
-        first, second = (q[:, h].mT @ k for q, k in rows)
-        total += _logit_energy(first, c_q, c_k)
-        wrong += _logit_energy(first - second, c_q, c_k)
-    return (wrong + float(power[gone].sum())) / max(total + float(power.sum()), 1e-300)
-
-
-def _logit_energy(form: Tensor, c_q: Tensor, c_k: Tensor) -> float:
-    """The sum over all pairs of rows x, y of (x M y)^2 for forms M `[heads, width, width]`."""
-    return float(((c_q @ form @ c_k) * form).sum())
-
-
-def _rotary(old: Rotary, keys: Keys) -> Rotary:
-    """The rotary of heads that kept these dims, numbered anew."""
-    place = {int(dim): at for at, dim in enumerate(keys.kept)}
-    pairs = [[place[int(d)] for d in pair] for pair in old.pairs[keys.pairs]]
-    frequencies = old.frequencies[keys.pairs]
-    return replace(old, pairs=torch.tensor(pairs), frequencies=frequencies)

@@ -44,7 +44,9 @@ class SlidingWindow(Pass):
         "StreamingLLM (Xiao et al. 2023); heads by kept mass after DuoAttention (2024)"
     )
     # Heads with windows of their own have no projections of their own any more.
-    after: ClassVar[tuple[str, ...]] = ("simplify_mask", "fuse_attention", "shrink_head_dim")
+    after: ClassVar[tuple[str, ...]] = (
+        "simplify_mask", "fuse_attention", "shrink_head_dim", "compress_attention",
+    )  # fmt: skip
     removes: ClassVar[tuple[Part, ...]] = ("core", "between")
 
     left: int = choice(64, 128, 256, 512, 1024, 2048, 4096, default=256)

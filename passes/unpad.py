@@ -52,7 +52,8 @@ class Unpad(Pass):
     after: ClassVar[tuple[str, ...]] = (
         "simplify_mask", "fold_repeated_kv", "fuse_attention", "merge_kv_heads", "latent_kv",
         "share_kv_layers",
-        "prune_heads", "shrink_head_dim", "low_rank_projections", "sliding_window",
+        "prune_heads", "shrink_head_dim", "compress_attention", "low_rank_projections",
+        "sliding_window",
         "skip_sublayers", "refit", "heal",
     )  # fmt: skip
 

@@ -28,6 +28,7 @@ _NOT_YET = {
     "shrink_head_dim": "a config says one dim for queries, keys and values of all layers; where it "
     "would do, it is not written yet",
     "low_rank_projections": "no family has two products in the place of a projection",
+    "compress_attention": "the family has no latent that queries, keys and values are made of",
     "latent_kv": "the family has no latent that keys and values are made of",
     "share_kv_layers": "that a layer reads the keys and values of another is not written yet",
 }
