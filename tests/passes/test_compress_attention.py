@@ -1,0 +1,286 @@
+"""compress_attention: exact at full width or where the model is that narrow, else it loses what was
+told, and costs what was told."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from attnopt.compiler import latent
+from attnopt.compiler.compressed import Compressed, Known, Widths, left_pairs
+from attnopt.compiler.contract import Edit, Notes, passes, read_pass
+from attnopt.compiler.cost import cost
+from attnopt.compiler.decode import derive
+from attnopt.compiler.decode.latents import Latent
+from attnopt.compiler.gauge import unpaired
+from attnopt.compiler.grams import rows, with_one
+from attnopt.compiler.intake.loaded import Loaded
+from attnopt.compiler.lower import export
+from attnopt.compiler.pipeline import apply_edit
+from attnopt.compiler.program import Batch, Program
+from attnopt.compiler.raising import raise_program
+from attnopt.compiler.site import Path, Site
+from attnopt.compiler.site_heads import WHICH
+from attnopt.compiler.site_weights import read_weight
+from attnopt.compiler.trace import trace
+from attnopt.passes.compress_attention import CompressAttention
+from attnopt.passes.low_rank_projections import LowRankProjections
+from attnopt.passes.refit import Refit
+from tests.attention_models import (
+    applied,
+    distance,
+    fused,
+    logits,
+    missed,
+    notes,
+    put,
+    raised,
+    tokens,
+)  # fmt: skip
+from tests.tolerance import assert_close
+
+HALF = "compress_attention{keep=0.5}"
+IDENTITY = 1e-10  # of the logits' norm, in float64
+
+
+@lru_cache(maxsize=8)
+def compressed(kind: str, line: str = HALF) -> tuple[Program, Edit]:
+    program = raised(kind)
+    edit = read_pass(line).rewrite(program.sites[0], program, notes(program))
+    assert isinstance(edit, Edit), edit
+    return apply_edit(program, program.sites[0], edit), edit
+
+
+def narrow(program: Program) -> Program:
+    """The program with q, k and v of half the dims each, all made of half of the model's width."""
+    made = program.copy()
+    site = made.sites[0]
+    pairs = site.rotary.pairs if site.rotary is not None else torch.empty(0, 2).long()
+    torch.manual_seed(1)
+    basis = torch.linalg.qr(torch.randn(32, 16, dtype=torch.float64)).Q
+    for which in WHICH:
+        path = cast(Path, getattr(site, which))
+        weight, bias = read_weight(made, path)
+        dim = weight.shape[1]
+        maps = torch.eye(dim, dtype=torch.float64).repeat(len(weight), 1, 1)
+        free = torch.arange(dim) if which == "v" else unpaired(dim, pairs)
+        gone = torch.tensor([]).long() if which == "v" else pairs[: len(pairs) // 2].reshape(-1)
+        maps[:, gone, gone] = 0.0
+        mixed = torch.randn(len(weight), len(free), len(free) // 2, dtype=torch.float64)
+        maps[:, free[:, None], free[None, :]] = mixed @ mixed.mT / max(len(free), 1)
+        put(made, path, maps @ weight @ basis @ basis.T,
+            None if bias is None else (maps @ bias[..., None])[..., 0])  # fmt: skip
+    return made
+
+
+@pytest.mark.parametrize("kind", ("llama", "grouped", "learned", "normed"))
+def test_at_full_width_it_is_the_identity(kind: str) -> None:
+    program = raised(kind)
+    site, known = program.sites[0], notes(program)
+    given = Known.read(program, site, known)
+    heads = given.heads
+    width = heads.q.shape[2] - 1
+    inside = sum(x.shape[0] * x.shape[1] for x in (heads.q, heads.k, heads.v))
+    widths = Widths(heads.k.shape[1], heads.v.shape[1], min(width, inside), 1.0, 1.0)
+    made = Compressed.fit(program, known, given, widths)
+    assert isinstance(made, Compressed)
+    copy = program.copy()
+    facts = made.write(copy)
+    assert isinstance(facts, Site), facts
+    assert max(made.latent.tails) < 1e-12
+    copy = copy.with_sites([facts])
+    copy.clean()
+    assert distance(copy, program) < IDENTITY
+
+
+@pytest.mark.parametrize("kind", ("llama", "learned"))
+def test_a_model_that_is_that_narrow_loses_nothing(kind: str) -> None:
+    program = narrow(raised(kind))
+    made, (edit,) = applied(program, CompressAttention(0.5), notes(program))
+    assert edit.evidence["work"] < 0.5
+    assert max(v for k, v in edit.evidence.items() if k.endswith("predicted")) < 1e-10
+    assert distance(made, program) < IDENTITY
+
+
+@pytest.mark.parametrize("kind", ("llama", "grouped", "learned"))
+def test_heads_of_the_latent_lose_what_was_told(kind: str) -> None:
+    """Measured on what the projections of the new graph give."""
+    program, (made, edit) = raised(kind), compressed(kind)
+    known = notes(program)
+    given = Known.read(program, program.sites[0], known)
+    widths = given.widths(0.5)
+    assert isinstance(widths, Widths)
+    fitted = Compressed.fit(program, known, given, widths)
+    assert isinstance(fitted, Compressed)
+    parts = given.parts(fitted.small, left_pairs(program.sites[0], fitted.keys))
+    x = with_one(recorded(program, known, program.sites[0].q))
+    for which, (heads, metric) in zip(WHICH, parts, strict=True):
+        path = cast(Path, getattr(made.sites[0], which))
+        told, told_of_heldout = (edit.evidence[f"latent_{which}_{said}"]
+                                 for said in ("predicted", "heldout"))  # fmt: skip
+        found = recorded(made, known, path, of_projection=True)[:, path.channels]
+        truth = torch.einsum("hdw,tw->thd", heads, x)
+        lost, all_of_it = (
+            torch.einsum("hde,the->thd", metric, value).square().sum()
+            for value in (truth - found, truth - truth.mean(0))
+        )
+        assert told > 1e-3
+        assert abs(told - float(lost / all_of_it)) < 1e-6
+        assert abs(told - edit.evidence[f"latent_{which}_residual"]) < 1e-6
+        assert told_of_heldout > 0.5 * told
+    if "qk_predicted" in edit.evidence:
+        assert abs(edit.evidence["qk_predicted"] - edit.evidence["qk_residual"]) < 1e-6
+
+
+def recorded(
+    program: Program, known: Notes, path: Path | None, of_projection: bool = False
+) -> Tensor:
+    """What a path's projection reads or gives, all tokens of the calibration data `[tokens, n]`."""
+    assert path is not None
+    name = path.projection if of_projection else path.source
+    return torch.cat([rows(v[name].double(), None) for v, _ in known.record(program, [name])])
+
+
+def test_no_latent_of_the_rank_holds_more() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(200, 12).double() @ torch.randn(12, 12).double()
+    gram = with_one(x).T @ with_one(x)
+    parts = tuple((torch.randn(2, n, 13).double(), torch.eye(n).double().expand(2, n, n))
+                  for n in (3, 3, 4))  # fmt: skip
+    made = latent.components(parts, gram, 5)
+    centred = x - x.mean(0)
+    seen = [(centred @ heads[..., :-1].flatten(0, 1).T) for heads, _ in parts]
+    stacked = torch.cat([value / value.norm() for value in seen], 1)
+    values = torch.linalg.svdvals(stacked).square()
+    assert sum(made.tails) == pytest.approx(float(values[5:].sum()), rel=1e-9)
+    energies = latent.spectrum(parts, gram).flip(0)
+    assert_close(energies, values[: len(energies)])
+
+
+@pytest.mark.parametrize("kind", ("llama", "grouped", "learned"))
+def test_it_costs_the_shares_that_were_told(kind: str) -> None:
+    """Operations counted in both graphs; what decoders hold of a token."""
+    program, (made, edit) = raised(kind), compressed(kind)
+    before, after = cost(program), cost(made)
+    old, new = program.sites[0], made.sites[0]
+    nodes = {path.projection for path in (old.q, old.k, old.v, old.out) if path is not None}
+    spent = sum(before.nodes[name].flops for name in nodes)
+    other = before.flops - spent - before.site_core_flops["s0"]
+    left = after.flops - other - after.site_core_flops["s0"]
+    assert left / spent == pytest.approx(edit.evidence["work"], rel=1e-6)
+    assert edit.evidence["work"] <= 0.5 and edit.evidence["cache"] <= 0.5
+    bytes_before, bytes_after = (derive(p, check=False).bytes_per_token() for p in (program, made))
+    assert bytes_after / bytes_before == edit.evidence["cache"]
+    assert f"{edit.evidence['work']:.0%} of the projections' products" in edit.note
+    known = {name for name, _ in made.module.named_parameters()}
+    assert new.q is not None and old.q is not None
+    assert new.q.weight in known and old.q.weight not in known
+
+
+@pytest.mark.parametrize("kind", ("llama", "learned"))
+def test_decoding_export_and_refit_go_on(kind: str) -> None:
+    program, (made, _) = raised(kind), compressed(kind)
+    if kind == "llama":
+        module = export(made).module()
+        for batch in (tokens(3, 19), tokens(2, 5)):
+            assert_close(module(**batch.kwargs)["logits"], logits(made, batch))
+    decoder, whole = derive(made), logits(made, tokens(2, 7))
+    assert isinstance(next(iter(decoder.caches.values())), Latent) == (kind == "learned")
+    ids, state = tokens(2, 7).kwargs["input_ids"], decoder.state(2, 7)
+    steps = [decoder.prefill(state, ids[:, :5]), *(decoder.step(state, ids[:, i : i + 1])
+             for i in (5, 6))]  # fmt: skip
+    assert_close(torch.cat(steps, 1), whole)
+    data = Notes(program, [tokens(8, 48, seed) for seed in (5, 6, 7)], [tokens(8, 48, 9)])
+    made, _ = applied(program, CompressAttention(0.5), data)
+    mended = Refit().rewrite(made.sites[0], made, data)
+    assert isinstance(mended, Edit), mended
+    assert mended.evidence["heldout_after"] < mended.evidence["heldout_before"]
+
+
+def test_three_factors_of_their_own_lose_more_for_the_same_products() -> None:
+    """The same heads, whose q, k and v read one subspace."""
+    program = narrow(raised("llama"))
+    known = notes(program)
+    made, _ = applied(program, CompressAttention(0.5), known)
+    alone, _ = applied(program, read_pass("shrink_head_dim{keep=0.5}"), known)
+    apart, _ = applied(alone, LowRankProjections(0.75), known)
+    assert cost(made).flops < cost(alone).flops
+    assert distance(made, program) < IDENTITY < 1e-3 < distance(apart, program)
+
+
+def test_where_decoders_hold_the_latent_heads_may_stay_wider() -> None:
+    program = raised("learned")
+    known = notes(program)
+    given = Known.read(program, program.sites[0], known)
+    tried = list(given.within(0.5))
+    assert given.absorbed and {w.qk for w in tried} == {2, 4, 6, 8}
+    assert all(w.work <= 0.5 and w.cache <= 0.5 for w in tried)
+    rotary = Known.read(raised("llama"), raised("llama").sites[0], notes(raised("llama")))
+    assert not rotary.absorbed and {w.qk for w in rotary.within(0.5)} == {2, 4}
+
+
+def test_a_norm_of_each_head_leaves_queries_and_keys() -> None:
+    made, edit = compressed("normed")
+    assert "values 8 -> 4" in edit.note and "queries and keys stay: a norm" in edit.note
+    assert edit.evidence["cache"] == 0.75
+    assert made.spec(made.sites[0]).head_dim == 8
+
+
+def test_says_why_it_does_not_fire() -> None:
+    program = raised("llama")
+    known = notes(program)
+    assert "made so" in missed(fused(program), CompressAttention(), known).reason
+    assert "calibration" in missed(program, CompressAttention(), Notes(program)).reason
+    assert "no share" in missed(program, CompressAttention(1.0), known).reason
+    convolved = read_pass("compress_attention{conv=2}")
+    assert isinstance(convolved, CompressAttention)
+    assert "not built" in missed(program, convolved, known).reason
+    small = raised("grouped")
+    assert "no smaller heads" in missed(small, CompressAttention(0.25), notes(small)).reason
+
+
+class Plain(nn.Module):
+    """An attention over all tokens, of one input or of two, whose product may make more."""
+
+    def __init__(self, crossed: bool = False, more: int = 0) -> None:
+        super().__init__()
+        self.crossed, self.more = crossed, more
+        self.q, self.kv = nn.Linear(32, 32), nn.Linear(32, 64 + more)
+        self.o = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        k, v, rest = self.kv(x.tanh() if self.crossed else x).split((32, 32, self.more), -1)
+        heads = (p.unflatten(-1, (4, 8)).transpose(1, 2) for p in (self.q(x), k, v))
+        mixed = nn.functional.scaled_dot_product_attention(*heads)
+        made: Tensor = x + self.o(mixed.transpose(1, 2).flatten(2))
+        return made + rest.sum() if self.more else made
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [(Plain(), ""), (Plain(crossed=True), "of one input"), (Plain(more=3), "makes more than")],
+    ids=("one input", "two inputs", "a product of more"),
+)
+def test_a_plain_module(model: Plain, why: str) -> None:
+    x = {"x": torch.randn(2, 9, 32).double()}
+    loaded = Loaded(model.double().eval(), None, (), x, "plain", "callable")
+    program = raise_program(trace(loaded))
+    data = [Batch((), {"x": torch.randn(4, 12, 32).double()}) for _ in range(3)]
+    known = Notes(program, data[:2], data[2:])
+    if why:
+        assert why in missed(program, CompressAttention(), known).reason
+        return
+    made, (edit,) = applied(program, CompressAttention(), known)
+    assert edit.evidence["work"] <= 0.5 and made.spec(made.sites[0]).head_dim == 4
+    lost = (cast(Tensor, made.run(data[2])) - cast(Tensor, program.run(data[2]))).norm()
+    assert 0 < lost < cast(Tensor, program.run(data[2])).norm()
+
+
+def test_reads_back_from_its_text() -> None:
+    made = passes()["compress_attention"](keep=0.33)
+    assert made.text == "compress_attention{keep=0.33}"
+    assert read_pass(made.text) == made
