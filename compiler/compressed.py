@@ -59,13 +59,15 @@ class Widths:
 
 @dataclass(frozen=True)
 class Known:
-    """A site's projections, moments of what they read and of what heads give, why queries and keys
-    (and values) keep their dims, and whether a decoder can hold the latent."""
+    """A site's projections, moments of what they read and of what heads give (on calibration data
+    and, to `check`, on held-out data), why queries and keys (and values) keep their dims, and
+    whether a decoder can hold the latent."""
 
     site: Site
     heads: Heads
     grams: Mapping[str, Gram]
     given: Results
+    check: Results | None
     fixed_qk: Miss | None
     fixed_v: Miss | None
     absorbed: bool
@@ -74,29 +76,32 @@ class Known:
     def read(program: Program, site: Site, notes: Notes) -> Known:
         """The site as it stands in the program."""
         heads, grams = Heads.read(program, site), source_moments(program, site, notes)
-        given, _ = results(program, site, notes, heads)
+        given, check = results(program, site, notes, heads)
         assert grams is not None and given is not None
         free, qk, spec = freedom(program, site, "v"), fixed_keys(program, site), site.spec
         v = None if free.rest else Miss(f"values stay: {free.why}", site.node)
         plain = spec.softcap == 0.0 and "sinks" not in spec.extras
         absorbed = site.rotary is None and qk is None and v is None and plain
-        return Known(site, heads, grams, given, qk, v, absorbed and site.mask == "causal")
+        absorbed = absorbed and site.mask == "causal"
+        return Known(site, heads, grams, given, check, qk, v, absorbed)
 
     @property
     def inputs(self) -> Tensor:
         """Second moments of what the projections read, a constant last."""
         return self.grams[cast(Path, self.site.q).source].xx
 
-    def widths(self, keep: float) -> Widths | Miss:
-        """The widths within the share that promise to lose least."""
+    def widths(self, keep: float, logits: float = 1.0) -> Widths | Miss:
+        """The widths within the share that promise to lose least, where the logits' energy weighs
+        `logits` times the outputs'."""
         if self.fixed_qk is not None and self.fixed_v is not None:
             return Miss(f"{self.fixed_qk.reason}; {self.fixed_v.reason}", self.site.node)
         tried = list(self.within(keep))
         if not tried:
             why = f"no smaller heads and latent leave {keep:g} of the products and of the cache"
             return Miss(why, self.site.node)
-        energies = latent.spectrum(self.parts(self.heads, rotary_pairs(self.site)), self.inputs)
-        lost = [self._cut_lost(w) + float(energies[: -w.rank].sum()) for w in tried]
+        parts = self.parts(self.heads, rotary_pairs(self.site))
+        energies = latent.spectrum(parts, self.inputs, (logits, logits, 1.0))
+        lost = [self._cut_lost(w, logits) + float(energies[: -w.rank].sum()) for w in tried]
         return tried[lost.index(min(lost))]
 
     def within(self, keep: float) -> Iterator[Widths]:
@@ -137,10 +142,10 @@ class Known:
             return None
         return fitted_keys(self.site, self.heads, self.grams, qk)
 
-    def _cut_lost(self, widths: Widths) -> float:
+    def _cut_lost(self, widths: Widths, logits: float) -> float:
         """The shares of the logits' and of the results' energy that the smaller heads lose."""
         keys = self.keys(widths.qk)
-        lost = keys.tail if isinstance(keys, Keys) else 0.0
+        lost = logits * keys.tail if isinstance(keys, Keys) else 0.0
         if widths.v == self.heads.v.shape[1]:
             return lost
         return lost + value_basis(self.heads, self.given, widths.v).tail
@@ -166,19 +171,20 @@ class Compressed:
     latent: Components
 
     @staticmethod
-    def fit(program: Program, notes: Notes, known: Known, widths: Widths) -> Compressed | Miss:
-        """The cut heads and the latent of these widths."""
+    def fit(program: Program, known: Known, widths: Widths, logits: float = 1.0) -> Compressed:
+        """The cut heads and the latent of these widths, which must be possible."""
         site, small = known.site, known.heads
         keys, values = known.keys(widths.qk), None
-        if isinstance(keys, Miss):
-            return keys
+        assert not isinstance(keys, Miss), keys
         if keys is not None:
             small = replace(small, q=keys.query(small.q), k=keys.key(small.k))
         if widths.v != small.v.shape[1]:
-            values = fitted_values(program, site, notes, known.heads, widths.v)
+            given = known.given, known.check
+            values = fitted_values(program, site, known.heads, *given, widths.v)
             small = replace(small, v=values.basis.down.mT @ small.v, out=values.out)
         parts = known.parts(small, left_pairs(site, keys))
-        made = latent.components(parts, known.inputs, widths.rank)
+        shares = logits, logits, 1.0
+        made = latent.components(parts, known.inputs, widths.rank, shares)
         return Compressed(known, widths, keys, values, small, made)
 
     @property

@@ -103,6 +103,8 @@ class DimCut:
         size = int(cast(fx.Node, node.args[0]).meta["val"].shape[axis])
         start, end = (None if bound is None else int(bound) for bound in given[1:3])
         wanted = set(range(size)[start : end : int(given[3])])
+        if not wanted:
+            return tuple(args)  # what does not turn where all dims do
         found = [at for at, old in enumerate(place) if old in wanted]
         if not found:
             raise Unknown(f"nothing is left of `{node.name}`")

@@ -143,15 +143,19 @@ def joint(
     return Latent(made.down, up_k, up_v, k_bias, v_bias, k_tail, v_tail)
 
 
-def components(parts: Sequence[tuple[Tensor, Tensor]], gram: Tensor, rank: int) -> Components:
-    """The principal components of several sets of heads, at equal energy: each `[heads, dim,
-    width + 1]` with its metric, `[heads, dim, dim]` and symmetric."""
+def components(
+    parts: Sequence[tuple[Tensor, Tensor]], gram: Tensor, rank: int, shares: Sequence[float] = ()
+) -> Components:
+    """The principal components of several sets of heads: each `[heads, dim, width + 1]` with its
+    metric, `[heads, dim, dim]` and symmetric. They are brought to the energies `shares`, equal
+    ones where none are given."""
     mean, spread = _centred(gram)
     weighted, scales = [], []
-    for heads, metric in parts:
+    shares = shares or [1.0] * len(parts)
+    for (heads, metric), share in zip(parts, shares, strict=True):
         part = (metric @ heads[..., :-1]).flatten(0, 1)
         energy = float(torch.einsum("ap,pq,aq->", part, spread, part))
-        scales.append(max(energy, 1e-300) ** 0.5)
+        scales.append((max(energy, 1e-300) / share) ** 0.5)
         weighted.append(part / scales[-1])
     stacked = torch.cat(weighted)
     moment = stacked @ spread @ stacked.T
@@ -161,8 +165,8 @@ def components(parts: Sequence[tuple[Tensor, Tensor]], gram: Tensor, rank: int) 
     down = kept.T @ stacked * usual
     missed = lost.square() @ energies[:-rank].clamp(min=0)
     made, biases, tails = [], [], []
-    for (heads, metric), scale, rows, loss in zip(
-        parts, scales,
+    for (heads, metric), share, scale, rows, loss in zip(
+        parts, shares, scales,
         kept.split([len(part) for part in weighted]),
         missed.split([len(part) for part in weighted]),
         strict=True,
@@ -171,19 +175,21 @@ def components(parts: Sequence[tuple[Tensor, Tensor]], gram: Tensor, rank: int) 
         up = torch.linalg.solve(metric, back)
         made.append(up)
         biases.append(heads[..., -1] + (heads[..., :-1] - up @ down) @ mean)
-        tails.append(float(loss.sum()) if scale > 1e-100 else 0.0)
+        tails.append(float(loss.sum()) / share if scale > 1e-100 else 0.0)
     return Components(down, tuple(made), tuple(biases), tuple(tails))
 
 
-def spectrum(parts: Sequence[tuple[Tensor, Tensor]], gram: Tensor) -> Tensor:
-    """The energies of the principal components of `components`, ascending `[width]`, each set of
-    heads having one in all; cheaper where the heads are wider than what they read."""
+def spectrum(
+    parts: Sequence[tuple[Tensor, Tensor]], gram: Tensor, shares: Sequence[float] = ()
+) -> Tensor:
+    """The energies of the principal components of `components`, ascending `[width]`; cheaper where
+    the heads are wider than what they read."""
     _, spread = _centred(gram)
     root, _ = roots(spread)
     total = torch.zeros_like(spread)
-    for heads, metric in parts:
+    for (heads, metric), share in zip(parts, shares or [1.0] * len(parts), strict=True):
         part = (metric @ heads[..., :-1]).flatten(0, 1) @ root
-        total += part.T @ part / part.square().sum().clamp(min=1e-300)
+        total += part.T @ part * (share / part.square().sum().clamp(min=1e-300))
     found: Tensor = torch.linalg.eigvalsh(total).clamp(min=0)
     return found
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from attnopt.compiler import head_dims
-from attnopt.compiler.contract import Miss, Notes
+from attnopt.compiler.contract import Miss
 from attnopt.compiler.cut_dims import DimCut
 from attnopt.compiler.gauge import freedom
 from attnopt.compiler.grams import Gram
@@ -24,7 +24,7 @@ from attnopt.compiler.head_dims import Basis, Keys
 from attnopt.compiler.program import Program
 from attnopt.compiler.reproject import Which
 from attnopt.compiler.site import OutputPath, Path, Rotary, Site
-from attnopt.compiler.site_heads import WHICH, Heads, results
+from attnopt.compiler.site_heads import WHICH, Heads
 
 
 def fixed_keys(program: Program, site: Site) -> Miss | None:
@@ -47,10 +47,10 @@ def fitted_keys(site: Site, heads: Heads, grams: Mapping[str, Gram], dims: int) 
         return Miss(f"queries and keys stay: {reason}", site.node)
 
 
-def fitted_values(program: Program, site: Site, notes: Notes, heads: Heads, dims: int) -> Values:
+def fitted_values(
+    program: Program, site: Site, heads: Heads, train: Results, check: Results | None, dims: int
+) -> Values:
     """The best values of `dims` dims, and the output projection fitted to them."""
-    train, check = results(program, site, notes, heads)
-    assert train is not None
     path = cast(OutputPath, site.out)
     bias = None if path.bias is None else program.weight(path.bias).detach().double()
     return Values.fit(heads, train, check, bias, dims)

@@ -6,11 +6,11 @@ values are small heads of that.
 Compressed attention (CCA, Figliolia et al. 2025, section 3) trains such a layer; here it is made of
 a trained one. First heads lose dims in closed form (`attnopt.compiler.head_dims`), keys and values
 to the share `keep`; scores, cache and output projection shrink with them. Then P are the principal
-directions of all that is left of q, k and v at once, at equal energy, where an error of a query
-weighs by the keys that it meets, one of a key by its queries, and one of a value by the output
-projection (`latent.components`). P is paid for once, so that for the same products it is wider than
-three factors of their own. It has at most `keep` of the width and leaves at most `keep` of the
-products.
+directions of all that is left of q, k and v at once, where an error of a query weighs by the keys
+that it meets, one of a key by its queries, and one of a value by the output projection
+(`latent.components`); how much logits weigh against outputs is tried on held-out data. P is paid
+for once, so that for the same products it is wider than three factors of their own. It has at most
+`keep` of the width and leaves at most `keep` of the products.
 
 Where a decoder can hold c itself (causal, without rotary), that is its cache, and heads may stay
 wider than `keep` for a narrower P; of what fits both shares, the widths that promise to lose least
@@ -20,15 +20,22 @@ identity and are worth their cost once trained; they are not built.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from attnopt.compiler.compressed import Compressed, Known
 from attnopt.compiler.contract import Edit, Exactness, Miss, Notes, Pass, choice, option
+from attnopt.compiler.damage import Damage
 from attnopt.compiler.program import Program
+from attnopt.compiler.removal import edited
 from attnopt.compiler.reproject import token_rows
 from attnopt.compiler.site import Site
 from attnopt.compiler.site_heads import WHICH, unknown
+
+# How much the logits' energy weighs against the outputs' where the latent is found. Near-uniform
+# attention hardly sees its logits, a sharp one does: held-out data decides.
+_LOGITS = (1.0, 0.1, 0.01)
 
 
 @dataclass(frozen=True)
@@ -52,21 +59,25 @@ class CompressAttention(Pass):
         if miss is not None:
             return miss
         known = Known.read(program, target, notes)
-        widths = known.widths(self.keep)
-        if isinstance(widths, Miss):
-            return widths
-        made = Compressed.fit(program, notes, known, widths)
-        if isinstance(made, Miss):
-            return made
-        facts = made.write(program.copy())
+        options: dict[str, Compressed] = {}
+        for logits in _LOGITS if notes.heldout else _LOGITS[:1]:
+            widths = known.widths(self.keep, logits)
+            if isinstance(widths, Miss):
+                return widths
+            options[f"logits_{logits:g}"] = Compressed.fit(program, known, widths, logits)
+        facts = next(iter(options.values())).write(program.copy())
         if isinstance(facts, Miss):
-            return facts
+            return facts  # it is the graph that does not give way, whatever the widths
+        damage = _damage(program, notes, options)
+        made = options[min(options, key=lambda name: damage.get(f"damage_{name}", 0.0))]
+        chosen = made.write(program.copy())
+        assert isinstance(chosen, Site), chosen
 
         def edit(copy: Program) -> None:
             made.write(copy)
 
-        return Edit(graph=edit, sites={target.id: facts}, note=made.note(),
-                    evidence=made.evidence(program, notes))  # fmt: skip
+        return Edit(graph=edit, sites={target.id: chosen}, note=made.note(),
+                    evidence={**made.evidence(program, notes), **damage})  # fmt: skip
 
     def _refused(self, site: Site, program: Program, notes: Notes) -> Miss | None:
         if not 0 < self.keep < 1:
@@ -84,3 +95,19 @@ class CompressAttention(Pass):
             return Miss("the principal directions are not known without calibration data",
                         site.node, help="give --text FILE")  # fmt: skip
         return None
+
+
+def _damage(program: Program, notes: Notes, options: Mapping[str, Compressed]) -> dict[str, float]:
+    """What each option loses on held-out data; empty where there is none."""
+    if len(options) < 2:
+        return {}
+    damage = Damage(notes.original, notes.heldout)
+
+    found = {}
+    for name, made in options.items():
+
+        def edit(copy: Program, made: Compressed = made) -> None:
+            made.write(copy)
+
+        found[f"damage_{name}"] = damage(edited(program, edit))
+    return found

@@ -31,7 +31,7 @@ from attnopt.compiler.program import Program
 from attnopt.compiler.raising.evaluate import Unknown
 from attnopt.compiler.reproject import Which
 from attnopt.compiler.site import Path, Site
-from attnopt.compiler.site_heads import WHICH, Heads, resize, unknown
+from attnopt.compiler.site_heads import WHICH, Heads, resize, results, unknown
 from attnopt.compiler.smaller_heads import (
     Values,
     cut_rotary,
@@ -113,7 +113,9 @@ class ShrinkHeadDim(Pass):
             return Miss(f"values stay: {free.why}", site.node)
         if dims == dim:
             return Miss(f"values stay: {dim} dims do not come in steps", site.node)
-        return fitted_values(program, site, notes, heads, dims)
+        train, check = results(program, site, notes, heads)
+        assert train is not None
+        return fitted_values(program, site, heads, train, check, dims)
 
 
 @dataclass(frozen=True)
