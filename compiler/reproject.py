@@ -24,6 +24,7 @@ from attnopt.compiler.program import Program, infer
 from attnopt.compiler.raising.evaluate import Evaluator, Unknown, concrete, example_sizes
 from attnopt.compiler.raising.index_probe import small_sizes
 from attnopt.compiler.site import Path, Site
+from attnopt.compiler.site_weights import token_rows
 
 aten = torch.ops.aten
 Which = Literal["q", "k", "v"]
@@ -213,14 +214,6 @@ def projected(
     if path.order == "bhtd":
         fresh = program.call(aten.transpose.int, (fresh, 1, 2), before=split)
     return linear, fresh
-
-
-def token_rows(program: Program, path: Path) -> fx.Node:
-    """What a path's projection reads, as `[batch, seq, width]` where a view made rows of it."""
-    source = program.node(path.source)
-    if source.meta["val"].dim() == 2 and source.target in _VIEWS:
-        return cast(fx.Node, source.args[0])
-    return source
 
 
 def split_scale(program: Program, path: Path) -> float | None:

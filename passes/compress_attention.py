@@ -29,9 +29,9 @@ from attnopt.compiler.contract import Edit, Exactness, Miss, Notes, Pass, choice
 from attnopt.compiler.damage import Damage
 from attnopt.compiler.program import Program
 from attnopt.compiler.removal import edited
-from attnopt.compiler.reproject import token_rows
 from attnopt.compiler.site import Site
 from attnopt.compiler.site_heads import WHICH, unknown
+from attnopt.compiler.site_weights import token_rows
 
 # How much the logits' energy weighs against the outputs' where the latent is found. Near-uniform
 # attention hardly sees its logits, a sharp one does: held-out data decides.

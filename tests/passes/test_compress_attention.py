@@ -18,6 +18,7 @@ from attnopt.compiler.decode import derive
 from attnopt.compiler.decode.latents import Latent
 from attnopt.compiler.gauge import unpaired
 from attnopt.compiler.grams import rows, with_one
+from attnopt.compiler.healing.touched import touched
 from attnopt.compiler.intake.loaded import Loaded
 from attnopt.compiler.lower import export
 from attnopt.compiler.pipeline import apply_edit
@@ -77,7 +78,7 @@ def narrow(program: Program) -> Program:
     return made
 
 
-@pytest.mark.parametrize("kind", ("llama", "grouped", "learned", "normed"))
+@pytest.mark.parametrize("kind", ("llama", "learned", "normed"))
 def test_at_full_width_it_is_the_identity(kind: str) -> None:
     program = raised(kind)
     site, known = program.sites[0], notes(program)
@@ -96,7 +97,7 @@ def test_at_full_width_it_is_the_identity(kind: str) -> None:
     assert distance(copy, program) < IDENTITY
 
 
-@pytest.mark.parametrize("kind", ("llama", "learned"))
+@pytest.mark.parametrize("kind", ("llama",))
 def test_a_model_that_is_that_narrow_loses_nothing(kind: str) -> None:
     program = narrow(raised(kind))
     made, (edit,) = applied(program, CompressAttention(0.5), notes(program))
@@ -193,7 +194,9 @@ def test_it_costs_the_shares_that_were_told(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ("llama", "learned"))
 def test_decoding_and_export_go_on(kind: str) -> None:
-    program, (made, _) = raised(kind), compressed(kind)
+    made, _ = compressed(kind)
+    healed = touched(made, raised(kind)).names["s0"]
+    assert sum("latent_down" in name for name in healed) == 1 and len(healed) >= 5
     if kind == "llama":
         module = export(made).module()
         for batch in (tokens(3, 19), tokens(2, 5)):
