@@ -1,0 +1,125 @@
+"""Let each token run some of the heads only: those it needs most, and a few that all tokens share.
+
+A router scores the key/value heads for a token, with the query heads that read them; of those that
+are not shared the best are on, up to `active` of all. A head that is off adds what it adds on
+average over the tokens that it is off for. Two routers are known (`attnopt.compiler.routing`): the
+norm of the head's queries, which has no parameters, and a linear map of the layer's input, fitted
+in closed form to what each head adds. "best" keeps the one that loses less on held-out data.
+
+Nothing gets cheaper for a whole sequence, since another token may need a key that this one does
+not: what is saved are reads of the cache in a step of one sequence. MoH trains the model
+afterwards; without that, and with `refit` alone, this is experimental. Source: MoH (Jin et al.
+2024, arXiv:2410.11842), section 3, and its router of LLaMA3-8B for "norm".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+from attnopt.compiler.contract import Edit, Exactness, Miss, Notes, Pass, choice
+from attnopt.compiler.program import Program
+from attnopt.compiler.regions import Part
+from attnopt.compiler.route_graph import Router, gate_of, input_of, install
+from attnopt.compiler.routing import Seen, least, routers
+from attnopt.compiler.site import OutputPath, Site
+
+
+@dataclass(frozen=True)
+class RouteHeads(Pass):
+    """Run this share of the key/value heads for a token, rounded up, `shared` of them always."""
+
+    name: ClassVar[str] = "route_heads"
+    exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
+    source: ClassVar[str] = "MoH (Jin et al. 2024), section 3; routers fitted in closed form"
+    # The heads that are routed are those that are left.
+    after: ClassVar[tuple[str, ...]] = (
+        "fold_repeated_kv", "fuse_attention", "merge_kv_heads", "prune_heads", "shrink_head_dim",
+        "share_kv_layers",
+    )  # fmt: skip
+    # A whole sequence reads every head: what is saved is in a step of one sequence.
+    removes: ClassVar[tuple[Part, ...]] = ()
+
+    active: float = choice(0.75, 0.5, default=0.75)
+    shared: float = choice(0.5, 0.0, default=0.5)
+    router: str = choice("best", "norm", "linear", default="best")
+
+    def rewrite(self, target: Site, program: Program, notes: Notes) -> Edit | Miss:
+        """A gate behind one site's attention, or why not."""
+        miss = self._refused(target, program, notes)
+        if miss is not None:
+            return miss
+        train = Seen.of(program, target, notes.calibration)
+        check = Seen.of(program, target, notes.heldout) if notes.heldout else train
+        if not train.energy or not check.energy:
+            return Miss("the attention adds nothing", target.node)
+        count = self._count(target)
+        found = routers(train, count, int(self.shared * count + 1e-9))
+        losses = {name: check.lost(made, check.scores(made)) for name, made in found.items()}
+        wanted = [name for name in found if name != "fixed" and self._asked(name)]
+        name = min(wanted, key=losses.__getitem__)
+        pick = found[name]
+
+        def edit(copy: Program) -> None:
+            install(copy, target, pick)
+
+        evidence = self._evidence(train, check, pick, losses)
+        return Edit(graph=edit, note=_note(target, name, pick), evidence=evidence)
+
+    def _refused(self, site: Site, program: Program, notes: Notes) -> Miss | None:
+        if not (0 < self.active <= 1 and 0 <= self.shared < 1):
+            return Miss("active and shared are shares, shared below 1", site.node)
+        path = cast(OutputPath | None, site.out)
+        if path is None or not program.has(path.projection):
+            why = site.missing.get("out", "an earlier rewrite took it away")
+            return Miss(f"the output projection was not found: {why}", site.node)
+        spec = program.spec(site)
+        if path.channels.numel() != spec.heads * spec.v_dim:
+            return Miss("the output projection has factors, none of whose columns is a head's",
+                        path.projection)  # fmt: skip
+        if gate_of(program.node(site.node)) is not None:
+            return Miss("its heads are routed already", site.node)
+        if site.kv_heads == 1:
+            return Miss("there is one key/value head", site.node)
+        if self._count(site) == site.kv_heads:
+            return Miss(f"a share of {self.active:g} of {site.kv_heads} key/value heads is all of "
+                        "them", site.node)  # fmt: skip
+        if not notes.calibration:
+            return Miss("what a head adds is not known without calibration data", site.node,
+                        help="give --text FILE")  # fmt: skip
+        if self.router == "linear" and input_of(program, site) is None:
+            return Miss("the queries are no function of one [batch, seq, width] input", site.node,
+                        help="route_heads{router=norm}")  # fmt: skip
+        return None
+
+    def _count(self, site: Site) -> int:
+        """How many key/value heads run for a token: at least the share that is asked for."""
+        return max(1, math.ceil(self.active * site.kv_heads - 1e-9))
+
+    def _asked(self, name: str) -> bool:
+        return self.router == "best" or name.startswith(self.router)
+
+    def _evidence(
+        self, train: Seen, check: Seen, pick: Router, losses: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Shares of the attention's output energy that are lost: on calibration and held-out data
+        with the router that is written, with each kind of them, with the same heads `fixed` for all
+        tokens, and with those that each token would choose."""
+        found = {
+            "residual": train.lost(pick, train.scores(pick)),
+            "heldout": check.lost(pick, check.scores(pick)),
+            "heldout_norm": losses["norm"],
+            "heldout_fixed": losses["fixed"],
+            "heldout_least": least(check, pick.count, pick.shared, pick.rest),
+        }
+        linear = [loss for name, loss in losses.items() if name.startswith("linear")]
+        return found | ({"heldout_linear": min(linear)} if linear else {})
+
+
+def _note(site: Site, name: str, router: Router) -> str:
+    kind = "the norms of queries" if name == "norm" else "a linear router"
+    return (f"{router.count} of {site.kv_heads} key/value heads run for a token, "
+            f"{int(router.shared.sum())} of them always, by {kind}; saves reads of the cache in a "
+            "step of one sequence, nothing elsewhere; experimental without healing")  # fmt: skip
