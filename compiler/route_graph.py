@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from attnopt.compiler.layout import same_size
 from attnopt.compiler.program import Program
-from attnopt.compiler.site import Path, Site
+from attnopt.compiler.site import Site
 
 aten = torch.ops.aten
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
@@ -64,17 +64,17 @@ def gate_of(attention: fx.Node) -> Gate | None:
         return None
     on = join.args[0]
     whole = attention.meta["val"].shape
-    shape = on.meta["val"].shape if isinstance(on, fx.Node) else ()
-    if len(shape) != 4 or shape[3] != 1:
+    if not isinstance(on, fx.Node) or on.meta["val"].dim() != 4:
         return None
-    fits = all(same_size(a, b) for a, b in zip(shape[:3], whole[:3], strict=True))
-    return Gate(attention, join, cast(fx.Node, on)) if fits else None
+    wanted = (*whole[:3], 1)
+    fits = all(same_size(a, b) for a, b in zip(on.meta["val"].shape, wanted, strict=True))
+    return Gate(attention, join, on) if fits else None
 
 
 def input_of(program: Program, site: Site) -> fx.Node | None:
     """What a site's queries are made of, `[batch, seq, width]` token by token as the queries are;
     None where it has another shape."""
-    path = cast(Path | None, site.q)
+    path = site.q
     if path is None or not program.has(path.source):
         return None
     source = program.node(path.source)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from attnopt.compiler.grams import Gram, real, rows, with_one
 from attnopt.compiler.program import Batch, Program, peek
@@ -108,17 +108,16 @@ class Seen:
 
 
 def _parts(
-    program: Program, site: Site, score: fx.Node, source: fx.Node | None, batches: Sequence[Batch]
-) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Results `[tokens, heads v_dim]`, norms and inputs of each batch."""
-    names = [site.node, score.name, *([source.name] if source is not None else ())]
+    program: Program, site: Site, names: Sequence[str], batches: Sequence[Batch]
+) -> Iterator[list[Tensor]]:
+    """The values of nodes at real tokens, `[tokens, ...]` of each batch; the first one is the
+    attention."""
     for batch in batches:
         values = peek(program, names, batch)
+        values[site.node] = values[site.node].transpose(1, 2).flatten(2)
         valid = real(program, site.node, batch, (0, 2))
-        made = values[site.node].transpose(1, 2).flatten(2)
-        held = [rows(x, valid) for x in (made, *(values[name] for name in names[1:]))]
-        z, told, *x = (y if y.dtype == torch.float64 else y.float() for y in held)
-        yield z, told, x[0] if x else None
+        found = [rows(values[name], valid) for name in names]
+        yield [x if x.dtype == torch.float64 else x.float() for x in found]
 
 
 def routers(seen: Seen, count: int, shared: int) -> dict[str, Router]:
@@ -149,7 +148,8 @@ def routers(seen: Seen, count: int, shared: int) -> dict[str, Router]:
 
 
 def least(seen: Seen, count: int, shared: Tensor, rest: Tensor) -> float:
-    """What is lost where each token has the heads of its greatest parts: no router is much better."""
+    """What is lost where each token has the heads of its greatest parts, as no router can know
+    them."""
     router = Router(count, shared, rest)
     scores = seen.parts(rest)
     return seen.lost(_with_means(seen, router, scores), scores)

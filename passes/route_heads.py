@@ -17,14 +17,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import ClassVar
 
 from attnopt.compiler.contract import Edit, Exactness, Miss, Notes, Pass, choice
 from attnopt.compiler.program import Program
 from attnopt.compiler.regions import Part
 from attnopt.compiler.route_graph import Router, gate_of, input_of, install
 from attnopt.compiler.routing import Seen, least, routers
-from attnopt.compiler.site import OutputPath, Site
+from attnopt.compiler.site import Site
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class RouteHeads(Pass):
     def _refused(self, site: Site, program: Program, notes: Notes) -> Miss | None:
         if not (0 < self.active <= 1 and 0 <= self.shared < 1):
             return Miss("active and shared are shares, shared below 1", site.node)
-        path = cast(OutputPath | None, site.out)
+        path = site.out
         if path is None or not program.has(path.projection):
             why = site.missing.get("out", "an earlier rewrite took it away")
             return Miss(f"the output projection was not found: {why}", site.node)
