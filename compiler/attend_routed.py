@@ -19,7 +19,7 @@ from attnopt.compiler.spec import AttentionSpec
 
 # Numbers of the cache that a call must leave unread to be worth it, for each thread that would
 # have read them: what a kernel reads in about the time that a call takes on one core.
-LEAST = 1 << 18
+LEAST = 1 << 19
 
 Calls = list[tuple[int, int]]
 

@@ -53,14 +53,11 @@ class Seen:
         score = norms(probe, probe.node(site.node), site.kv_heads)
         probe.module.recompile()
         source = input_of(probe, site)
-        parts = list(_parts(probe, site, score, source, batches))
-        z, told, x = (torch.cat(part) if part[0] is not None else None for part in zip(*parts))
-        heads, _, dim = probe.node(site.node).meta["val"].shape[1:]
-        path = cast(OutputPath, site.out)
-        weight = read_output(program, path).to(cast(Tensor, z).dtype)
-        return Seen(
-            cast(Tensor, z).unflatten(1, (int(heads), int(dim))), cast(Tensor, told), x, weight
-        )
+        names = [site.node, score.name, *([source.name] if source is not None else ())]
+        z, told, *x = map(torch.cat, zip(*_parts(probe, site, names, batches), strict=True))
+        weight = read_output(program, cast(OutputPath, site.out)).to(z.dtype)
+        z = z.unflatten(1, tuple(weight.shape[:2]))
+        return Seen(z, told, x[0] if x else None, weight)
 
     @property
     def groups(self) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnopt.compiler.attend_routed import calls, to_active
 from attnopt.compiler.attend_step import to_all, to_positions
 from attnopt.compiler.spec import AttentionSpec
 
@@ -55,17 +56,21 @@ class Contiguous:
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, start: Any,
-        extras: Sequence[Tensor],
+        extras: Sequence[Tensor], on: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Store new keys and values, and attend to all that are there.
 
-        The extras are those of the new rows, `[..., S, start + S]`.
+        The extras are those of the new rows, `[..., S, start + S]`. Where `on` is given, bool
+        `[batch, heads, S, 1]`, nobody reads the result of other heads, and it may be anything.
         """
         new = q.shape[2]
         end = start + new
         self.store(k, v, keys, values, start)
         k, v = keys[:, :, :end], values[:, :, :end]
         if new == 1:
+            at = None if on is None else calls(on, k, v, self.spec)
+            if at is not None:
+                return to_active(q, k, v, extras, self.spec, at)
             return to_all(q, k, v, extras, self.spec)
         j = torch.arange(end, device=q.device)
         return to_positions(q, k, v, extras, self.spec, start + j[:new], j)

@@ -16,6 +16,7 @@ from attnopt.compiler.decode.latents import Latent, joined
 from attnopt.compiler.decode.split import Split
 from attnopt.compiler.layout import same_size
 from attnopt.compiler.program import Program, copy_module
+from attnopt.compiler.route_graph import gate_of
 
 aten = torch.ops.aten
 Kind = Literal["prefill", "step"]
@@ -126,8 +127,12 @@ class _Writer:
                 else:
                     operands = [stored, *self._constants(node.name, cache)]
         bound = (prefilled if self.kind == "prefill" else stepped)(cache, len(operands))
-        with self.graph.inserting_before(node):
-            made = self.graph.call_function(bound, (q, *operands, *kept, self.start, *extras))
+        given = (q, *operands, *kept, self.start, *extras)
+        gate = gate_of(node) if self.kind == "step" and isinstance(cache, Contiguous) else None
+        if gate is not None:
+            bound, given = gated(cast(Contiguous, cache)), (gate.on, *given)
+        with self.graph.inserting_before(gate.join if gate is not None else node):
+            made = self.graph.call_function(bound, given)
         made.meta = {**node.meta, "stands_for": node.name}
         node.replace_all_uses_with(made)
         self.graph.erase_node(node)
@@ -184,6 +189,17 @@ def stepped(cache: Cache, operands: int) -> Callable[..., Tensor]:
 
     def attention(q: Tensor, *rest: Any) -> Tensor:
         return step(q, *rest[:known], rest[known:])
+
+    return attention
+
+
+def gated(cache: Contiguous) -> Callable[..., Tensor]:
+    """As `stepped`, after `on`, which says whose results are read; see `Contiguous.step`."""
+
+    step = cast(Callable[..., Tensor], cache.step)
+
+    def attention(on: Tensor, q: Tensor, *rest: Any) -> Tensor:
+        return step(q, *rest[:5], rest[5:], on)
 
     return attention
 
