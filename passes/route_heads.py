@@ -7,7 +7,8 @@ norm of the head's queries, which has no parameters, and a linear map of the lay
 in closed form to what each head adds. "best" keeps the one that loses less on held-out data.
 
 Nothing gets cheaper for a whole sequence, since another token may need a key that this one does
-not: what is saved are reads of the cache in a step of one sequence. MoH trains the model
+not: what is saved are reads of the cache in a step of one sequence, where it holds all keys and
+values (no window, no latent) and is long (`attnopt.compiler.attend_routed`). MoH trains the model
 afterwards; without that, and with `refit` alone, this is experimental. Source: MoH (Jin et al.
 2024, arXiv:2410.11842), section 3, and its router of LLaMA3-8B for "norm".
 """
@@ -120,6 +121,8 @@ class RouteHeads(Pass):
 
 def _note(site: Site, name: str, router: Router) -> str:
     kind = "the norms of queries" if name == "norm" else "a linear router"
+    kept = site.mask.startswith("causal") or site.spec.mask.kind == "causal"
+    saved = "reads of the cache in a step of one sequence, nothing elsewhere" if kept else "nothing"
     return (f"{router.count} of {site.kv_heads} key/value heads run for a token, "
-            f"{int(router.shared.sum())} of them always, by {kind}; saves reads of the cache in a "
-            "step of one sequence, nothing elsewhere; experimental without healing")  # fmt: skip
+            f"{int(router.shared.sum())} of them always, by {kind}; saves {saved}; experimental "
+            "without healing")  # fmt: skip

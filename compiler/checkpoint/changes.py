@@ -25,6 +25,7 @@ _NOT_YET = {
     "written from there yet; to train them again takes as long as the run did",
     "prune_heads": "a config says one number of heads for all layers, and which weights stay for "
     "fewer heads is not written yet",
+    "route_heads": "no family has a router over its heads",
     "shrink_head_dim": "a config says one dim for queries, keys and values of all layers; where it "
     "would do, it is not written yet",
     "low_rank_projections": "no family has two products in the place of a projection",
