@@ -18,20 +18,18 @@ from attnopt.compiler.site import Site, Sublayer
 from attnopt.compiler.spec import Mask
 
 # The approximate rewrites that are understood here; exact and guarded ones change no function.
-EXPRESSED = ("merge_kv_heads", "sliding_window", "skip_sublayers", "fuse_blocks", "refit")
+EXPRESSED = (
+    "merge_kv_heads", "prune_heads", "shrink_head_dim", "sliding_window", "skip_sublayers",
+    "fuse_blocks", "refit", "heal",
+)  # fmt: skip
 # Why the others are not, as far as that is known here.
 _NOT_YET = {
-    "heal": "it keeps all shapes, but its weights are in the run's model.pt2 alone and are not "
-    "written from there yet; to train them again takes as long as the run did",
-    "prune_heads": "a config says one number of heads for all layers, and which weights stay for "
-    "fewer heads is not written yet",
     "route_heads": "no family has a router over its heads",
-    "shrink_head_dim": "a config says one dim for queries, keys and values of all layers; where it "
-    "would do, it is not written yet",
     "low_rank_projections": "no family has two products in the place of a projection",
     "compress_attention": "the family has no latent that queries, keys and values are made of",
     "latent_kv": "the family has no latent that keys and values are made of",
-    "share_kv_layers": "that a layer reads the keys and values of another is not written yet",
+    "share_kv_layers": "the shared keys are made of what an earlier layer reads: the config has no "
+    "field for that, and the same weights in the later layer would make other keys",
 }
 
 

@@ -1,5 +1,4 @@
-"""The changes of a plan in the fields of the family's config: how many key/value heads, which
-windows, which layers."""
+"""The changes of a plan in the fields of the family's config: which sizes, windows and layers."""
 
 from __future__ import annotations
 
@@ -13,8 +12,7 @@ from torch import nn
 from attnopt.compiler import text
 from attnopt.compiler.checkpoint.changes import Changes, Pair, refusal
 from attnopt.compiler.checkpoint.names import Names, layer_of, read_names
-
-_KV_HEADS = ("num_key_value_heads", "num_kv_heads")
+from attnopt.compiler.checkpoint.sizes import sizes
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ def settings(hf: Any, made: Changes, names: Names) -> Settings:
     config = copy.deepcopy(hf.config)
     own = config.get_text_config()
     layers, dropped = _dropped(hf, made, names)
-    told = {**_kv_heads(own, made), **_windows(own, made)}
+    told = {**sizes(own, made), **_windows(own, made)}
     _set(own, told)
     if dropped:
         fewer = _fewer(own, dropped)
@@ -96,30 +94,6 @@ def _fewer(config: Any, dropped: tuple[int, ...]) -> dict[str, tuple[Any, Any]]:
         if "layer" in name and isinstance(value, list) and len(value) == before:
             told[name] = (value, [item for i, item in enumerate(value) if i not in dropped])
     return told
-
-
-def _kv_heads(config: Any, made: Changes) -> dict[str, tuple[Any, Any]]:
-    changed = [pair for pair in made.pairs if pair.after.kv_heads != pair.before.kv_heads]
-    if not changed:
-        return {}
-    name = next((name for name in _KV_HEADS if hasattr(config, name)), None)
-    first = changed[0]
-    if name is None:
-        raise refusal(
-            f"{first.before.id} has {first.after.kv_heads} key/value heads",
-            where=first.before.module,
-            why=f"the config of {config.model_type} has no field for their number",
-        )
-    other = next((p for p in made.pairs if p.after.kv_heads != first.after.kv_heads), None)
-    if other is not None:
-        raise refusal(
-            f"{other.before.id} has {other.after.kv_heads} key/value heads, "
-            f"{first.before.id} has {first.after.kv_heads}",
-            where=other.before.module,
-            why=f"the config of {config.model_type} has one {name} for all layers",
-            help="merge the heads of every layer by the same factor",
-        )
-    return {name: (first.before.kv_heads, first.after.kv_heads)}
 
 
 def _windows(config: Any, made: Changes) -> dict[str, tuple[Any, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -128,12 +129,13 @@ class Mover:
 
         Raises `Problem` A521 where sizes, biases or places do not fit.
         """
+        scale = self._scale(pair, new)
         for which in _WHICH:
             source, spot = getattr(pair.after, which), getattr(new, which)
             if source is None or spot is None:
                 missing = (pair.after if source is None else new).missing.get(which, "not found")
                 raise _at(pair, f"the projection of {which} is not known: {missing}")
-            self._project(pair, which, source, spot)
+            self._project(pair, which, source, spot, scale if which == "q" else 1.0)
         if pair.after.out is not None and new.out is not None:
             self._output(pair, pair.after.out, new.out)
 
@@ -146,8 +148,22 @@ class Mover:
                     why="only what belongs to heads can be moved to another size",
                 )  # fmt: skip
 
-    def _project(self, pair: Pair, which: str, source: Path, spot: Path) -> None:
+    def _scale(self, pair: Pair, new: Site) -> float:
+        """By what the queries are multiplied, since a config gives heads of fewer dims another
+        scale of the softmax."""
+        mine, other = self.program.spec(pair.after), self.to.spec(new)
+        wanted, got = pair.after.gain * mine.scale, new.gain * other.scale
+        if math.isclose(wanted, got, rel_tol=1e-6):
+            return 1.0
+        if new.qk_norm:
+            raise _at(pair, f"its logits are scaled by {wanted:.4g}, the new model's by {got:.4g}")
+        return wanted / got
+
+    def _project(self, pair: Pair, which: str, source: Path, spot: Path, scale: float) -> None:
         weight, bias = read_weight(self.program, source)
+        heads = len(spot.channels)
+        weight = filled(weight * scale, heads)
+        bias = None if bias is None else filled(bias * scale, heads)
         if weight.shape[:2] != spot.channels.shape:
             was, now = tuple(weight.shape[:2]), tuple(spot.channels.shape)
             raise _at(pair, f"{which} has {was} heads and dims, the new model has {now}")
@@ -165,8 +181,9 @@ class Mover:
         like = self.to.weight(spot.weight)
         if len(whole) == like.shape[1 if rows == "in_out" else 0]:
             self._write(pair, spot.weight, torch.arange(len(whole)), whole, rows)
-        elif source.channels.shape == spot.channels.shape:
-            value = read_output(self.program, source)
+        elif (value := filled(read_output(self.program, source), len(spot.channels))).shape[
+            :2
+        ] == spot.channels.shape:
             self._write(pair, spot.weight, spot.channels, value, rows)
         else:
             was, now = tuple(source.channels.shape), tuple(spot.channels.shape)
@@ -198,6 +215,12 @@ class Mover:
     def _is_fresh(self, held: Tensor) -> bool:
         at = held.data_ptr()
         return any(0 <= at - value.data_ptr() < value.nbytes for value in self.fresh.values())
+
+
+def filled(heads: Tensor, count: int) -> Tensor:
+    """`[heads, ...]` with heads of zeros after them, `[count, ...]` where there are fewer."""
+    more = max(0, count - len(heads))
+    return torch.cat((heads, heads.new_zeros(more, *heads.shape[1:])))
 
 
 def _at(pair: Pair, why: str) -> Problem:

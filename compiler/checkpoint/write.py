@@ -22,6 +22,7 @@ from attnopt.compiler.checkpoint.place import (
 )
 from attnopt.compiler.checkpoint.reload import Reloaded, allow
 from attnopt.compiler.checkpoint.settings import Settings, settings, window_of
+from attnopt.compiler.checkpoint.sizes import building, check_smaller, misfit
 from attnopt.compiler.checkpoint.weights import (
     Mover,
     assembled,
@@ -52,7 +53,8 @@ class Written:
     are modules whose output projection is zero; `kept` names rewrites of which nothing is written,
     since they change no function. `error` is the largest difference of the reloaded model's outputs
     from the optimized one's on the run's example inputs, over their root mean square; `parameters`
-    counts weights before and after.
+    counts weights before and after. `padded` maps attentions that were filled up with heads of
+    zeros to how many heads they have and how many there are.
     """
 
     folder: Path
@@ -64,6 +66,7 @@ class Written:
     error: float
     dtype: str
     parameters: tuple[int, int]
+    padded: Mapping[str, tuple[int, int]]
 
     def as_json(self) -> dict[str, Any]:
         """The same as a JSON object."""
@@ -73,6 +76,7 @@ class Written:
             "folder": str(self.folder), "family": self.family, "files": list(self.files),
             "settings": told, "zeroed": list(self.zeroed), "kept": list(self.kept),
             "error": self.error, "dtype": self.dtype, "parameters": {"was": was, "now": now},
+            "padded": {module: list(heads) for module, heads in self.padded.items()},
         }  # fmt: skip
 
 
@@ -102,7 +106,7 @@ def write_checkpoint(
     check_accounted(made, names)
     fields = settings(hf, made, names)
     zeroed = _zeroed(made, fields, names)
-    model, traced = _filled(loaded, hf, made, fields, names)
+    model, traced, padded = _filled(loaded, hf, made, fields, names)
     run, batch = saved or (program, program.example)
     valid_only = any(type(read_pass(o.rewrite)).valid_only for o in outcomes if o.applied)
     same = compare(program, traced, valid_only)
@@ -117,7 +121,7 @@ def write_checkpoint(
     return Written(
         out, type(hf).__name__, tuple(files), dict(fields.told), zeroed,
         made.kept, error, str(own_dtype(original)).removeprefix("torch."),
-        (_count(hf), _count(model)),
+        (_count(hf), _count(model)), padded,
     )  # fmt: skip
 
 
@@ -140,11 +144,12 @@ def _zeroed(made: Changes, fields: Settings, names: Names) -> tuple[str, ...]:
 
 def _filled(
     loaded: Loaded, hf: Any, made: Changes, fields: Settings, names: Names
-) -> tuple[Any, Program]:
-    """The new model with its weights, and its trace; weights that keep their shape are shared with
-    the original."""
-    with weightless():
+) -> tuple[Any, Program, dict[str, tuple[int, int]]]:
+    """The new model with its weights, its trace, and which attentions got heads of zeros; weights
+    that keep their shape are shared with the original."""
+    with weightless(), building(fields.config):
         model = type(hf)(fields.config)
+    check_smaller(model, hf.state_dict(), made, names, fields.place)
     set_attention(model, hf.config._attn_implementation)
     named = by_name(hf.state_dict(), made, names)
     moved = to_move(made, names)
@@ -153,14 +158,18 @@ def _filled(
     model.load_state_dict(found, strict=True, assign=True)
     model.tie_weights()
     traced = trace(replace(loaded, module=HFModel(model.eval()).eval(), weights="meta"))
+    padded = dict[str, tuple[int, int]]()
     if moved or any(pair.window is not None for pair in made.pairs):
         new = raise_program(traced)
         mover = Mover(made.program, new, fresh)
         for pair, site in _facts(new, made, fields):
+            heads = made.program.spec(pair.after).heads, new.spec(site).heads
+            if heads[0] != heads[1]:
+                padded[pair.before.module] = heads
             if pair.before.id in moved:
                 mover.move(pair, site)
         mover.finish()
-    return model, traced
+    return model, traced, padded
 
 
 def _facts(new: Program, made: Changes, fields: Settings) -> list[tuple[Pair, Site]]:
@@ -176,14 +185,20 @@ def _facts(new: Program, made: Changes, fields: Settings) -> list[tuple[Pair, Si
             raise refusal(
                 f"{pair.before.id} is not found in the new model", where=pair.before.module
             )
+        if why := misfit(made, pair, new, site):
+            own = made.program.spec(pair.after)
+            raise refusal(
+                f"{pair.before.id} has {own.heads} heads of {own.head_dim} dims, "
+                f"{pair.after.kv_heads} with keys and values",
+                where=pair.before.module, why=f"with this config it has {why}",
+            )  # fmt: skip
         wanted = pair.before.mask if pair.window is None else f"{pair.window.left} keys"
         got = site.mask if pair.window is None else f"{window_of(site.mask)} keys"
-        if (pair.after.kv_heads, wanted) != (site.kv_heads, got):
+        if wanted != got:
             raise refusal(
-                f"{pair.before.id} has {pair.after.kv_heads} key/value heads and reads {wanted}",
-                where=pair.before.module,
-                why=f"with this config it has {site.kv_heads} and reads {got}",
-            )
+                f"{pair.before.id} reads {wanted}", where=pair.before.module,
+                why=f"with this config it reads {got}",
+            )  # fmt: skip
         pairs.append((pair, site))
     return pairs
 
