@@ -1,30 +1,34 @@
 """`export_checkpoint`: a finished run as a plain checkpoint of transformers.
 
 The plan is replayed on the original model, since a saved program no longer tells which weight holds
-which heads; what comes out is held against the model that the run saved.
+which heads; what comes out is held against the model that the run saved. Nothing is trained again:
+healing keeps every name and shape, and its weights are those of the saved model.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from attnopt.autotune.replay import rebuild, report_of, require_data, same_model
 from attnopt.compiler.artifact import load as load_folder
 from attnopt.compiler.artifact import read_plan
 from attnopt.compiler.checkpoint import Written, write_checkpoint
 from attnopt.compiler.checkpoint.changes import kept_out
+from attnopt.compiler.checkpoint.names import read_names
 from attnopt.compiler.checkpoint.place import check_place
 from attnopt.compiler.contract import Exactness, read_pass
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.intake.loaded import Loaded, require_weights
 from attnopt.compiler.intake.source import load
 from attnopt.compiler.plan import Plan
-from attnopt.compiler.program import Batch
+from attnopt.compiler.program import Batch, Program
+from attnopt.passes.heal import Heal
 
 Progress = Callable[[str, float], None]
 
@@ -68,20 +72,43 @@ def export_checkpoint(
     loaded = _like_the_run(source, batch, trust, attention, dtype)
     fitted = _fitted(plan)
     again = rebuild(loaded, fitted, home, report, source, say)
-    left = {read_pass(step.rewrite).text for step in plan.steps[len(fitted.steps) :]}
+    left = {step.rewrite for step in plan.steps} - {step.rewrite for step in fitted.steps}
+    left = {read_pass(rewrite).text for rewrite in left}
     outcomes = (*again.outcomes, *(o for o in report.outcomes if o.rewrite in left))
+    program = again.program
+    if any(isinstance(read_pass(o.rewrite), Heal) for o in outcomes if o.applied):
+        program = _with_weights(program, optimized.exported.state_dict)
     say("writing", 0.8)
     return write_checkpoint(
-        loaded, again.original, again.program, plan, outcomes, source, to, (optimized, batch)
+        loaded, again.original, program, plan, outcomes, source, to, (optimized, batch)
     )
 
 
 def _fitted(plan: Plan) -> Plan:
-    """The plan up to its last approximate step: what follows changes no function, and may hide
-    which weights hold which heads (packed tokens)."""
-    kinds = [read_pass(step.rewrite).exactness for step in plan.steps]
-    last = max((i for i, k in enumerate(kinds, 1) if k is Exactness.APPROXIMATE), default=0)
-    return replace(plan, steps=plan.steps[:last])
+    """The plan up to its last approximate step, without healing: what follows changes no
+    function, and may hide which weights hold which heads (packed tokens)."""
+    made = [read_pass(step.rewrite) for step in plan.steps]
+    last = max(
+        (i for i, p in enumerate(made, 1) if p.exactness is Exactness.APPROXIMATE), default=0
+    )
+    steps = zip(plan.steps[:last], made, strict=False)
+    return replace(
+        plan, steps=tuple(step for step, rewrite in steps if not isinstance(rewrite, Heal))
+    )
+
+
+def _with_weights(program: Program, saved: Mapping[str, Tensor]) -> Program:
+    """A program with the weights that the saved one has under the same names and in the same
+    shape, in its own dtype; it keeps the others, which later steps of the plan have replaced.
+    """
+    made = program.copy()
+    for name in read_names(program):
+        value, own = saved.get(name), program.weight(name)
+        if value is None or value.shape != own.shape or not own.is_floating_point():
+            continue
+        if not torch.equal(value := value.detach().to(own.dtype), own):
+            made.set_weight(name, value)
+    return made
 
 
 def _like_the_run(

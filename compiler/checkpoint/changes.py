@@ -28,8 +28,8 @@ _NOT_YET = {
     "low_rank_projections": "no family has two products in the place of a projection",
     "compress_attention": "the family has no latent that queries, keys and values are made of",
     "latent_kv": "the family has no latent that keys and values are made of",
-    "share_kv_layers": "the shared keys are made of what an earlier layer reads: the config has no "
-    "field for that, and the same weights in the later layer would make other keys",
+    "share_kv_layers": "the shared keys are made of what an earlier layer reads: no config says "
+    "that of neighbouring layers, and the same weights in the later layer would make other keys",
 }
 
 

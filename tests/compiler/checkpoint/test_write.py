@@ -46,6 +46,17 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mistral": ("MistralForCausalLM", "MistralConfig",
                 {"num_hidden_layers": 2, "num_key_value_heads": 2, "sliding_window": None,
                  **_SIZES}),
+    "wide": ("MistralForCausalLM", "MistralConfig",
+             {"num_hidden_layers": 2, "num_key_value_heads": 4, "sliding_window": None, **_SIZES}),
+    "wide_llama": ("LlamaForCausalLM", "LlamaConfig",
+                   {"num_hidden_layers": 1, "num_key_value_heads": 4, **_SIZES}),
+    "every_other_pair": ("LlamaForCausalLM", "LlamaConfig",
+                         {"num_hidden_layers": 1, "num_key_value_heads": 2, **_SIZES}),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config",
+              {"num_hidden_layers": 1, "num_key_value_heads": 2, **_SIZES}),
+    "t5": ("T5EncoderModel", "T5Config",
+           {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 1, "num_heads": 4,
+            "vocab_size": VOCABULARY}),
     "phi3": ("Phi3ForCausalLM", "Phi3Config",
              {"num_hidden_layers": 1, "num_key_value_heads": 2, "pad_token_id": 0, **_SIZES}),
     "falcon": ("FalconForCausalLM", "FalconConfig",
@@ -60,12 +71,24 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }  # fmt: skip
 BLOCK = Step("skip_sublayers{method=delete}", ("b1.attention", "b1.mlp"))
 MERGE, REFIT = Step("merge_kv_heads{factor=2}"), Step("refit{}")
-FIVE: dict[str, tuple[str, tuple[Step, ...]]] = {
+
+
+def _prune(keep: float, site: str = "*") -> Step:
+    return Step(f"prune_heads{{keep={keep} method=energy}}", (site,))
+
+
+HEAL = Step("heal{tokens=800 local=0}")
+SHRINK = Step("shrink_head_dim{keep=0.5}")
+PLANS: dict[str, tuple[str, tuple[Step, ...]]] = {
     "exact": ("llama", ()),
     "merged": ("llama", (MERGE, REFIT)),
     "a block less": ("llama", (BLOCK,)),
     "an attention less": ("llama", (Step("skip_sublayers{method=delete}", ("b1.attention",)),)),
     "windows": ("mistral", (Step("sliding_window{left=8 sink=0}"),)),
+    "pruned": ("llama", (_prune(0.5),)),
+    "pruned unlike": ("wide", (_prune(0.5, "s0"), _prune(0.75, "s1"))),
+    "smaller heads": ("every_other_pair", (SHRINK,)),
+    "healed": ("llama", (MERGE, HEAL)),
 }
 
 
@@ -84,11 +107,23 @@ def given(name: str) -> Given:
     head, config, sizes = _MODELS[name]
     folder = Path(mkdtemp()) / name
     torch.manual_seed(0)
-    getattr(transformers, head)(getattr(transformers, config)(**sizes)).save_pretrained(folder)
+    model = getattr(transformers, head)(getattr(transformers, config)(**sizes))
+    if name == "every_other_pair":
+        _quiet_pairs(model)
+    model.save_pretrained(folder)
     (folder / "vocab.txt").write_text("a\nb\n")
     (folder / "README.md").write_text("of the original")
     loaded = load(str(folder), length=LENGTH)
     return Given(folder, loaded, read(loaded))
+
+
+def _quiet_pairs(model: Any) -> None:
+    """Let every second rotary pair, those in odd dims, add next to nothing to a logit: the pairs
+    that are left turn as those of heads of half the dims do."""
+    attention = model.model.layers[0].self_attn
+    with torch.no_grad():
+        for weight in (attention.q_proj.weight, attention.k_proj.weight):
+            weight[1::2] *= 0.01
 
 
 def _data(name: str, count: int, seed: int) -> list[Batch]:
@@ -159,18 +194,18 @@ torch.save(found, "found.pt")
 
 
 @pytest.fixture(scope="module")
-def five(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Written, Program]]:
-    home = tmp_path_factory.mktemp("five")
-    return {name: export(*FIVE[name], home / name) for name in FIVE}
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Written, Program]]:
+    home = tmp_path_factory.mktemp("plans")
+    return {name: export(*PLANS[name], home / name) for name in PLANS}
 
 
-def test_five_plans_in_stock_transformers(
-    five: dict[str, tuple[Written, Program]], tmp_path: Path
+def test_plans_in_stock_transformers(
+    written: dict[str, tuple[Written, Program]], tmp_path: Path
 ) -> None:
     """In a process where attnopt cannot be imported."""
     prompt = torch.randint(3, VOCABULARY, (2, PROMPT))
     torch.save(prompt, tmp_path / "prompt.pt")
-    folders = {name: str(written.folder) for name, (written, _) in five.items()}
+    folders = {name: str(made.folder) for name, (made, _) in written.items()}
     script = _STOCK.replace("NEW", str(NEW))
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     run = subprocess.run(
@@ -180,7 +215,7 @@ def test_five_plans_in_stock_transformers(
     assert run.returncode == 0, run.stderr
     found = torch.load(tmp_path / "found.pt")
     seen = []
-    for name, (_, program) in five.items():
+    for name, (_, program) in written.items():
         logits, tokens = found[folders[name]]
         own = program.run(Batch((), {"input_ids": tokens}))["logits"]
         assert_close(logits, own, name)
@@ -191,27 +226,39 @@ def test_five_plans_in_stock_transformers(
     assert not any(torch.allclose(seen[0], other) for other in seen[1:])
 
 
-def test_what_is_said_of_each(five: dict[str, tuple[Written, Program]]) -> None:
-    told = {name: dict(written.settings) for name, (written, _) in five.items()}
+def test_what_is_said_of_each(written: dict[str, tuple[Written, Program]]) -> None:
+    told = {name: dict(made.settings) for name, (made, _) in written.items()}
     assert told == {
         "exact": {}, "an attention less": {},
         "merged": {"num_key_value_heads": (2, 1)},
         "a block less": {"num_hidden_layers": (2, 1)},
         "windows": {"sliding_window": (None, 8)},
+        "pruned": {"num_attention_heads": (4, 2), "num_key_value_heads": (2, 1)},
+        "pruned unlike": {"num_attention_heads": (4, 3), "num_key_value_heads": (4, 3)},
+        "smaller heads": {"head_dim": (16, 8)}, "healed": {"num_key_value_heads": (2, 1)},
     }  # fmt: skip
-    silent = {name: written.zeroed for name, (written, _) in five.items() if written.zeroed}
+    filled = {name: dict(made.padded) for name, (made, _) in written.items() if made.padded}
+    assert filled == {"pruned unlike": {"model.layers.0.self_attn": (2, 3)}}
+    silent = {name: made.zeroed for name, (made, _) in written.items() if made.zeroed}
     assert silent == {"an attention less": ("model.layers.1.self_attn.o_proj",)}
-    for written, _ in five.values():
-        assert set(written.kept) <= {"simplify_mask", "fold_repeated_kv", "fuse_attention"}
-        assert written.error < 1e-5 and written.dtype == "float32"
-        assert {"model.safetensors", "config.json", "plan.json", "vocab.txt"} <= set(written.files)
-        assert "README.md" not in written.files
-        assert {path.name for path in written.folder.iterdir()} == set(written.files)
-    assert five["merged"][0].parameters[1] < five["merged"][0].parameters[0]
+    for made, _ in written.values():
+        assert set(made.kept) <= {"simplify_mask", "fold_repeated_kv", "fuse_attention"}
+        assert made.error < 1e-5 and made.dtype == "float32"
+        assert {"model.safetensors", "config.json", "plan.json", "vocab.txt"} <= set(made.files)
+        assert "README.md" not in made.files
+        assert {path.name for path in made.folder.iterdir()} == set(made.files)
+    for name in ("merged", "pruned", "pruned unlike", "smaller heads", "healed"):
+        was, now = written[name][0].parameters
+        assert now < was, name
 
 
 _EXPORTS: dict[str, tuple[str, tuple[Step, ...], dict[str, Any], tuple[str, ...]]] = {
     "fused projections": ("phi3", (MERGE,), {"num_key_value_heads": (2, 1)}, ()),
+    "heads of a family whose config has no dim for them": (
+        "qwen2", (_prune(0.5),),
+        {"num_attention_heads": (4, 2), "num_key_value_heads": (2, 1), "head_dim": (None, 16)}, (),
+    ),
+    "smaller heads without rotary": ("t5", (SHRINK,), {"d_kv": (16, 8)}, ()),
     "weights read through a view": ("falcon", (MERGE,), {"num_kv_heads": (4, 2)}, ()),
     "weights the other way round": (
         "gpt2", (Step("skip_sublayers{method=delete}", ("b0.mlp",)),), {},
@@ -256,6 +303,34 @@ _REFUSED: dict[str, tuple[str, tuple[Step, ...], str, str]] = {
     "some heads with a window": (
         "mistral", (Step("sliding_window{left=8 sink=0 groups=[1]}", ("s1",)),),
         "model.layers.1.self_attn", "all heads of an attention at once",
+    ),
+    "one layer pruned": (
+        "wide", (_prune(0.5, "s1"),), "model.layers.0.self_attn",
+        "one number of heads for all layers",
+    ),
+    "a number that the config refuses": (
+        "wide_llama", (_prune(0.75),), "model.layers.0.self_attn", "not a multiple",
+    ),
+    "no field for the dim of a head": (
+        "gpt2", (_prune(0.5),), "transformer.h.0.attn", "divides its width",
+    ),
+    "heads of another table": (
+        "t5", (_prune(0.5),),
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", "it is (32, 4)",
+    ),
+    "pairs that turn otherwise": (
+        "llama", (SHRINK,), "model.layers.0.self_attn", "not by 1, 0.316, 0.0316, 0.01",
+    ),
+    "values alone": (
+        "llama", (Step("shrink_head_dim{keep=0.5 parts=v}"),), "model.layers.0.self_attn",
+        "one dim for all of them",
+    ),
+    "one layer with smaller heads": (
+        "llama", (Step(SHRINK.rewrite, ("s1",)),), "model.layers.1.self_attn",
+        "one dim for all of them",
+    ),
+    "keys of another layer": (
+        "llama", (Step("share_kv_layers{span=2}"),), "s1", "would make other keys",
     ),
     "no field for groups": (
         "gpt_neox", (MERGE,), "gpt_neox.layers.0.attention", "gpt_neox has no field",
