@@ -10,16 +10,21 @@ from typing import Any
 import pytest
 import torch
 
+from attnopt.autotune import checkpoint
 from attnopt.compiler.artifact import save, source_sha256
 from attnopt.compiler.contract import Notes
 from attnopt.compiler.intake.source import load
 from attnopt.compiler.pipeline import apply_plan, read
 from attnopt.compiler.plan import Plan, Step
 from attnopt.compiler.program import Batch
+from attnopt.passes.heal import Heal
 from tests.autotune.results import least
 from tests.cli.conftest import Command
 
-PLAN = Plan((Step("fuse_attention{}"), Step("merge_kv_heads{factor=2}"), Step("refit{}")))
+HEAL = Step("heal{tokens=640 local=0 rate=0.005}")
+PLAN = Plan(
+    (Step("fuse_attention{}"), Step("merge_kv_heads{factor=2 method=mean}"), Step("refit{}"), HEAL)
+)
 LENGTH = 16
 
 
@@ -40,6 +45,7 @@ def _run(model: Path, out: Path) -> None:
     batches = [Batch((), {"input_ids": torch.randint(0, 50, (4, LENGTH))}) for _ in range(4)]
     kept = {"calibration": batches[:2], "heldout": batches[2:]}
     made, outcomes = apply_plan(program, PLAN, Notes(program, *kept.values()))
+    assert outcomes[-1].applied, outcomes[-1].reason
     told = replace(
         least(), plan=PLAN, outcomes=tuple(outcomes), model_sha256=source_sha256(model),
         command=f"attnopt optimize {model} --out {out}",
@@ -62,13 +68,28 @@ def _error(command: Command, *words: object) -> dict[str, Any]:
     return ended.error
 
 
-def test_a_run_becomes_a_model_of_transformers(command: Command, tmp_path: Path) -> None:
+def _not_again(*arguments: object) -> None:
+    raise AssertionError("the weights of the run are there: nothing is trained again")
+
+
+def test_a_run_becomes_a_model_of_transformers(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, out = _model(tmp_path / "model"), tmp_path / "out"
     _run(model, out)
+    monkeypatch.setattr(Heal, "rewrite", _not_again)
+    with monkeypatch.context() as without:
+        without.setattr(checkpoint, "_with_weights", lambda program, saved: program)
+        assert _error(command, out, "--hf", "new")["code"] == "A522"
+    assert not Path("new").exists()
     told = command("attnopt", "export", out, "--hf", "new", "--json").json
     assert told["settings"] == {"num_key_value_heads": {"was": 2, "now": 1}}
     assert told["family"] == "LlamaForCausalLM" and told["error"] < 1e-5
-    assert told["kept"] == ["fuse_attention"] and "model.safetensors" in told["files"]
+    assert (
+        told["padded"] == {}
+        and told["kept"] == ["fuse_attention"]
+        and "model.safetensors" in told["files"]
+    )
     again = read(load("new", length=LENGTH))
     assert [site.kv_heads for site in again.sites] == [1]
     stale = tmp_path / "new" / "model-00001-of-00002.safetensors"
@@ -82,9 +103,9 @@ def test_a_run_becomes_a_model_of_transformers(command: Command, tmp_path: Path)
         assert error["code"] == "A523" and why in error["why"]
     (model / "more.txt").touch()
     assert _error(command, out, "--hf", "other")["code"] == "A513"
-    _also(out, "heal{}")  # known before the original is looked at
+    _also(out, "low_rank_projections{}")  # known before the original is looked at
     error = _error(command, out, "--hf", "other")
-    assert error["code"] == "A521" and "model.pt2" in error["why"]
+    assert error["code"] == "A521" and "two products" in error["why"]
     (model / "config.json").unlink()
     assert _error(command, out, "--hf", "other")["code"] == "A521"
     assert not Path("other").exists()

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -22,6 +22,7 @@ from torch import Tensor
 from attnopt.compiler.artifact import read_plan
 from attnopt.compiler.checkpoint import Written, changes, place, write, write_checkpoint
 from attnopt.compiler.checkpoint.reload import Reloaded
+from attnopt.compiler.checkpoint.sizes import sizes
 from attnopt.compiler.contract import Notes
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.intake.loaded import Loaded
@@ -48,8 +49,6 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
                  **_SIZES}),
     "wide": ("MistralForCausalLM", "MistralConfig",
              {"num_hidden_layers": 2, "num_key_value_heads": 4, "sliding_window": None, **_SIZES}),
-    "wide_llama": ("LlamaForCausalLM", "LlamaConfig",
-                   {"num_hidden_layers": 1, "num_key_value_heads": 4, **_SIZES}),
     "every_other_pair": ("LlamaForCausalLM", "LlamaConfig",
                          {"num_hidden_layers": 1, "num_key_value_heads": 2, **_SIZES}),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config",
@@ -85,10 +84,9 @@ PLANS: dict[str, tuple[str, tuple[Step, ...]]] = {
     "a block less": ("llama", (BLOCK,)),
     "an attention less": ("llama", (Step("skip_sublayers{method=delete}", ("b1.attention",)),)),
     "windows": ("mistral", (Step("sliding_window{left=8 sink=0}"),)),
-    "pruned": ("llama", (_prune(0.5),)),
+    "pruned and healed": ("qwen2", (_prune(0.5), HEAL)),
     "pruned unlike": ("wide", (_prune(0.5, "s0"), _prune(0.75, "s1"))),
     "smaller heads": ("every_other_pair", (SHRINK,)),
-    "healed": ("llama", (MERGE, HEAL)),
 }
 
 
@@ -233,9 +231,11 @@ def test_what_is_said_of_each(written: dict[str, tuple[Written, Program]]) -> No
         "merged": {"num_key_value_heads": (2, 1)},
         "a block less": {"num_hidden_layers": (2, 1)},
         "windows": {"sliding_window": (None, 8)},
-        "pruned": {"num_attention_heads": (4, 2), "num_key_value_heads": (2, 1)},
+        "pruned and healed": {
+            "num_attention_heads": (4, 2), "num_key_value_heads": (2, 1), "head_dim": (None, 16),
+        },
         "pruned unlike": {"num_attention_heads": (4, 3), "num_key_value_heads": (4, 3)},
-        "smaller heads": {"head_dim": (16, 8)}, "healed": {"num_key_value_heads": (2, 1)},
+        "smaller heads": {"head_dim": (16, 8)},
     }  # fmt: skip
     filled = {name: dict(made.padded) for name, (made, _) in written.items() if made.padded}
     assert filled == {"pruned unlike": {"model.layers.0.self_attn": (2, 3)}}
@@ -247,17 +247,13 @@ def test_what_is_said_of_each(written: dict[str, tuple[Written, Program]]) -> No
         assert {"model.safetensors", "config.json", "plan.json", "vocab.txt"} <= set(made.files)
         assert "README.md" not in made.files
         assert {path.name for path in made.folder.iterdir()} == set(made.files)
-    for name in ("merged", "pruned", "pruned unlike", "smaller heads", "healed"):
+    for name in ("merged", "pruned and healed", "pruned unlike", "smaller heads"):
         was, now = written[name][0].parameters
         assert now < was, name
 
 
 _EXPORTS: dict[str, tuple[str, tuple[Step, ...], dict[str, Any], tuple[str, ...]]] = {
     "fused projections": ("phi3", (MERGE,), {"num_key_value_heads": (2, 1)}, ()),
-    "heads of a family whose config has no dim for them": (
-        "qwen2", (_prune(0.5),),
-        {"num_attention_heads": (4, 2), "num_key_value_heads": (2, 1), "head_dim": (None, 16)}, (),
-    ),
     "smaller heads without rotary": ("t5", (SHRINK,), {"d_kv": (16, 8)}, ()),
     "weights read through a view": ("falcon", (MERGE,), {"num_kv_heads": (4, 2)}, ()),
     "weights the other way round": (
@@ -308,9 +304,6 @@ _REFUSED: dict[str, tuple[str, tuple[Step, ...], str, str]] = {
         "wide", (_prune(0.5, "s1"),), "model.layers.0.self_attn",
         "one number of heads for all layers",
     ),
-    "a number that the config refuses": (
-        "wide_llama", (_prune(0.75),), "model.layers.0.self_attn", "not a multiple",
-    ),
     "no field for the dim of a head": (
         "gpt2", (_prune(0.5),), "transformer.h.0.attn", "divides its width",
     ),
@@ -343,6 +336,27 @@ def test_what_a_family_cannot_say(name: str, tmp_path: Path) -> None:
     model, steps, where, why = _REFUSED[name]
     refused = _refused(model, steps, tmp_path / "out")
     assert refused.where == where and why in refused.why
+
+
+@pytest.mark.parametrize(("left", "written"), [(4, 4), (5, 6), (7, 0)])
+def test_a_number_of_heads_that_the_config_takes(left: int, written: int) -> None:
+    """The width of a Llama, 96, has to be a multiple of their number, which 5 and 7 do not
+    divide."""
+    site = given("wide").program.sites[0]
+    own = {"hidden_size": 96, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 16}
+    config = transformers.LlamaConfig(**{**_SIZES, **own})
+    made: Any = SimpleNamespace(
+        pairs=(changes.Pair(replace(site, kv_heads=8), replace(site, kv_heads=left)),),
+        original=SimpleNamespace(spec=lambda _: site.spec.with_(heads=8, kv_heads=8)),
+        program=SimpleNamespace(spec=lambda _: site.spec.with_(heads=left, kv_heads=left)),
+    )
+    if written:
+        told = dict.fromkeys(("num_attention_heads", "num_key_value_heads"), (8, written))
+        assert sizes(config, made) == told
+        return
+    with pytest.raises(Problem) as caught:
+        sizes(config, made)
+    assert caught.value.where == site.module and "96) is not a multiple" in caught.value.why
 
 
 def test_a_rewrite_that_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
