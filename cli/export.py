@@ -117,8 +117,7 @@ def _checkpoint(
     for module in made.zeroed:
         draw.line(f"{module} is zero: its block stays, so this is exact and no faster", "yellow")
     for module, (own, all_) in made.padded.items():
-        zeros = all_ - own
-        draw.line(f"{module} keeps {own} heads; {zeros} of zeros fill it up to {all_}", "yellow")
+        draw.line(f"{module} keeps {own} heads, filled up with zeros to {all_}", "yellow")
     if made.kept:
         draw.line(f"not in a checkpoint, since they change no function: {', '.join(made.kept)}")
     was, now = made.parameters

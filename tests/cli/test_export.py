@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from attnopt.autotune import checkpoint
+from attnopt.cli import export
 from attnopt.compiler.artifact import save, source_sha256
+from attnopt.compiler.checkpoint import Written
 from attnopt.compiler.contract import Notes
 from attnopt.compiler.intake.source import load
 from attnopt.compiler.pipeline import apply_plan, read
@@ -109,6 +111,21 @@ def test_a_run_becomes_a_model_of_transformers(
     (model / "config.json").unlink()
     assert _error(command, out, "--hf", "other")["code"] == "A521"
     assert not Path("other").exists()
+
+
+def test_heads_of_zeros_are_told(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Written(
+        tmp_path, "LlamaForCausalLM", ("config.json",), {"num_attention_heads": (8, 4)}, (), (),
+        0.0, "float32", (200, 100), {"layers.0": (3, 4)},
+    )  # fmt: skip
+    monkeypatch.setattr(checkpoint, "export_checkpoint", lambda *_, **__: made)
+    monkeypatch.setattr(export, "_as_then", lambda home, model, form: (model, {}))
+    ended = command("attnopt", "export", tmp_path, "--hf", "new", "--model", tmp_path)
+    assert "layers.0 keeps 3 heads, filled up with zeros to 4" in ended.out
+    told = command("attnopt", "export", tmp_path, "--hf", "new", "--model", tmp_path, "--json")
+    assert told.json["padded"] == {"layers.0": [3, 4]}
 
 
 def test_one_of_the_two_is_asked_for(command: Command) -> None:
