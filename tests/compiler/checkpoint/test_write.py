@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -22,7 +22,6 @@ from torch import Tensor
 from attnopt.compiler.artifact import read_plan
 from attnopt.compiler.checkpoint import Written, changes, place, write, write_checkpoint
 from attnopt.compiler.checkpoint.reload import Reloaded
-from attnopt.compiler.checkpoint.sizes import sizes
 from attnopt.compiler.contract import Notes
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.intake.loaded import Loaded
@@ -30,7 +29,7 @@ from attnopt.compiler.intake.source import load
 from attnopt.compiler.pipeline import apply_plan, read
 from attnopt.compiler.plan import Plan, Step
 from attnopt.compiler.program import Batch, Program
-from attnopt.compiler.spec import AttentionSpec, Mask
+from attnopt.compiler.spec import Mask
 from tests.families import VOCABULARY
 from tests.programs import EXACT
 from tests.tolerance import assert_close
@@ -306,14 +305,6 @@ _REFUSED: dict[str, tuple[str, tuple[Step, ...], str, str]] = {
     "pairs that turn otherwise": (
         "llama", (SHRINK,), "model.layers.0.self_attn", "not by 1, 0.316, 0.0316, 0.01",
     ),
-    "values alone": (
-        "llama", (Step("shrink_head_dim{keep=0.5 parts=v}"),), "model.layers.0.self_attn",
-        "one dim for all of them",
-    ),
-    "one layer with smaller heads": (
-        "llama", (Step(SHRINK.rewrite, ("s1",)),), "model.layers.1.self_attn",
-        "one dim for all of them",
-    ),
     "keys of another layer": (
         "llama", (Step("share_kv_layers{span=2}"),), "s1", "would make other keys",
     ),
@@ -328,42 +319,6 @@ def test_what_a_family_cannot_say(name: str, tmp_path: Path) -> None:
     model, steps, where, why = _REFUSED[name]
     refused = _refused(model, steps, tmp_path / "out")
     assert refused.where == where and why in refused.why
-
-
-def _stub(before: AttentionSpec, after: AttentionSpec) -> Any:
-    """One attention with these specs, as far as sizes are concerned."""
-    site = given("wide").program.sites[0]
-    both = (replace(site, kv_heads=spec.kv_heads) for spec in (before, after))
-    return SimpleNamespace(
-        pairs=(changes.Pair(*both),), original=SimpleNamespace(spec=lambda _: before),
-        program=SimpleNamespace(spec=lambda _: after),
-    )  # fmt: skip
-
-
-def test_fields_have_the_names_of_their_family() -> None:
-    config = transformers.T5Config(d_kv=16, num_heads=4)
-    before = given("wide").program.sites[0].spec.with_(kv_heads=4)
-    smaller, fewer = before.with_(head_dim=8, v_dim=8), before.with_(heads=2, kv_heads=2)
-    assert sizes(config, _stub(before, smaller)) == {"d_kv": (16, 8)}
-    assert sizes(config, _stub(before, fewer)) == {"num_heads": (4, 2)}
-    assert sizes(config, _stub(before, before)) == {}
-
-
-@pytest.mark.parametrize(("left", "written"), [(4, 4), (5, 6), (7, 0)])
-def test_a_number_of_heads_that_the_config_takes(left: int, written: int) -> None:
-    """The width of a Llama, 96, has to be a multiple of their number, which 5 and 7 do not
-    divide."""
-    site = given("wide").program.sites[0]
-    own = {"hidden_size": 96, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 16}
-    config = transformers.LlamaConfig(**{**_SIZES, **own})
-    made = _stub(site.spec.with_(heads=8, kv_heads=8), site.spec.with_(heads=left, kv_heads=left))
-    if written:
-        told = dict.fromkeys(("num_attention_heads", "num_key_value_heads"), (8, written))
-        assert sizes(config, made) == told
-        return
-    with pytest.raises(Problem) as caught:
-        sizes(config, made)
-    assert caught.value.where == site.module and "96) is not a multiple" in caught.value.why
 
 
 def test_a_rewrite_that_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
