@@ -20,14 +20,13 @@ from attnopt.compiler.spec import Mask
 # The approximate rewrites that are understood here; exact and guarded ones change no function.
 EXPRESSED = (
     "merge_kv_heads", "prune_heads", "shrink_head_dim", "sliding_window", "skip_sublayers",
-    "fuse_blocks", "refit", "heal",
+    "fuse_blocks", "latent_kv", "refit", "heal",
 )  # fmt: skip
 # Why the others are not, as far as that is known here.
 _NOT_YET = {
     "route_heads": "no family has a router over its heads",
     "low_rank_projections": "no family has two products in the place of a projection",
     "compress_attention": "the family has no latent that queries, keys and values are made of",
-    "latent_kv": "the family has no latent that keys and values are made of",
     "share_kv_layers": "the shared keys are made of what an earlier layer reads: no config says "
     "that of neighbouring layers, and the same weights in the later layer would make other keys",
 }

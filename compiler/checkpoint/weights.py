@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 import torch
@@ -20,12 +20,13 @@ from attnopt.compiler.site_weights import read_output, read_weight
 _WHICH: tuple[Literal["q", "k", "v"], ...] = ("q", "k", "v")
 
 
-def check_accounted(made: Changes, names: Names) -> None:
+def check_accounted(made: Changes, names: Names, read: Collection[str] = ()) -> None:
     """Raise `Problem` A521 for a weight that the plan made or changed, and that is neither one of
-    the checkpoint, nor in an attention's projections, nor an original in another dtype."""
+    the checkpoint, nor in an attention's projections, nor `read` for the checkpoint otherwise, nor
+    an original in another dtype."""
     old = {name: made.original.weight(name) for name in read_names(made.original)}
     known = {name for pair in made.pairs for name in (*_inputs(pair.after), *_outputs(pair.after))}
-    for name in sorted(read_names(made.program) - known):
+    for name in sorted(read_names(made.program) - known - set(read)):
         value = made.program.weight(name)
         if names.whole(name) or value is old.get(name) or not value.is_floating_point():
             continue

@@ -11,6 +11,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from attnopt.compiler.checkpoint.changes import Changes, Pair, changes, refusal
+from attnopt.compiler.checkpoint.deepseek import converted
+from attnopt.compiler.checkpoint.latents import has_latents, read_latents
 from attnopt.compiler.checkpoint.names import Names
 from attnopt.compiler.checkpoint.place import (
     beside,
@@ -42,7 +44,7 @@ from attnopt.compiler.program import Batch, Program
 from attnopt.compiler.raising import raise_program
 from attnopt.compiler.site import Site
 from attnopt.compiler.trace import trace
-from attnopt.compiler.verify import compare, own_dtype
+from attnopt.compiler.verify import BOUND, compare, own_dtype
 
 
 @dataclass(frozen=True)
@@ -103,14 +105,23 @@ def write_checkpoint(
     hf: Any = getattr(loaded.module, "hf", None)
     names = Names.read(original, hf.state_dict(), loaded.root_prefix)
     made = changes(original, program, outcomes)
-    check_accounted(made, names)
-    fields = settings(hf, made, names)
+    latents = read_latents(made) if has_latents(outcomes) else {}
+    check_accounted(made, names, {name for maps in latents.values() for name in maps.weights})
+    converter = converted(hf, made, names, latents) if latents else None
+    fields = converter.settings if converter else settings(hf, made, names)
     zeroed = _zeroed(made, fields, names)
-    model, traced, padded = _filled(loaded, hf, made, fields, names)
+    if converter:
+        model, padded = converter.model(by_name(hf.state_dict(), made, names)), {}
+        set_attention(model, hf.config._attn_implementation)
+        traced = _traced(loaded, model)
+    else:
+        model, traced, padded = _filled(loaded, hf, made, fields, names)
     run, batch = saved or (program, program.example)
     valid_only = any(type(read_pass(o.rewrite)).valid_only for o in outcomes if o.applied)
     same = compare(program, traced, valid_only)
-    allow(same.error, same.bound, f"in {same.dtype}", out)
+    # Weights of another scale are rounded anew, to the dtype that they are stored in.
+    bound = max(same.bound, BOUND[own_dtype(original)]) if converter else same.bound
+    allow(same.error, bound, f"in {same.dtype}", out)
     with beside(out) as fresh:
         _save(model, fresh)
         with writing(out):
@@ -119,7 +130,7 @@ def write_checkpoint(
         error = Reloaded(fresh, loaded, out).holds(made, run, batch)
         files = put(fresh, out)
     return Written(
-        out, type(hf).__name__, tuple(files), dict(fields.told), zeroed,
+        out, type(model).__name__, tuple(files), dict(fields.told), zeroed,
         made.kept, error, str(own_dtype(original)).removeprefix("torch."),
         (_count(hf), _count(model)), padded,
     )  # fmt: skip
@@ -157,7 +168,7 @@ def _filled(
     found, fresh = assembled(model, named, set().union(*moved.values()), fields, gone)
     model.load_state_dict(found, strict=True, assign=True)
     model.tie_weights()
-    traced = trace(replace(loaded, module=HFModel(model.eval()).eval(), weights="meta"))
+    traced = _traced(loaded, model)
     padded = dict[str, tuple[int, int]]()
     if moved or any(pair.window is not None for pair in made.pairs):
         new = raise_program(traced)
@@ -170,6 +181,10 @@ def _filled(
                 mover.move(pair, site)
         mover.finish()
     return model, traced, padded
+
+
+def _traced(loaded: Loaded, model: Any) -> Program:
+    return trace(replace(loaded, module=HFModel(model.eval()).eval(), weights="meta"))
 
 
 def _facts(new: Program, made: Changes, fields: Settings) -> list[tuple[Pair, Site]]:
