@@ -7,7 +7,9 @@ rotary pair is one complex number; rotary multiplies it by exp(i position freque
   queries, are turned by one factor, so any unitary map among heads commutes with rotary (in
   TransMLA's RoRoPE, Meng et al. 2025, section 4.2, a real orthogonal one). The principal directions
   u of z hold most of its energy: the slots s = u^H z with the most keep their rotary, shared by all
-  heads, k_m ~ (u_m / e_m) s. `fold` neighbouring frequencies are taken for one (FreqFold).
+  heads, k_m ~ (u_m / e_m) s. `fold` neighbouring frequencies are taken for one (FreqFold). Evenly
+  spread, each such block keeps its principal one, which turns with the highest frequency of the
+  block: for theta^(-j / pairs) these are theta^(-i / blocks), those of a smaller rotary embedding.
 * The rest of the keys loses its rotary, which is the approximate step. It and the values are maps
   of one latent c = P^T [S_k rest / a; S_v V / b] x, the principal components of both at equal
   energy, with the metrics S of the logits and of the output. Exact where the rank of what is mapped
@@ -42,9 +44,9 @@ class Slots:
 
 def slots(
     heads: Tensor, gram: Tensor, query: Tensor, pairs: Tensor, frequencies: Tensor, count: int,
-    fold: int = 1, real: bool = False,
+    fold: int = 1, real: bool = False, even: bool = False,
 ) -> Slots:  # fmt: skip
-    """The `count` slots with the most energy.
+    """The `count` slots with the most energy; with `even` the one of each block of `fold`.
 
     `heads` `[heads, dim, width + 1]` keys before rotary; `gram` `[width + 1, width + 1]`; `query`
     `[heads, dim, dim]` second moments of the queries that read them; `pairs` `[pairs, 2]`. `fold`
@@ -57,7 +59,7 @@ def slots(
         return Slots(torch.zeros(0).long(), none(0, heads.shape[2]), none(0, *number.shape[:2]), 0)
     power = (query[:, a, a] + query[:, b, b]) / 2
     level = power.clamp(min=1e-30 + 1e-12 * float(power.max())).sqrt()
-    found: list[tuple[float, Tensor, Tensor]] = []
+    found: list[tuple[float, Tensor, Tensor, int]] = []
     total = 0.0
     for block in frequencies.argsort().split(fold):
         e = level[:, block].reshape(-1)
@@ -65,29 +67,31 @@ def slots(
         moment = z @ gram.to(z.dtype) @ z.conj().T
         values, vectors = torch.linalg.eigh(moment.real if real else moment)
         total += float(values.sum())
-        for value, u in zip(values, vectors.T.to(z.dtype), strict=True):
+        every = list(zip(values, vectors.T.to(z.dtype), strict=True))
+        for value, u in every[-1:] if even else every:
             factors = torch.zeros(len(heads), len(pairs), dtype=z.dtype)
             factors[:, block] = (u / e).reshape(len(heads), -1)
-            found.append((float(value), u.conj() @ z, factors))
+            found.append((float(value), u.conj() @ z, factors, int(block[-1])))
     found.sort(key=lambda item: -item[0])
     kept = found[:count]
     factors = torch.stack([item[2] for item in kept])
     # Of several frequencies taken for one, the one with the most energy stands for them.
     share = (factors.abs() * level).square().sum(1)
+    pair = torch.tensor([item[3] for item in kept]) if even else share.argmax(1)
     usual = level.mean()  # keeps the usual magnitude
     return Slots(
-        share.argmax(1), torch.stack([item[1] for item in kept]) / usual, factors * usual,
+        pair, torch.stack([item[1] for item in kept]) / usual, factors * usual,
         sum(item[0] for item in kept) / max(total, 1e-300),
     )  # fmt: skip
 
 
-def average(heads: Tensor, pairs: Tensor, count: int) -> Slots:
+def average(heads: Tensor, pairs: Tensor, count: int, given: Tensor | None = None) -> Slots:
     """As `slots`, from the weights alone: the mean over the heads, of the pairs where it is largest
-    (X-EcoMLA, Li et al. 2025, takes the mean of the last rows)."""
+    (X-EcoMLA, Li et al. 2025, takes the mean of the last rows), or of the `given` ones."""
     number = torch.complex(heads[:, pairs[:, 0]], heads[:, pairs[:, 1]])
     mean = number.mean(0)
     norms = mean.abs().square().sum(1)
-    chosen = norms.argsort(descending=True)[:count]
+    chosen = norms.argsort(descending=True)[:count] if given is None else given
     factors = torch.zeros(len(chosen), len(heads), len(pairs), dtype=number.dtype)
     factors[torch.arange(len(chosen)), :, chosen] = 1.0
     total = max(float(number.abs().square().sum()), 1e-300)

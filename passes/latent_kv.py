@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from attnopt.compiler import latent
-from attnopt.compiler.contract import Edit, Exactness, Miss, Notes, Pass, choice
+from attnopt.compiler.contract import Edit, Exactness, Miss, Notes, Pass, choice, option
 from attnopt.compiler.gauge import Freedom, freedom
 from attnopt.compiler.grams import source_moments
 from attnopt.compiler.latent import Latent, Slots
@@ -39,7 +39,10 @@ class LatentKv(Pass):
 
     `method`: how the slots that keep their rotary are found: "complex" (any unitary map among
     heads), "real" (orthogonal ones, TransMLA's) or "average" (from the weights alone, as X-EcoMLA;
-    needs no data). `fold` neighbouring frequencies are taken for one.
+    needs no data). `fold` neighbouring frequencies are taken for one. `even` keeps one slot of every
+    so many neighbouring frequencies instead of the strongest, so that all layers have the
+    frequencies of a rotary embedding with fewer dims, as checkpoints of models with latents do;
+    `fold` is then what the number of slots makes it.
     """
 
     name: ClassVar[str] = "latent_kv"
@@ -54,6 +57,7 @@ class LatentKv(Pass):
     rotary: float = choice(0.125, 0.25, 0.5, 0.75, default=0.5)
     fold: int = choice(1, 2, 4, default=1)
     method: str = choice("complex", "real", "average", default="complex")
+    even: bool = option(False, True, default=False)
 
     def rewrite(self, target: Site, program: Program, notes: Notes) -> Edit | Miss:
         """The maps for one site, or why not."""
@@ -110,6 +114,8 @@ class LatentKv(Pass):
         kept = round(known.numbers * self.keep)
         copies = 1 if self.method == "average" else len(known.heads.k)
         count = min(round(kept * self.rotary / 2), len(known.pairs) * copies)
+        if self.even and count:
+            count = max(n for n in range(1, count + 1) if len(known.pairs) % n == 0)
         rank = min(kept - 2 * count, known.heads.k.shape[2] - 1)
         if rank < 1 or rank + 2 * count >= known.numbers:
             stored = f"{max(rank, 0)} numbers and {2 * count} with rotary"
@@ -117,12 +123,14 @@ class LatentKv(Pass):
         return count, rank
 
     def _slots(self, known: _Known, count: int) -> Slots:
-        heads = known.heads
+        heads, even = known.heads, self.even and count > 0
+        fold = len(known.pairs) // count if even else self.fold
         if self.method == "average" or known.queries is None:
-            return latent.average(heads.k, known.pairs, count)
+            first = known.frequencies.argsort()[fold - 1 :: fold] if even else None
+            return latent.average(heads.k, known.pairs, count, first)
         return latent.slots(
             heads.k, known.inputs, known.queries, known.pairs, known.frequencies, count,
-            self.fold, real=self.method == "real",
+            fold, real=self.method == "real", even=even,
         )  # fmt: skip
 
     def _evidence(
