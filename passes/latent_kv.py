@@ -39,8 +39,8 @@ class LatentKv(Pass):
 
     `method`: how the slots that keep their rotary are found: "complex" (any unitary map among
     heads), "real" (orthogonal ones, TransMLA's) or "average" (from the weights alone, as X-EcoMLA;
-    needs no data). `fold` neighbouring frequencies are taken for one. `even` keeps one slot of every
-    so many neighbouring frequencies instead of the strongest, so that all layers have the
+    needs no data). `fold` neighbouring frequencies are taken for one. `even` keeps one slot of
+    every so many neighbouring frequencies instead of the strongest, so that all layers have the
     frequencies of a rotary embedding with fewer dims, as checkpoints of models with latents do;
     `fold` is then what the number of slots makes it.
     """

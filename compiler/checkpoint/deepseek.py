@@ -31,20 +31,22 @@ from attnopt.compiler.checkpoint.unnormed import longest, unnormed
 from attnopt.compiler.intake.weightless import weightless
 
 _FAMILY = "deepseek_v3"
+_BUILD = f"{_FAMILY} has pre-norm blocks with root-mean-square norms and gated MLPs"
 _HEADS = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "Model")
 _KEPT = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache",
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act",
+    "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache",
     "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "id2label", "label2id",
     "problem_type", "dtype",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class _Sizes:
+class Sizes:
     """What is one for all layers: the width of the latent with its constant, the frequencies that
     turn, the dims of a head, and whether queries have a bias."""
 
+    heads: int
     rank: int
     frequencies: Tensor
     dim: int
@@ -54,7 +56,7 @@ class _Sizes:
     @property
     def scale(self) -> float:
         """The family's softmax scale."""
-        return (self.dim + 2 * len(self.frequencies)) ** -0.5
+        return 1.0 / math.sqrt(self.dim + 2 * len(self.frequencies))
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Converted:
     settings: Settings
     kind: type
     maps: Mapping[str, Maps]
+    sizes: Sizes
 
     def model(self, named: Mapping[str, Tensor]) -> Any:
         """The new model with its weights; `named` are the original's, with what the plan wrote
@@ -71,7 +74,7 @@ class Converted:
 
         Raises `Problem` A521 for a weight that one of the two models has alone.
         """
-        return _filled(self.settings, self.kind, named, self.maps)
+        return _filled(self, named)
 
 
 def converted(hf: Any, made: Changes, names: Names, maps: Mapping[str, Maps]) -> Converted:
@@ -86,7 +89,7 @@ def converted(hf: Any, made: Changes, names: Names, maps: Mapping[str, Maps]) ->
     }
     fields = settings(hf, replace(made, pairs=()), names)
     own = fields.config.get_text_config()
-    sizes = _sizes(exact, own)
+    sizes = _sizes(exact)
     family = importlib.import_module(f"transformers.models.{_FAMILY}.modeling_{_FAMILY}")
     config = _config(own, sizes, family)
     after = config.to_dict()
@@ -94,8 +97,8 @@ def converted(hf: Any, made: Changes, names: Names, maps: Mapping[str, Maps]) ->
     told = {
         name: (before.get(name), after[name])
         for name in (
-            "model_type", "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
-            "v_head_dim", "attention_bias", "rope_parameters",
+            "model_type", "num_attention_heads", "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim",
+            "qk_rope_head_dim", "v_head_dim", "attention_bias", "rope_parameters",
         )
         if before.get(name) != after[name]
     }  # fmt: skip
@@ -103,14 +106,16 @@ def converted(hf: Any, made: Changes, names: Names, maps: Mapping[str, Maps]) ->
     kind = getattr(family, f"DeepseekV3{head}", None)
     if kind is None:
         raise refusal(f"there is no {_FAMILY} of the kind of {type(hf).__name__}")
-    return Converted(replace(fields, config=config, told={**fields.told, **told}), kind, exact)
+    return Converted(
+        replace(fields, config=config, told={**fields.told, **told}), kind, exact, sizes
+    )
 
 
-def _sizes(maps: Mapping[str, Maps], config: Any) -> _Sizes:
+def _sizes(maps: Mapping[str, Maps]) -> Sizes:
     first = next(iter(maps.values()))
     for module, found in maps.items():
         shape = (len(found.query), found.dim, found.v_dim)
-        if shape != (config.num_attention_heads, first.dim, first.v_dim):
+        if shape != (len(first.query), first.dim, first.v_dim):
             raise refusal(
                 f"its {shape[0]} heads have {shape[1]} and {shape[2]} dims", where=module,
                 why="a config says one number for all layers",
@@ -122,16 +127,16 @@ def _sizes(maps: Mapping[str, Maps], config: Any) -> _Sizes:
         for side in (found.query, found.query_turn)
     )  # fmt: skip
     rank = 1 + max(len(found.down) for found in maps.values())
-    return _Sizes(rank, every, first.dim, first.v_dim, biased)
+    return Sizes(len(first.query), rank, every, first.dim, first.v_dim, biased)
 
 
-def _config(own: Any, sizes: _Sizes, family: Any) -> Any:
+def _config(own: Any, sizes: Sizes, family: Any) -> Any:
     given = own.to_dict()
     missing = [name for name in ("hidden_act", "rms_norm_eps") if given.get(name) is None]
     if missing:
         raise refusal(
             f"the config of {own.model_type} has no {missing[0]}",
-            why=f"{_FAMILY} has pre-norm blocks with root-mean-square norms and gated MLPs",
+            why=_BUILD,
         )
     kept = {name: given[name] for name in _KEPT if name in given}
 
@@ -140,7 +145,8 @@ def _config(own: Any, sizes: _Sizes, family: Any) -> Any:
             **kept, kv_lora_rank=sizes.rank, qk_nope_head_dim=sizes.dim, v_head_dim=sizes.v_dim,
             q_lora_rank=own.hidden_size + 1 if sizes.biased else None,
             qk_rope_head_dim=2 * len(sizes.frequencies), attention_bias=True,
-            num_key_value_heads=own.num_attention_heads, rope_interleave=False,
+            num_attention_heads=sizes.heads,
+            num_key_value_heads=sizes.heads, rope_interleave=False,
             first_k_dense_replace=own.num_hidden_layers, num_mtp_layers=0,
             rope_parameters=dict(parameters),
         )  # fmt: skip
@@ -153,19 +159,21 @@ def _config(own: Any, sizes: _Sizes, family: Any) -> Any:
     return made(rope(given_rope, sizes.frequencies, own.max_position_embeddings, table))
 
 
-def _filled(
-    fields: Settings, kind: type, named: Mapping[str, Tensor], maps: Mapping[str, Maps]
-) -> Any:
-    sizes = _sizes(maps, fields.config)
+def _filled(made: Converted, named: Mapping[str, Tensor]) -> Any:
+    fields, maps = made.settings, made.maps
     with weightless():
-        model = kind(fields.config)
+        model = made.kind(fields.config)
     found, used = dict[str, Tensor](), set[str]()
     for module in sorted(_attentions(model)):
         old = fields.place(module)
         norm = f"{old.rpartition('.')[0]}.input_layernorm.weight"
         taken = {name for name in named if name.startswith(f"{old}.")}
-        like = named[next(iter(sorted(taken)))]
-        weights = _weights(maps.get(old), sizes, fields.config, named.get(norm), like.dtype)
+        if not taken or norm not in named:
+            raise refusal(
+                f"the original has no attention {old} with its norm", where=old, why=_BUILD
+            )
+        like = named[min(taken)]
+        weights = _weights(maps.get(old), made.sizes, fields.config, named[norm], like.dtype)
         found |= {f"{module}.{name}": value.to(like.dtype) for name, value in weights.items()}
         used |= taken
     for name, like in model.state_dict().items():
@@ -175,7 +183,7 @@ def _filled(
         if old not in named or named[old].shape != like.shape:
             raise refusal(
                 f"the new model has a weight {name} that the old one has not", where=name,
-                why=f"{_FAMILY} has pre-norm blocks with root-mean-square norms and gated MLPs",
+                why=_BUILD,
             )  # fmt: skip
         found[name] = named[old]
         used.add(old)
@@ -196,10 +204,10 @@ def _attentions(model: Any) -> set[str]:
 
 
 def _weights(
-    maps: Maps | None, sizes: _Sizes, config: Any, norm: Tensor | None, dtype: torch.dtype
+    maps: Maps | None, sizes: Sizes, config: Any, norm: Tensor, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """The weights of one attention, float64; zeros for one that was deleted."""
-    width, heads = config.hidden_size, config.num_attention_heads
+    width, heads = config.hidden_size, sizes.heads
     turning = len(sizes.frequencies)
     if maps is None:
         dims = sizes.dim + sizes.v_dim
@@ -209,8 +217,6 @@ def _weights(
             zero, zero[0, :0, 1:], zero.new_zeros(heads, dims, 1), empty, empty[0],
             zero.new_zeros(0), zero.new_zeros(width, heads * sizes.v_dim), None, frozenset(),
         )  # fmt: skip
-    if norm is None:
-        raise refusal("the norm before an attention is not where the family has it")
     at = places(maps.frequencies, sizes.frequencies)
     query, key = (
         torch.zeros(*side.shape[:-2], 2 * turning, width + 1, dtype=torch.float64)

@@ -70,11 +70,11 @@ def _read(program: Program, pair: Pair) -> Maps:
     _check(program, pair)
     spec = program.spec(pair.after)
     q, k, v = cast(tuple[fx.Node, ...], program.node(pair.after.node).args[:3])
+    up_v = _made_by(pair, v)
+    latent = projection(up_v.source)
     keys, key_turn = _parts(k)
     queries, query_turn = _parts(q)
-    up_k, up_v = _made_by(pair, keys), _made_by(pair, v)
-    latent = projection(up_v.source)
-    if latent is None or up_k.source is not up_v.source:
+    if latent is None or (up_k := _made_by(pair, keys)).source is not up_v.source:
         raise _no(pair, "its keys and values are made of no latent", help=_ALL)
     plain = _made_by(pair, queries)
     out = cast(OutputPath, pair.after.out)
@@ -132,9 +132,10 @@ def _plain(node: fx.Node) -> fx.Node:
 def _parts(operand: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     """The part of keys or queries without rotary, and the part with it, which all heads share."""
     node = _plain(operand)
-    if node.target is not aten.cat.default:
+    joined = cast(Any, node.args[0]) if node.target is aten.cat.default else ()
+    if len(joined) != 2:
         return node, None
-    plain, turned = (_plain(part) for part in cast(Any, node.args[0]))
+    plain, turned = (_plain(part) for part in joined)
     if turned.target is aten.expand.default:
         turned = _plain(cast(fx.Node, turned.args[0]))
     return plain, turned
@@ -158,7 +159,8 @@ def _rows(program: Program, made: Projection) -> Tensor:
 
 
 def _split(program: Program, made: Projection, heads: int) -> Tensor:
-    return _rows(program, made).unflatten(0, (heads, -1))
+    rows = _rows(program, made)
+    return rows.view(heads, -1, rows.shape[1])
 
 
 def _queries(program: Program, pair: Pair, made: Projection, node: fx.Node) -> Tensor:

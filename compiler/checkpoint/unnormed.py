@@ -14,6 +14,7 @@ constant passes too, as a 1 that biases are made of.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -58,12 +59,14 @@ def unnormed(down: Tensor, up: Tensor, size: int, bound: float, dtype: torch.dty
 
 def longest(down: Tensor, norm: Tensor) -> float:
     """The largest |down x| for x that comes out of a root-mean-square norm with this weight
-    `[width]`: |x / weight| is at most sqrt(width)."""
+    `[width]`: |x / weight| is at most sqrt(width). 0 for a map to nothing."""
+    if not len(down):
+        return 0.0
     scaled = down * norm.double()
     square = scaled @ scaled.T if len(scaled) < scaled.shape[1] else scaled.T @ scaled
     return math.sqrt(float(torch.linalg.eigvalsh(square)[-1].clamp(min=0)) * down.shape[1])
 
 
-def _power(value: float, rounding: object) -> float:
+def _power(value: float, rounding: Callable[[float], int]) -> float:
     """The power of two near a value."""
-    return 2.0 ** rounding(math.log2(value))  # type: ignore[operator]
+    return math.ldexp(1.0, rounding(math.log2(value)))

@@ -15,7 +15,7 @@ from attnopt.compiler.latent_graph import install
 from attnopt.compiler.lower import export
 from attnopt.compiler.program import Program
 from attnopt.compiler.site_heads import Heads
-from attnopt.passes.latent_kv import LatentKv
+from attnopt.passes.latent_kv import LatentKv, _Known
 from attnopt.passes.merge_kv_heads import MergeKvHeads
 from attnopt.passes.refit import Refit
 from tests.attention_models import applied, distance, logits, missed, notes, raised, tokens
@@ -128,6 +128,24 @@ def test_folded_frequencies_hold_more_in_as_many_slots() -> None:
     assert energy == sorted(energy) and energy[0] < energy[2]
 
 
+@pytest.mark.parametrize("method", ("complex", "real", "average"))
+def test_evenly_spread_slots_are_those_of_a_smaller_rotary_embedding(method: str) -> None:
+    program = raised("llama")
+    rotary = program.sites[0].rotary
+    assert rotary is not None and len(rotary.pairs) == 4
+    chosen = LatentKv(0.5, 0.25, method=method, even=True)  # 4 slots
+    known = _Known.read(program, program.sites[0], notes(program), method != "average")
+    for count, stride in ((4, 1), (2, 2), (1, 4)):
+        made = chosen._slots(known, count)
+        turning = rotary.frequencies[made.pair].sort(descending=True).values
+        wanted = rotary.frequencies.sort(descending=True).values[::stride]
+        assert torch.equal(turning, wanted)
+    made_all, edits = applied(program, replace(chosen, rotary=0.4), notes(program))  # room for 6
+    assert ", 8 of them with rotary" in edits[0].note and distance(made_all, program) < 1
+    strongest = applied(program, replace(chosen, even=False), notes(program))[1][0]
+    assert 0 < edits[0].evidence["rotary_kept"] <= strongest.evidence["rotary_kept"]
+
+
 def test_the_average_needs_no_data() -> None:
     program = raised("llama")
     made, edits = applied(program, LatentKv(0.5, method="average"), Notes(program))
@@ -179,5 +197,5 @@ def test_says_why_it_does_not_fire() -> None:
 
 
 def test_reads_back_from_its_text() -> None:
-    made = LatentKv(0.25, 0.125, 2, "real")
+    made = LatentKv(0.25, 0.125, 2, "real", even=True)
     assert read_pass(made.text) == made

@@ -32,6 +32,7 @@ from attnopt.compiler.program import Batch, Program
 from attnopt.compiler.spec import Mask
 from tests.families import VOCABULARY
 from tests.programs import EXACT
+from tests.stock_transformers import STOCK
 from tests.tolerance import assert_close
 
 transformers = pytest.importorskip("transformers")
@@ -158,35 +159,6 @@ def _refused(name: str, steps: tuple[Step, ...], out: Path) -> Problem:
     return caught.value
 
 
-_STOCK = """
-import sys
-
-class Gone:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "attnopt":
-            raise ImportError("attnopt is not here")
-
-sys.meta_path.insert(0, Gone())
-try:
-    import attnopt
-except ImportError:
-    pass
-else:
-    raise SystemExit("attnopt can be imported")
-import torch, transformers
-torch.set_num_threads(1)
-prompt, found = torch.load("prompt.pt"), {}
-for folder in sys.argv[1:]:
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    tokens = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
-                            max_new_tokens=NEW, eos_token_id=None, pad_token_id=0)
-    with torch.no_grad():
-        logits = model(tokens).logits
-    found[folder] = (logits, tokens)
-torch.save(found, "found.pt")
-"""
-
-
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Written, Program]]:
     home = tmp_path_factory.mktemp("plans")
@@ -200,7 +172,7 @@ def test_plans_in_stock_transformers(
     prompt = torch.randint(3, VOCABULARY, (2, PROMPT))
     torch.save(prompt, tmp_path / "prompt.pt")
     folders = {name: str(made.folder) for name, (made, _) in written.items()}
-    script = _STOCK.replace("NEW", str(NEW))
+    script = STOCK.replace("NEW", str(NEW))
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     run = subprocess.run(
         [sys.executable, "-P", "-W", "ignore", "-c", script, *folders.values()], cwd=tmp_path,
