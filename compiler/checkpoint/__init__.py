@@ -5,8 +5,8 @@ latents for keys and values, DeepSeek-V3.
 family's config, `weights` moves the weights head by head into a model of that config, `write` saves
 it, loads it again and compares. No model family is named: where heads lie in a weight is read from
 the new model's graph in the same way as from the old one's. Latents alone need another family:
-`latents` reads their maps, `deepseek` makes the model, with `unnormed` for its norms and `turns` for
-its rotary frequencies.
+`latents` reads their maps, `deepseek` makes the model, with `unnormed` for its norms and `turns`
+for its rotary frequencies.
 """
 
 from __future__ import annotations
