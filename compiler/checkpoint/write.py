@@ -110,8 +110,9 @@ def write_checkpoint(
     converter = converted(hf, made, names, latents) if latents else None
     fields = converter.settings if converter else settings(hf, made, names)
     zeroed = _zeroed(made, fields, names)
+    padded = dict[str, tuple[int, int]]()
     if converter:
-        model, padded = converter.model(by_name(hf.state_dict(), made, names)), {}
+        model = converter.model(by_name(hf.state_dict(), made, names))
         set_attention(model, hf.config._attn_implementation)
         traced = _traced(loaded, model)
     else:
