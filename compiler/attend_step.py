@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from attnopt.compiler import attend
+from attnopt.compiler import attend, native
 from attnopt.compiler.attend_split import parts_for, split_keys
 from attnopt.compiler.spec import FULL, AttentionSpec
 
@@ -46,10 +47,20 @@ def to_all(
             for name, x in zip(spec.extras, extras, strict=True)
         ]
         spec = spec.with_(heads=spec.kv_heads)
-    if new == 1 and not spec.extras and not spec.softcap and (parts := parts_for(q, k, v)) > 1:
-        return split_keys(q, k, v, spec.scale, parts).reshape(batch, heads, new, v.shape[-1])
+    if new == 1 and not spec.extras and not spec.softcap:
+        if _compiled(q):
+            made = torch.ops.attnopt.one_token(q, k, v, spec.scale)
+            return made.reshape(batch, heads, new, v.shape[-1])  # type: ignore[no-any-return]
+        if (parts := parts_for(q, k, v)) > 1:
+            return split_keys(q, k, v, spec.scale, parts).reshape(batch, heads, new, v.shape[-1])
     run = attend.reference if attend.runs_on_sdpa(spec) else attend.sdpa
     return run(q, k, v, extras, spec).reshape(batch, heads, new, v.shape[-1])
+
+
+def _compiled(q: Tensor) -> bool:
+    """Whether a compiled step is traced for which the operators in C++ were built."""
+    fits = q.dtype == torch.float32 and q.device.type == "cpu"
+    return fits and torch.compiler.is_compiling() and native.loaded()
 
 
 def _as_rows(extra: Tensor, group: int) -> Tensor:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from attnopt.compiler import native
 from attnopt.compiler.compiled import Compiled
 from attnopt.compiler.decode.caches import Ring, cache_of
 from attnopt.compiler.decode.causal import require_causal
+from attnopt.compiler.decode.few_rows import with_few_rows
 from attnopt.compiler.decode.latents import find
 from attnopt.compiler.decode.phases import Cache, phase, tables
 from attnopt.compiler.decode.split import Split, merged, split
-from attnopt.compiler.errors import Problem
+from attnopt.compiler.errors import Notice, Problem
 from attnopt.compiler.program import Program
 from attnopt.compiler.spec import parse_spec
 
@@ -195,18 +199,34 @@ class Decoder:
     def compile(self) -> None:
         """Run single tokens (`step` of one token with `last`) under torch.compile from now on.
 
-        The first call takes the time of a compilation, and a second one for other batch sizes.
+        In float32 on a CPU, linear maps and the attention run through operators in C++ that are
+        built here, once per machine; a warning (A507) says where they cannot be. The first call
+        takes the time of a compilation, and a second one for other batch sizes.
         """
+        form = self.phase("step", last=True)
+        if self._native():
+            why = native.ready()
+            if why:
+                notice = Notice("A507", "the decoder's step runs torch's own operators",
+                                why=why, help="those in C++ need a C++ compiler")  # fmt: skip
+                warnings.warn(str(notice), RuntimeWarning, stacklevel=2)
+            else:
+                form = with_few_rows(form)
         self._single = Compiled(
-            self.phase("step", last=True), "the decoder's step",
-            help="torch.compile needs a C++ compiler", fullgraph=True, dynamic=True,
-            options={"cpp_wrapper": True, "freezing": True},
+            form, "the decoder's step", help="torch.compile needs a C++ compiler",
+            fullgraph=True, dynamic=True,
+            options={"cpp_wrapper": True, "guard_filter_fn": _of_state},
         )  # fmt: skip
 
     def phase(self, kind: str, last: bool) -> fx.GraphModule:
         """The graph of a phase; see `phases.phase`."""
         at = {name: (self.places[name], cache) for name, cache in self.caches.items()}
         return phase(self.program, self.split, at, kind, last)  # type: ignore[arg-type]
+
+    def _native(self) -> bool:
+        """Whether the operators in C++ are for this model: float32 on a CPU."""
+        weights = self.program.module.parameters()
+        return self.device.type == "cpu" and any(p.dtype == torch.float32 for p in weights)
 
     def _owners(self) -> list[tuple[str, Cache]]:
         """The attentions whose caches are kept, in the order of a state's."""
@@ -297,6 +317,12 @@ class Decoder:
     def _fake(self, name: str) -> Tensor:
         fake: Tensor = self.program.node(name).meta["val"]
         return fake
+
+
+def _of_state(guards: Sequence[Any]) -> list[bool]:
+    """Which guards of a compiled step are kept: those of its inputs and of torch's state. The
+    module is the decoder's own and changes no more; to check it takes a tenth of a step."""
+    return [not guard.is_global and "self" not in guard.name for guard in guards]
 
 
 def _places(program: Program, caches: Mapping[str, Cache]) -> dict[str, int]:

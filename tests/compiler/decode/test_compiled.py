@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 
+from attnopt.compiler import native
 from attnopt.compiler.decode import Decoder, derive
+from attnopt.compiler.decode.few_rows import with_few_rows
 from attnopt.compiler.decode.generate import Generation, generate
 from tests.compiler.decode.test_derive import Small, traced
+from tests.tolerance import assert_close
 
 IDS = torch.randint(3, 50, (2, 7), generator=torch.Generator().manual_seed(1))
 HOW = Generation(max_new_tokens=6)
@@ -48,3 +52,54 @@ def test_where_nothing_can_be_compiled_it_goes_on_with_one_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         generate(decoder, IDS, HOW)
+
+
+def test_a_compiled_step_runs_the_operators_in_cpp() -> None:
+    decoder = small()
+    state, eager = decoder.state(2, 12), decoder.state(2, 12)
+    for each in (state, eager):
+        decoder.prefill(each, IDS, last=True)
+    expected = decoder.step(eager, IDS[:, :1], last=True)
+    decoder.compile()
+    assert decoder._single is not None
+    few = [
+        node for node in decoder._single.module.graph.nodes
+        if node.target is torch.ops.attnopt.few_rows.default
+    ]  # fmt: skip
+    assert few and not decoder._single.module.graph.find_nodes(
+        op="call_function", target=torch.ops.aten.linear.default
+    )
+    torch._dynamo.reset()
+    assert_close(decoder.step(state, IDS[:, :1], last=True), expected)
+    torch._dynamo.reset()
+
+
+def test_where_the_operators_cannot_be_built_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "ready", lambda: "no C++ compiler `c++`")
+    decoder = small()
+    with pytest.warns(RuntimeWarning, match=r"A507\]: the decoder's step runs torch's own"):
+        decoder.compile()
+    assert decoder._single is not None
+    names = {str(node.target) for node in decoder._single.module.graph.nodes}
+    assert "aten.linear.default" in names and "attnopt.few_rows.default" not in names
+
+
+def test_linear_maps_of_one_input_are_one_call() -> None:
+    class Maps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.maps = nn.ModuleList(nn.Linear(12, 4 + n, bias=n != 1) for n in range(4))
+            self.wide = nn.Linear(12, 5).double()
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return [*(each(x) for each in self.maps), self.wide(x.double())]
+
+    assert native.ready() == ""
+    x, model = torch.randn(1, 3, 12), Maps().eval()
+    made = torch.export.export(model, (x,)).run_decompositions({}).module()
+    assert isinstance(made, fx.GraphModule)
+    found = with_few_rows(made)
+    few = torch.ops.attnopt.few_rows.default
+    assert len(found.graph.find_nodes(op="call_function", target=few)) == 2  # of four in float32
+    for got, wanted in zip(found(x), model(x), strict=True):
+        assert_close(got, wanted)

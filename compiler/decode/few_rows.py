@@ -1,0 +1,68 @@
+"""A step's linear maps by the operator `attnopt::few_rows`: those of one input in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, fx
+
+aten = torch.ops.aten
+_TOGETHER = 3  # weights that a call takes
+
+
+def with_few_rows(module: fx.GraphModule) -> fx.GraphModule:
+    """The same graph `(inputs [..., in]) -> outputs` with its linear maps of constant float32
+    weights `[out, in]` through `few_rows`; it is changed in place, and returned.
+
+    The operator must have been loaded with `attnopt.compiler.native.ready`.
+    """
+    graph = module.graph
+    groups = dict[fx.Node, list[fx.Node]]()
+    for node in _linears(module):
+        groups.setdefault(node.args[0], []).append(node)  # type: ignore[arg-type]
+    first = graph.find_nodes(op="placeholder")[-1]
+    for constant in graph.find_nodes(op="get_attr"):  # a call needs the weights of later nodes
+        first.append(constant)
+    for nodes in groups.values():
+        for at in range(0, len(nodes), _TOGETHER):
+            _join(graph, nodes[at : at + _TOGETHER])
+    graph.lint()
+    module.recompile()
+    return module
+
+
+def _join(graph: fx.Graph, nodes: list[fx.Node]) -> None:
+    operands = [operand for node in nodes for operand in (*node.args[1:], None)[:2]]
+    operands += [None] * (2 * _TOGETHER - len(operands))
+    with graph.inserting_before(nodes[0]):
+        made = graph.call_function(
+            torch.ops.attnopt.few_rows.default, (nodes[0].args[0], *operands)
+        )
+        start = 0
+        for node in nodes:
+            end = start + int(node.meta["val"].shape[-1])
+            part = graph.call_function(aten.slice.Tensor, (made, -1, start, end))
+            part.meta = dict(node.meta)
+            node.replace_all_uses_with(part)
+            start = end
+    for node in nodes:
+        graph.erase_node(node)
+
+
+def _linears(module: fx.GraphModule) -> Iterator[fx.Node]:
+    for node in module.graph.find_nodes(op="call_function", target=aten.linear.default):
+        held = [_constant(module, operand) for operand in node.args[1:] if operand is not None]
+        if held and all(
+            x is not None and x.dtype == torch.float32 and x.device.type == "cpu" for x in held
+        ):
+            yield node
+
+
+def _constant(module: fx.GraphModule, operand: object) -> Tensor | None:
+    """The parameter or buffer that an operand is, if it is one."""
+    if not isinstance(operand, fx.Node) or operand.op != "get_attr":
+        return None
+    owner, _, name = str(operand.target).rpartition(".")
+    held = getattr(module.get_submodule(owner), name)
+    return held if isinstance(held, Tensor) else None

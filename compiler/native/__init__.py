@@ -1,0 +1,11 @@
+"""Operators in C++ for the CPU, compiled where they are first wanted.
+
+`few_rows` is y = x W^T + b for a few rows, `one_token` the attention of one token to a cache; see
+the sources beside this file. `ready` builds them, and says why not where it cannot.
+"""
+
+from __future__ import annotations
+
+from attnopt.compiler.native.build import loaded, ready
+
+__all__ = ["loaded", "ready"]

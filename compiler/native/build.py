@@ -1,0 +1,94 @@
+"""Compiling the C++ operators with the compiler that torch.compile uses, once per machine."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCES = ("few_rows.cpp", "one_token.cpp")
+HEADERS = ("total.h",)
+_loaded = False
+_VECTORS = {  # flags by what torch says of the processor
+    "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mavx2", "-mfma", "-mf16c"),
+    "AVX2": ("-mavx2", "-mfma", "-mf16c"),
+}
+
+
+def loaded() -> bool:
+    """Whether `ready` has loaded the operators in this process."""
+    return _loaded
+
+
+@cache
+def ready() -> str:
+    """Build and load the operators; empty when `torch.ops.attnopt.few_rows` and `one_token` are
+    there, else the reason why not. What was built lies in torch's folder of extensions."""
+    if sys.platform != "linux":
+        return f"the operators are built on Linux alone, this is {sys.platform}"
+    try:
+        torch.ops.load_library(str(_built()))
+    except (OSError, ImportError, RuntimeError, subprocess.SubprocessError) as error:
+        told = getattr(error, "stderr", None) or str(error)
+        lines = [line for line in told.splitlines() if line.strip()]
+        return next((line for line in lines if "error" in line), (lines or ["no message"])[0])
+    global _loaded
+    _loaded = True
+    torch.library.register_fake("attnopt::few_rows", _few_rows)
+    torch.library.register_fake("attnopt::one_token", _one_token)
+    return ""
+
+
+def _built() -> Path:
+    """The shared library of this source, torch and processor, compiled unless it is there."""
+    from torch.utils import cpp_extension
+
+    folder = Path(__file__).parent
+    sources = [folder / name for name in SOURCES]
+    compiler = shutil.which(cpp_extension.get_cxx_compiler())
+    if compiler is None:
+        raise OSError(f"no C++ compiler `{cpp_extension.get_cxx_compiler()}`")
+    command = [compiler, *_flags(), *(f"-I{path}" for path in cpp_extension.include_paths())]
+    links = [*(f"-L{path}" for path in cpp_extension.library_paths()), "-lc10", "-ltorch_cpu"]
+    texts = [(folder / name).read_text(encoding="utf-8") for name in (*SOURCES, *HEADERS)]
+    about = "\n".join((torch.__version__, *command, *links, *texts))
+    root = Path(cpp_extension.get_default_build_root()) / "attnopt"
+    made = root / f"{hashlib.sha256(about.encode()).hexdigest()[:24]}.so"
+    if made.exists():
+        return made
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root) as work:  # another process may build it as well
+        out = Path(work) / made.name
+        given = [*map(str, sources), "-o", str(out)]
+        subprocess.run([*command, *given, *links], check=True, capture_output=True, text=True)
+        os.replace(out, made)
+    return made
+
+
+def _flags() -> list[str]:
+    capability = torch.backends.cpu.get_cpu_capability()
+    wide = _VECTORS.get(capability)
+    named = [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
+    vectors = [*wide, *named] if wide else []
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    openmp = ["-fopenmp", "-DAT_PARALLEL_OPENMP=1"]
+    return ["-O3", "-std=c++20", "-shared", "-fPIC", *openmp, *vectors, abi]
+
+
+def _few_rows(
+    x: Tensor, w0: Tensor, b0: Tensor | None, w1: Tensor | None, b1: Tensor | None,
+    w2: Tensor | None, b2: Tensor | None,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(*x.shape[:-1], sum(w.shape[0] for w in (w0, w1, w2) if w is not None))
+
+
+def _one_token(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return q.new_empty(*q.shape[:-1], v.shape[-1])

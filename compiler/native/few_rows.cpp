@@ -1,0 +1,132 @@
+// y = x W^T + b for a few rows x and up to three weights at once: what a step of decoding does.
+//
+// Each thread reads its share of the weights once and keeps the products with all rows in
+// registers, so that the time is that of reading the weights.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <vector>
+
+#include "total.h"
+
+namespace {
+
+using Vec = at::vec::Vectorized<float>;
+using MaybeTensor = std::optional<at::Tensor>;
+
+constexpr int64_t kInRegisters = 8;         // rows of x whose sums stay in registers
+constexpr int64_t kMostRows = 16;           // with more, a matrix product is faster
+constexpr int64_t kWorkOfThread = 1 << 14;  // multiply-adds that are worth another thread
+
+struct Weight {
+  at::Tensor matrix;  // [out, in], contiguous
+  at::Tensor bias;    // [out], or undefined
+  int64_t at;         // its first column of y
+};
+
+template <int M, int R>
+void block(const float* x, const Weight& w, float* y, int64_t n, int64_t width, int64_t ins) {
+  Vec sums[M][R];  // in registers: the loops over it are unrolled whole
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) sums[m][r] = Vec(0.f);
+  const float* rows = w.matrix.const_data_ptr<float>() + n * ins;
+  const float* bias = w.bias.defined() ? w.bias.const_data_ptr<float>() + n : nullptr;
+  int64_t k = 0;
+  for (; k + Vec::size() <= ins; k += Vec::size()) {
+    Vec of[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) of[r] = Vec::loadu(rows + r * ins + k);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+      const Vec in = Vec::loadu(x + m * ins + k);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) sums[m][r] = at::vec::fmadd(in, of[r], sums[m][r]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      float sum = total(sums[m][r]);
+      for (int64_t rest = k; rest < ins; rest++) sum += x[m * ins + rest] * rows[r * ins + rest];
+      y[m * width + w.at + n + r] = bias ? sum + bias[r] : sum;
+    }
+  }
+}
+
+template <int M>
+void share(const float* x, const Weight& w, float* y, int64_t from, int64_t to, int64_t width,
+           int64_t ins) {
+  constexpr int kSums = Vec::size() == 16 ? 24 : 10;  // registers of sums: of 32, or of 16
+  constexpr int R = std::clamp(kSums / M, 1, 8);
+  int64_t n = from;
+  for (; n + R <= to; n += R) block<M, R>(x, w, y, n, width, ins);
+  for (; n < to; n++) block<M, 1>(x, w, y, n, width, ins);
+}
+
+using Share = void (*)(const float*, const Weight&, float*, int64_t, int64_t, int64_t, int64_t);
+constexpr std::array<Share, kInRegisters> kShares = {share<1>, share<2>, share<3>, share<4>,
+                                                     share<5>, share<6>, share<7>, share<8>};
+
+at::Tensor few_rows(const at::Tensor& x, const at::Tensor& w0, const MaybeTensor& b0,
+                    const MaybeTensor& w1, const MaybeTensor& b1, const MaybeTensor& w2,
+                    const MaybeTensor& b2) {
+  const int64_t ins = x.size(-1), rows = ins ? x.numel() / ins : 0;
+  std::vector<Weight> weights;
+  int64_t width = 0;
+  auto add = [&](const at::Tensor& w, const MaybeTensor& b) {
+    TORCH_CHECK(w.dim() == 2 && w.size(1) == ins, "few_rows: a weight is not [out, ", ins, "]");
+    TORCH_CHECK(x.scalar_type() == at::kFloat && w.scalar_type() == at::kFloat,
+                "few_rows: inputs and weights are float32");
+    weights.push_back({w.contiguous(), b ? b->contiguous() : at::Tensor(), width});
+    width += w.size(0);
+  };
+  add(w0, b0);
+  if (w1) add(*w1, b1);
+  if (w2) add(*w2, b2);
+  if (rows > kMostRows) {
+    std::vector<at::Tensor> parts;
+    for (const Weight& w : weights)
+      parts.push_back(at::linear(x, w.matrix, w.bias.defined() ? MaybeTensor(w.bias) : std::nullopt));
+    return at::cat(parts, -1);
+  }
+  auto shape = x.sizes().vec();
+  shape.back() = width;
+  const at::Tensor in = x.contiguous();
+  at::Tensor y = at::empty(shape, x.options());
+  const float* from = in.const_data_ptr<float>();
+  float* to = y.data_ptr<float>();
+  const int64_t work = std::max<int64_t>(1, ins * rows);
+  at::parallel_for(0, width, std::max<int64_t>(1, kWorkOfThread / work), [&](int64_t a, int64_t b) {
+    for (int64_t row = 0; row < rows; row += kInRegisters) {
+      const int64_t now = std::min(kInRegisters, rows - row);
+      for (const Weight& w : weights) {
+        const int64_t first = std::max<int64_t>(a - w.at, 0);
+        const int64_t last = std::min(b - w.at, w.matrix.size(0));
+        if (first < last)
+          kShares[now - 1](from + row * ins, w, to + row * width, first, last, width, ins);
+      }
+    }
+  });
+  return y;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(attnopt, m) {
+  m.def(
+      "few_rows(Tensor x, Tensor w0, Tensor? b0, Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2)"
+      " -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(attnopt, CPU, m) { m.impl("few_rows", few_rows); }

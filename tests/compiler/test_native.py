@@ -1,0 +1,115 @@
+"""The operators in C++ against their definitions, and what happens where they cannot be built."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils import cpp_extension
+
+from attnopt.compiler import native
+from attnopt.compiler.native import build
+from tests.tolerance import assert_close
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _built() -> None:
+    assert native.ready() == ""
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 8, 9, 16, 17])
+@pytest.mark.parametrize("ins", [5, 64, 250])
+def test_few_rows_is_linear(rows: int, ins: int) -> None:
+    x = torch.randn(rows, 3, ins)[:, -1:]  # rows that are not next to each other
+    weights = [torch.randn(out, ins) / ins**0.5 for out in (33, 1, 40)]
+    biases = [None, torch.randn(1), torch.randn(40)]
+    given = [operand for pair in zip(weights, biases, strict=True) for operand in pair]
+    made = torch.ops.attnopt.few_rows(x, *given)
+    wanted = [
+        F.linear(x.double(), w.double(), None if b is None else b.double())
+        for w, b in zip(weights, biases, strict=True)
+    ]
+    assert_close(made, torch.cat(wanted, -1))
+
+
+def test_few_rows_of_a_transposed_weight_and_of_nothing() -> None:
+    x, weight = torch.randn(2, 24) / 5, torch.randn(24, 17).T
+    none = [None] * 5
+    assert_close(torch.ops.attnopt.few_rows(x, weight, *none), F.linear(x, weight))
+    assert torch.ops.attnopt.few_rows(x[:0], weight, *none).shape == (0, 17)
+
+
+def test_few_rows_says_what_does_not_fit() -> None:
+    x, none = torch.randn(2, 24), [None] * 5
+    with pytest.raises(RuntimeError, match="not \\[out, 24\\]"):
+        torch.ops.attnopt.few_rows(x, torch.randn(8, 23), *none)
+    with pytest.raises(RuntimeError, match="float32"):
+        torch.ops.attnopt.few_rows(x, torch.randn(8, 24).double(), *none)
+
+
+@pytest.mark.parametrize(
+    "batch, heads, rows, keys, dim, v_dim",
+    [
+        (1, 1, 1, 1, 16, 16),
+        (1, 8, 1, 513, 32, 32),
+        (1, 1, 8, 2100, 64, 64),  # parts, with keys left over
+        (2, 3, 4, 77, 24, 40),
+        (1, 3, 2, 1025, 33, 17),
+    ],
+)
+def test_one_token_is_attention(
+    batch: int, heads: int, rows: int, keys: int, dim: int, v_dim: int
+) -> None:
+    k = torch.randn(batch, heads, keys + 5, dim)[:, :, :keys]
+    v = torch.randn(batch, heads, keys + 5, v_dim)[:, :, :keys]
+    q = torch.randn(batch, rows, heads, dim).transpose(1, 2)
+    scale = dim**-0.5
+    made = torch.ops.attnopt.one_token(q, k, v, scale)
+    assert_close(made, _attention(q, k, v, scale))
+
+
+def test_one_token_of_large_scores() -> None:
+    """The maximum grows from block to block, so that earlier sums are scaled down."""
+    k = torch.linspace(-3, 3, 700)[None, None, :, None] * torch.ones(8)
+    q, v = torch.full((1, 1, 1, 8), 2.0), torch.randn(1, 1, 700, 8)
+    assert_close(torch.ops.attnopt.one_token(q, k, v, 1.0), _attention(q, k, v, 1.0))
+
+
+def test_one_token_says_what_does_not_fit() -> None:
+    q, k = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 5, 8)
+    with pytest.raises(RuntimeError, match="do not fit"):
+        torch.ops.attnopt.one_token(q, k, k[:, :, :4], 1.0)
+    with pytest.raises(RuntimeError, match="do not fit"):
+        torch.ops.attnopt.one_token(q, k[:, :, :0], k[:, :, :0], 1.0)
+
+
+def test_they_compile_for_a_processor_without_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    folder = Path(build.__file__).parent
+    command = [cpp_extension.get_cxx_compiler(), *build._flags(), "-fsyntax-only"]
+    command += [f"-I{path}" for path in cpp_extension.include_paths()]
+    made = subprocess.run(
+        [*command, *(str(folder / name) for name in build.SOURCES)], capture_output=True, text=True
+    )
+    assert made.returncode == 0, made.stderr
+
+
+def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cpp_extension, "get_default_build_root", lambda: str(tmp_path))
+    monkeypatch.setattr(cpp_extension, "get_cxx_compiler", lambda: "no-such-compiler")
+    assert build.ready.__wrapped__() == "no C++ compiler `no-such-compiler`"
+    broken = tmp_path / "c++"
+    broken.write_text("#!/bin/sh\necho 'x.cpp:1: error: no such header' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(cpp_extension, "get_cxx_compiler", lambda: str(broken))
+    assert "error: no such header" in build.ready.__wrapped__()
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    scores = q.double() @ k.double().transpose(-1, -2) * scale
+    return scores.softmax(-1) @ v.double()
