@@ -1,9 +1,9 @@
 """What a smaller cache costs and what it brings.
 
 On the project's language model, held-out modules at 1,024 tokens: perplexity and decoding speed by
-bytes of cache, for mean pooling, merging in closed form and latents, each refitted. On a random
-model with 8,192 tokens in the cache and four sequences: a step with all of the bytes, and with an
-eighth.
+bytes of cache, for mean pooling, merging in closed form, latents and layers that share a cache,
+each refitted. On a random model with 8,192 tokens in the cache and four sequences: a step with all
+of the bytes, and with an eighth.
 """
 
 from __future__ import annotations
@@ -33,9 +33,12 @@ FORMS: tuple[tuple[str, tuple[Step, ...]], ...] = (
         for factor in (2, 4, 8) for method in ("mean", "closed")
     ),
     *(
-        (f"latent of {keep:.0%}, {rotary:.0%} with rotary",
-         (Step(f"latent_kv{{keep={keep} rotary={rotary}}}"), REFIT))
-        for keep in (0.5, 0.33, 0.25, 0.17, 0.125) for rotary in (0.25, 0.5)
+        (f"latent of {keep:.0%}", (Step(f"latent_kv{{keep={keep}}}"), REFIT))
+        for keep in (0.5, 0.33, 0.25, 0.17, 0.125)
+    ),
+    *(
+        (f"{span} layers share a cache", (Step(f"share_kv_layers{{span={span}}}"), REFIT))
+        for span in (2, 3)
     ),
 )  # fmt: skip
 LONG, ROWS, AHEAD = 8192, 4, 2.5

@@ -83,6 +83,7 @@ class Known:
         plain = spec.softcap == 0.0 and "sinks" not in spec.extras
         absorbed = site.rotary is None and qk is None and v is None and plain
         absorbed = absorbed and site.mask == "causal"
+        absorbed = absorbed and program.spec(site).mask.kind != "window"  # rings hold no latent
         return Known(site, heads, grams, given, check, qk, v, absorbed)
 
     @property
@@ -216,7 +217,9 @@ class Compressed:
             return made
         left = [path.projection for path in paths if program.has(path.projection)]
         if left:
-            return Miss("the product makes more than queries, keys and values", left[0])
+            return Miss(
+                "the product makes more than queries, keys and values, or is read twice", left[0]
+            )
         if self.keys is None or site.rotary is None:
             return made
         return replace(made, rotary=cut_rotary(site.rotary, self.keys))

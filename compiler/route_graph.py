@@ -121,12 +121,12 @@ def _scores(program: Program, site: Site, router: Router, name: str) -> fx.Node:
         return norms(program, attention, len(router.shared))
     source = input_of(program, site)
     assert source is not None
+    source = _wide(program, source, attention)
     parameters = [
         program.parameter(f"{name}_{which}", value.to(_dtype(source)), before=attention)
         for which, value in (("weight", router.weight), ("bias", router.bias))
     ]
-    made = program.call(aten.linear.default, (source, *parameters), before=attention)
-    return _wide(program, made, attention)
+    return program.call(aten.linear.default, (source, *parameters), before=attention)
 
 
 def norms(program: Program, attention: fx.Node, groups: int) -> fx.Node:

@@ -40,7 +40,8 @@ _LOGITS = (1.0, 0.1, 0.01)
 
 @dataclass(frozen=True)
 class CompressAttention(Pass):
-    """Leave at most the share `keep` of the projections' products and of the cache."""
+    """Leave at most the share `keep` of the projections' products, and of the cache where queries,
+    keys and values can all be cut."""
 
     name: ClassVar[str] = "compress_attention"
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
@@ -64,10 +65,11 @@ class CompressAttention(Pass):
             widths = known.widths(self.keep, logits)
             if isinstance(widths, Miss):
                 return widths
-            options[f"logits_{logits:g}"] = Compressed.fit(program, known, widths, logits)
-        facts = next(iter(options.values())).write(program.copy())
-        if isinstance(facts, Miss):
-            return facts  # it is the graph that does not give way, whatever the widths
+            option = Compressed.fit(program, known, widths, logits)
+            facts = option.write(program.copy())
+            if isinstance(facts, Miss):
+                return facts
+            options[f"logits_{logits:g}"] = option
         damage = _damage(program, notes, options)
         made = options[min(options, key=lambda name: damage.get(f"damage_{name}", 0.0))]
         chosen = made.write(program.copy())
@@ -89,6 +91,9 @@ class CompressAttention(Pass):
         miss = unknown(program, site)
         if miss is not None:
             return miss
+        for which in WHICH:
+            if not program.has(getattr(site, which).source):
+                return Miss(f"an earlier rewrite took away what {which} is made of", site.node)
         if len({token_rows(program, getattr(site, which)) for which in WHICH}) > 1:
             return Miss("queries, keys and values are not made of one input", site.node)
         if not notes.calibration:

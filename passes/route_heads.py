@@ -66,8 +66,8 @@ class RouteHeads(Pass):
         def edit(copy: Program) -> None:
             install(copy, target, pick)
 
-        evidence = self._evidence(train, check, pick, losses)
-        return Edit(graph=edit, note=_note(target, name, pick), evidence=evidence)
+        evidence = self._evidence(train, check if notes.heldout else None, pick, losses)
+        return Edit(graph=edit, note=_note(program, target, name, pick), evidence=evidence)
 
     def _refused(self, site: Site, program: Program, notes: Notes) -> Miss | None:
         if not (0 < self.active <= 1 and 0 <= self.shared < 1):
@@ -103,13 +103,15 @@ class RouteHeads(Pass):
         return self.router == "best" or name.startswith(self.router)
 
     def _evidence(
-        self, train: Seen, check: Seen, pick: Router, losses: Mapping[str, float]
+        self, train: Seen, check: Seen | None, pick: Router, losses: Mapping[str, float]
     ) -> dict[str, float]:
         """Shares of the attention's output energy that are lost: on calibration and held-out data
         with the router that is written, with each kind of them, with the same heads `fixed` for all
         tokens, and with those that each token would choose."""
-        found = {
-            "residual": train.lost(pick, train.scores(pick)),
+        found = {"residual": train.lost(pick, train.scores(pick))}
+        if check is None:
+            return found
+        found |= {
             "heldout": check.lost(pick, check.scores(pick)),
             "heldout_norm": losses["norm"],
             "heldout_fixed": losses["fixed"],
@@ -119,10 +121,12 @@ class RouteHeads(Pass):
         return found | ({"heldout_linear": min(linear)} if linear else {})
 
 
-def _note(site: Site, name: str, router: Router) -> str:
+def _note(program: Program, site: Site, name: str, router: Router) -> str:
     kind = "the norms of queries" if name == "norm" else "a linear router"
-    kept = site.mask.startswith("causal") or site.spec.mask.kind == "causal"
-    saved = "reads of the cache in a step of one sequence, nothing elsewhere" if kept else "nothing"
+    kind_of_mask = program.spec(site).mask.kind  # a later rewrite's
+    causal = kind_of_mask != "window" and "causal" in (site.mask.partition("+")[0], kind_of_mask)
+    where = "where a decoder holds all keys, reads of them in a step of one sequence"
+    saved = f"{where}, nothing elsewhere" if causal else "nothing"
     return (f"{router.count} of {site.kv_heads} key/value heads run for a token, "
             f"{int(router.shared.sum())} of them always, by {kind}; saves {saved}; experimental "
             "without healing")  # fmt: skip
