@@ -48,7 +48,7 @@ def to_all(
         ]
         spec = spec.with_(heads=spec.kv_heads)
     if new == 1 and not spec.extras and not spec.softcap:
-        if _compiled(q):
+        if _compiled(q, k, v):
             made = torch.ops.attnopt.one_token(q, k, v, spec.scale)
             return made.reshape(batch, heads, new, v.shape[-1])  # type: ignore[no-any-return]
         if (parts := parts_for(q, k, v)) > 1:
@@ -57,10 +57,13 @@ def to_all(
     return run(q, k, v, extras, spec).reshape(batch, heads, new, v.shape[-1])
 
 
-def _compiled(q: Tensor) -> bool:
-    """Whether a compiled step is traced for which the operators in C++ were built."""
-    fits = q.dtype == torch.float32 and q.device.type == "cpu"
-    return fits and torch.compiler.is_compiling() and native.loaded()
+def _compiled(*operands: Tensor) -> bool:
+    """Whether a compiled step is traced for which the operators in C++ were built; they have no
+    gradients, and an exported graph would need them elsewhere."""
+    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return False
+    fits = all(x.dtype == torch.float32 and x.device.type == "cpu" for x in operands)
+    return fits and not torch.is_grad_enabled() and native.loaded()
 
 
 def _as_rows(extra: Tensor, group: int) -> Tensor:

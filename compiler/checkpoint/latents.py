@@ -217,11 +217,13 @@ class _Turns:
         dim = pair.before.spec.head_dim
         place = {int(spot): at for at, spot in enumerate(spots[1])}
         slots = [
-            (at, place[turn - turn % dim + int(b)], p)
+            (at, place.get(turn - turn % dim + int(b), -1), p)
             for turn, at in place.items()
             for p, (a, b) in enumerate(rotary.pairs)
             if turn % dim == int(a)
         ]
+        if not slots or any(partner < 0 for _, partner, _ in slots):
+            raise _no(pair, "its dims were cut before it was given a latent")
         first, second, pairs = torch.tensor(slots).T
         query, key = (torch.complex(side[:, first], side[:, second]) for side in sides)
         gain = pair.after.gain * rotary.gain**2

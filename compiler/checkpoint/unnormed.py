@@ -47,7 +47,8 @@ def unnormed(down: Tensor, up: Tensor, size: int, bound: float, dtype: torch.dty
     scale = _power(_CONSTANT * share / max(bound, 1e-30), math.floor)
     level = math.sqrt(_CONSTANT**2 / size + _EPS)
     gamma = torch.ones(size, dtype=torch.float64)
-    gamma[:rank] = _power(level / scale, round)  # what is cached is of the usual magnitude
+    # What is cached is of the usual magnitude, and the factor in the range of float16.
+    gamma[:rank] = _power(min(level / scale, 2.0**14), round)
     gamma[-1] = _power(level / _CONSTANT, round)
     weight, bias = down.new_zeros(size, width), down.new_zeros(size)
     weight[:rank], bias[-1] = down * scale, _CONSTANT

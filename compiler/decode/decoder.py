@@ -199,9 +199,10 @@ class Decoder:
     def compile(self) -> None:
         """Run single tokens (`step` of one token with `last`) under torch.compile from now on.
 
-        In float32 on a CPU, linear maps and the attention run through operators in C++ that are
-        built here, once per machine; a warning (A507) says where they cannot be. The first call
-        takes the time of a compilation, and a second one for other batch sizes.
+        In float32 on a CPU, linear maps, and attention without a mask or bias, run through
+        operators in C++ that are built here, once per machine; a warning (A507) says where they
+        cannot be. The first call takes the time of a compilation, and a second one for other batch
+        sizes.
         """
         form = self.phase("step", last=True)
         if self._native():
@@ -320,9 +321,9 @@ class Decoder:
 
 
 def _of_state(guards: Sequence[Any]) -> list[bool]:
-    """Which guards of a compiled step are kept: those of its inputs and of torch's state. The
-    module is the decoder's own and changes no more; to check it takes a tenth of a step."""
-    return [not guard.is_global and "self" not in guard.name for guard in guards]
+    """Which guards of a compiled step are kept: those of its inputs and of torch's state. To check
+    the weights of a decoder, whose places and shapes stay, takes a tenth of a step."""
+    return [not guard.is_global and not guard.name.startswith("L['self']") for guard in guards]
 
 
 def _places(program: Program, caches: Mapping[str, Cache]) -> dict[str, int]:

@@ -53,10 +53,15 @@ def _join(graph: fx.Graph, nodes: list[fx.Node]) -> None:
 def _linears(module: fx.GraphModule) -> Iterator[fx.Node]:
     for node in module.graph.find_nodes(op="call_function", target=aten.linear.default):
         held = [_constant(module, operand) for operand in node.args[1:] if operand is not None]
-        if held and all(
-            x is not None and x.dtype == torch.float32 and x.device.type == "cpu" for x in held
-        ):
+        if node.kwargs or not all(_taken(x) for x in held):
+            continue
+        weight = held[0]
+        if weight is not None and weight.dim() == 2 and weight.is_contiguous():
             yield node
+
+
+def _taken(x: Tensor | None) -> bool:
+    return x is not None and x.dtype == torch.float32 and x.device.type == "cpu"
 
 
 def _constant(module: fx.GraphModule, operand: object) -> Tensor | None:

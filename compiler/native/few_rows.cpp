@@ -8,6 +8,7 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
+#include <c10/util/accumulate.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -81,13 +82,15 @@ constexpr std::array<Share, kInRegisters> kShares = {share<1>, share<2>, share<3
 at::Tensor few_rows(const at::Tensor& x, const at::Tensor& w0, const MaybeTensor& b0,
                     const MaybeTensor& w1, const MaybeTensor& b1, const MaybeTensor& w2,
                     const MaybeTensor& b2) {
-  const int64_t ins = x.size(-1), rows = ins ? x.numel() / ins : 0;
+  const int64_t ins = x.size(-1), rows = c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
   std::vector<Weight> weights;
   int64_t width = 0;
   auto add = [&](const at::Tensor& w, const MaybeTensor& b) {
     TORCH_CHECK(w.dim() == 2 && w.size(1) == ins, "few_rows: a weight is not [out, ", ins, "]");
     TORCH_CHECK(x.scalar_type() == at::kFloat && w.scalar_type() == at::kFloat,
                 "few_rows: inputs and weights are float32");
+    TORCH_CHECK(!b || (b->dim() == 1 && b->size(0) == w.size(0) && b->scalar_type() == at::kFloat),
+                "few_rows: a bias is not float32 [", w.size(0), "]");
     weights.push_back({w.contiguous(), b ? b->contiguous() : at::Tensor(), width});
     width += w.size(0);
   };

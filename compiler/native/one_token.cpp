@@ -70,6 +70,7 @@ void attend(const Head& head, const Sizes& size, int64_t from, int64_t to, float
         scores[j] = scale * dot(head.q + r * head.q_row, head.k + (at + j) * head.k_row, size.dim);
         top = std::max(top, scores[j]);
       }
+      if (top == kNone) continue;  // exp(-inf + inf) is no number
       float* row = out + r * size.v_dim;
       if (top > tops[r] && tops[r] != kNone) {
         const float less = std::exp(tops[r] - top);

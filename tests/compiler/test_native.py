@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.utils import cpp_extension
 
 from attnopt.compiler import native
+from attnopt.compiler.attend_step import to_all
 from attnopt.compiler.native import build
+from attnopt.compiler.spec import FULL, AttentionSpec
 from tests.tolerance import assert_close
 
 
@@ -113,3 +115,29 @@ def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     scores = q.double() @ k.double().transpose(-1, -2) * scale
     return scores.softmax(-1) @ v.double()
+
+
+def test_few_rows_checks_biases_and_gives_them_where_there_are_no_inputs() -> None:
+    few, none = torch.ops.attnopt.few_rows, [None] * 4
+    for wrong in (torch.ones(1), torch.ones(4).double(), torch.ones(4, 1)):
+        with pytest.raises(RuntimeError, match="a bias is not float32"):
+            few(torch.randn(1, 8), torch.randn(4, 8), wrong, *none)
+    bias = torch.randn(4)
+    assert_close(few(torch.randn(2, 0), torch.randn(4, 0), bias, *none), bias.expand(2, 4))
+
+
+def test_gradients_and_exports_go_through_torch() -> None:
+    """The operators have no gradient, and are not where an exported graph is loaded."""
+    spec = AttentionSpec(2, 2, 8, 8, 0.3, mask=FULL)
+    k, v = torch.randn(2, 1, 2, 5, 8)
+    q = torch.randn(1, 2, 1, 8, requires_grad=True)
+    torch.compile(lambda q: to_all(q, k, v, (), spec), backend="aot_eager")(q).sum().backward()
+    assert q.grad is not None and bool((q.grad != 0).any())
+
+    class One(torch.nn.Module):
+        def forward(self, q: Tensor) -> Tensor:
+            return to_all(q, k, v, (), spec)
+
+    with torch.no_grad():
+        graph = torch.export.export(One(), (q.detach(),)).graph
+    assert not [node for node in graph.nodes if "one_token" in str(node.target)]
