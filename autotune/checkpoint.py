@@ -19,7 +19,7 @@ from attnopt.autotune.replay import rebuild, report_of, require_data, same_model
 from attnopt.compiler.artifact import load as load_folder
 from attnopt.compiler.artifact import read_plan
 from attnopt.compiler.checkpoint import Written, write_checkpoint
-from attnopt.compiler.checkpoint.changes import kept_out
+from attnopt.compiler.checkpoint.changes import kept_out, refusal
 from attnopt.compiler.checkpoint.names import read_names
 from attnopt.compiler.checkpoint.place import check_place
 from attnopt.compiler.contract import Exactness, read_pass
@@ -86,8 +86,19 @@ def export_checkpoint(
 
 def _fitted(plan: Plan) -> Plan:
     """The plan up to its last approximate step, without healing: what follows changes no
-    function, and may hide which weights hold which heads (packed tokens)."""
+    function, and may hide which weights hold which heads (packed tokens).
+
+    Raises `Problem` A521 where an approximate rewrite comes after healing.
+    """
     made = [read_pass(step.rewrite) for step in plan.steps]
+    healed = next((i for i, p in enumerate(made) if isinstance(p, Heal)), len(made))
+    for step, p in zip(plan.steps[healed:], made[healed:], strict=True):
+        if p.exactness is Exactness.APPROXIMATE and not isinstance(p, Heal):
+            raise refusal(
+                f"`{step.rewrite}` comes after a healing in the plan",
+                why="it was fitted to healed weights, and would be fitted anew to others",
+                help="let heal be the last of the approximate rewrites",
+            )
     last = max(
         (i for i, p in enumerate(made, 1) if p.exactness is Exactness.APPROXIMATE), default=0
     )

@@ -19,9 +19,10 @@ from attnopt.compiler.raising.evaluate import Evaluator, Unknown, concrete, exam
 from attnopt.compiler.raising.index_probe import small_sizes
 from attnopt.compiler.reproject import attempt
 from attnopt.compiler.site import Path, Site
+from attnopt.compiler.site_weights import VIEWS
 
 aten = torch.ops.aten
-_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default)
+_VIEWS = (*VIEWS, aten.expand.default)
 _POINTWISE = (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor)
 _END = 1 << 62
 

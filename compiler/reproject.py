@@ -24,11 +24,10 @@ from attnopt.compiler.program import Program, infer
 from attnopt.compiler.raising.evaluate import Evaluator, Unknown, concrete, example_sizes
 from attnopt.compiler.raising.index_probe import small_sizes
 from attnopt.compiler.site import Path, Site
-from attnopt.compiler.site_weights import token_rows
+from attnopt.compiler.site_weights import VIEWS, token_rows
 
 aten = torch.ops.aten
 Which = Literal["q", "k", "v"]
-_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 _REPEATS = (aten.repeat_interleave.self_int,)
 _REFUSALS = (RuntimeError, TypeError, ValueError, IndexError)
 
@@ -271,14 +270,14 @@ def _clone(
     tries: Iterator[Any] = iter([args])
     if node.target is aten.expand.default:
         tries = iter([(args[0], _expanded(node, values), *args[2:])])
-    elif node.target in _VIEWS and node.args[0] in values:
+    elif node.target in VIEWS and node.args[0] in values:
         tries = ((args[0], sizes, *args[2:]) for sizes in _reshaped(node, values))
     said = "no size fits the new head count"
     for given in tries:
         made = attempt(program, node, given, kwargs)
         if not isinstance(made, fx.Node):
             said = made
-        elif node.target in _VIEWS and not _scaled(node, made, values):
+        elif node.target in VIEWS and not _scaled(node, made, values):
             said = "its sizes mix heads with other axes"
             program.graph.erase_node(made)
         else:

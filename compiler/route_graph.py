@@ -20,9 +20,9 @@ from torch import Tensor, fx
 from attnopt.compiler.layout import same_size
 from attnopt.compiler.program import Program
 from attnopt.compiler.site import Site
+from attnopt.compiler.site_weights import token_rows
 
 aten = torch.ops.aten
-_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,7 @@ def input_of(program: Program, site: Site) -> fx.Node | None:
     path = site.q
     if path is None or not program.has(path.source):
         return None
-    source = program.node(path.source)
-    if source.meta["val"].dim() == 2 and source.target in _VIEWS:
-        source = cast(fx.Node, source.args[0])
+    source = token_rows(program, path)
     shape = source.meta["val"].shape
     batch, _, seq, _ = cast(fx.Node, program.node(site.node).args[0]).meta["val"].shape
     fits = len(shape) == 3 and same_size(shape[0], batch) and same_size(shape[1], seq)

@@ -9,6 +9,7 @@ attention, and masks or biases with one slice per head lose those of heads that 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -80,6 +81,24 @@ class Heads:
     def query_heads(self, groups: Sequence[int]) -> list[int]:
         """The query heads that read these key/value heads."""
         return [g * self.group + i for g in groups for i in range(self.group)]
+
+
+def share_of_heads(site: Site, share: float) -> int:
+    """How many key/value heads are at least this share of a site's."""
+    return max(1, math.ceil(share * site.kv_heads - 1e-9))
+
+
+def no_choice(site: Site, share: float, notes: Notes) -> Miss | None:
+    """Why there is no choice of this share of a site's key/value heads; None where there is."""
+    if site.kv_heads == 1:
+        return Miss("there is one key/value head", site.node)
+    if share_of_heads(site, share) == site.kv_heads:
+        return Miss(f"a share of {share:g} of {site.kv_heads} key/value heads is all of them",
+                    site.node)  # fmt: skip
+    if not notes.calibration:
+        return Miss("what a head adds is not known without calibration data", site.node,
+                    help="give --text FILE")  # fmt: skip
+    return None
 
 
 def unknown(program: Program, site: Site) -> Miss | None:

@@ -17,7 +17,7 @@ from attnopt.compiler.program import Program
 from attnopt.compiler.site import OutputPath, Path, Site
 
 aten = torch.ops.aten
-_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 _TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default)
 
 
@@ -35,7 +35,7 @@ def read_weight(program: Program, path: Path) -> tuple[Tensor, Tensor | None]:
 def token_rows(program: Program, path: Path) -> fx.Node:
     """What a path's projection reads, as `[batch, seq, width]` where a view made rows of it."""
     source = program.node(path.source)
-    if source.meta["val"].dim() == 2 and source.target in _VIEWS:
+    if source.meta["val"].dim() == 2 and source.target in VIEWS:
         return cast(fx.Node, source.args[0])
     return source
 

@@ -13,7 +13,6 @@ run `refit` afterwards, which fits to the original. Source: OSSCAR (Meng et al. 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, cast
@@ -27,7 +26,7 @@ from attnopt.compiler.head_costs import Results, best_weight
 from attnopt.compiler.program import Program
 from attnopt.compiler.removal import edited
 from attnopt.compiler.site import OutputPath, Site
-from attnopt.compiler.site_heads import Heads, resize, results, unknown
+from attnopt.compiler.site_heads import Heads, no_choice, resize, results, share_of_heads, unknown
 
 
 @dataclass(frozen=True)
@@ -68,23 +67,11 @@ class PruneHeads(Pass):
     def _refused(self, site: Site, notes: Notes) -> Miss | None:
         if not 0 < self.keep <= 1:
             return Miss(f"keep={self.keep} is no share between 0 and 1", site.node)
-        if site.kv_heads == 1:
-            return Miss("there is one key/value head", site.node)
-        if self._count(site) == site.kv_heads:
-            return Miss(f"a share of {self.keep:g} of {site.kv_heads} key/value heads is all of "
-                        "them", site.node)  # fmt: skip
-        if not notes.calibration:
-            return Miss("what a head adds is not known without calibration data", site.node,
-                        help="give --text FILE")  # fmt: skip
-        return None
-
-    def _count(self, site: Site) -> int:
-        """How many key/value heads stay: at least the share that is asked for."""
-        return max(1, math.ceil(self.keep * site.kv_heads - 1e-9))
+        return no_choice(site, self.keep, notes)
 
     def _ranked(self, fit: _Fit, site: Site) -> dict[str, list[int]]:
         """The key/value heads that go, by each ranking that is asked for; equal ones once."""
-        count = site.kv_heads - self._count(site)
+        count = site.kv_heads - share_of_heads(site, self.keep)
         found: dict[str, list[int]] = {}
         if self.method != "energy":
             found["cost"] = sorted(fit.train.cheapest(fit.blocks, count)[0])

@@ -15,7 +15,6 @@ afterwards; without that, and with `refit` alone, this is experimental. Source: 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -26,6 +25,7 @@ from attnopt.compiler.regions import Part
 from attnopt.compiler.route_graph import Router, gate_of, input_of, install
 from attnopt.compiler.routing import Seen, least, routers
 from attnopt.compiler.site import Site
+from attnopt.compiler.site_heads import no_choice, share_of_heads
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class RouteHeads(Pass):
         check = Seen.of(program, target, notes.heldout) if notes.heldout else train
         if not train.energy or not check.energy:
             return Miss("the attention adds nothing", target.node)
-        count = self._count(target)
+        count = share_of_heads(target, self.active)
         found = routers(train, count, int(self.shared * count + 1e-9))
         losses = {name: check.lost(made, check.scores(made)) for name, made in found.items()}
         wanted = [name for name in found if name != "fixed" and self._asked(name)]
@@ -82,22 +82,13 @@ class RouteHeads(Pass):
                         path.projection)  # fmt: skip
         if gate_of(program.node(site.node)) is not None:
             return Miss("its heads are routed already", site.node)
-        if site.kv_heads == 1:
-            return Miss("there is one key/value head", site.node)
-        if self._count(site) == site.kv_heads:
-            return Miss(f"a share of {self.active:g} of {site.kv_heads} key/value heads is all of "
-                        "them", site.node)  # fmt: skip
-        if not notes.calibration:
-            return Miss("what a head adds is not known without calibration data", site.node,
-                        help="give --text FILE")  # fmt: skip
+        miss = no_choice(site, self.active, notes)
+        if miss is not None:
+            return miss
         if self.router == "linear" and input_of(program, site) is None:
             return Miss("the queries are no function of one [batch, seq, width] input", site.node,
                         help="route_heads{router=norm}")  # fmt: skip
         return None
-
-    def _count(self, site: Site) -> int:
-        """How many key/value heads run for a token: at least the share that is asked for."""
-        return max(1, math.ceil(self.active * site.kv_heads - 1e-9))
 
     def _asked(self, name: str) -> bool:
         return self.router == "best" or name.startswith(self.router)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attnopt.compiler.contract import Edit, Miss, Notes, Pass
+from attnopt.compiler.contract import Edit, Miss, Notes, Pass, read_pass
 from attnopt.compiler.gauge import complex_scalars
 from attnopt.compiler.intake.loaded import Loaded
 from attnopt.compiler.pipeline import apply_edit
@@ -117,6 +117,15 @@ def applied(program: Program, rewrite: Pass, known: Notes) -> tuple[Program, lis
         program = apply_edit(program, site, edit)
         edits.append(edit)
     return program, edits
+
+
+@lru_cache(maxsize=32)
+def rewritten(kind: str, line: str) -> tuple[Program, Edit]:
+    """A model of `raised` after a pass on its one attention, with the edit."""
+    program = raised(kind)
+    edit = read_pass(line).rewrite(program.sites[0], program, notes(program))
+    assert isinstance(edit, Edit), edit
+    return apply_edit(program, program.sites[0], edit), edit
 
 
 def missed(program: Program, rewrite: Pass, known: Notes) -> Miss:

@@ -26,6 +26,7 @@ from attnopt.compiler.checkpoint.changes import Changes, refusal
 from attnopt.compiler.checkpoint.latents import Maps
 from attnopt.compiler.checkpoint.names import Names
 from attnopt.compiler.checkpoint.settings import Settings, settings
+from attnopt.compiler.checkpoint.sizes import building
 from attnopt.compiler.checkpoint.turns import model_frequencies, places, rope, together
 from attnopt.compiler.checkpoint.unnormed import longest, unnormed
 from attnopt.compiler.intake.weightless import weightless
@@ -38,6 +39,11 @@ _KEPT = (
     "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache",
     "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "id2label", "label2id",
     "problem_type", "dtype",
+)  # fmt: skip
+
+
+_NEEDED = (
+    "hidden_act", "rms_norm_eps", "hidden_size", "num_hidden_layers", "max_position_embeddings",
 )  # fmt: skip
 
 
@@ -132,7 +138,7 @@ def _sizes(maps: Mapping[str, Maps]) -> Sizes:
 
 def _config(own: Any, sizes: Sizes, family: Any) -> Any:
     given = own.to_dict()
-    missing = [name for name in ("hidden_act", "rms_norm_eps") if given.get(name) is None]
+    missing = [name for name in _NEEDED if given.get(name) is None]
     if missing:
         raise refusal(
             f"the config of {own.model_type} has no {missing[0]}",
@@ -156,12 +162,13 @@ def _config(own: Any, sizes: Sizes, family: Any) -> Any:
         return found
 
     given_rope = getattr(own, "rope_parameters", None) or {}
-    return made(rope(given_rope, sizes.frequencies, own.max_position_embeddings, table))
+    with building(own):
+        return made(rope(given_rope, sizes.frequencies, own.max_position_embeddings, table))
 
 
 def _filled(made: Converted, named: Mapping[str, Tensor]) -> Any:
     fields, maps = made.settings, made.maps
-    with weightless():
+    with weightless(), building(fields.config):
         model = made.kind(fields.config)
     found, used = dict[str, Tensor](), set[str]()
     for module in sorted(_attentions(model)):

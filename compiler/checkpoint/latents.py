@@ -63,7 +63,10 @@ def read_latents(made: Changes) -> dict[str, Maps]:
 
     Raises `Problem` A521 for one that has no latent, and for one that is more than such maps.
     """
-    return {pair.before.module: _read(made.program, pair) for pair in made.pairs}
+    found = {pair.before.module: _read(made.program, pair) for pair in made.pairs}
+    if len(found) < len(made.pairs):
+        raise refusal("one module of the model holds several attentions", help=_ALL)
+    return found
 
 
 def _read(program: Program, pair: Pair) -> Maps:

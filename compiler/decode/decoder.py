@@ -225,9 +225,9 @@ class Decoder:
         return phase(self.program, self.split, at, kind, last)  # type: ignore[arg-type]
 
     def _native(self) -> bool:
-        """Whether the operators in C++ are for this model: float32 on a CPU."""
-        weights = self.program.module.parameters()
-        return self.device.type == "cpu" and any(p.dtype == torch.float32 for p in weights)
+        """Whether the operators in C++ are for this model: attends in float32 on a CPU."""
+        kept = {self.dtype or self._kept(name) for name in self.caches}
+        return self.device.type == "cpu" and torch.float32 in kept
 
     def _owners(self) -> list[tuple[str, Cache]]:
         """The attentions whose caches are kept, in the order of a state's."""

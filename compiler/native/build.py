@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 from functools import cache
 from pathlib import Path
+from threading import Lock
 
 import torch
 from torch import Tensor
 
 SOURCES = ("few_rows.cpp", "one_token.cpp")
 HEADERS = ("total.h",)
-_loaded = False
+_loaded, _building = False, Lock()
 _VECTORS = {  # flags by what torch says of the processor
     "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mavx2", "-mfma", "-mf16c"),
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),
@@ -28,10 +30,15 @@ def loaded() -> bool:
     return _loaded
 
 
-@cache
 def ready() -> str:
     """Build and load the operators; empty when `torch.ops.attnopt.few_rows` and `one_token` are
     there, else the reason why not. What was built lies in torch's folder of extensions."""
+    with _building:
+        return _ready()
+
+
+@cache
+def _ready() -> str:
     if sys.platform != "linux":
         return f"the operators are built on Linux alone, this is {sys.platform}"
     try:
@@ -41,9 +48,9 @@ def ready() -> str:
         lines = [line for line in told.splitlines() if line.strip()]
         return next((line for line in lines if "error" in line), (lines or ["no message"])[0])
     global _loaded
-    _loaded = True
     torch.library.register_fake("attnopt::few_rows", _few_rows)
     torch.library.register_fake("attnopt::one_token", _one_token)
+    _loaded = True
     return ""
 
 
@@ -53,10 +60,10 @@ def _built() -> Path:
 
     folder = Path(__file__).parent
     sources = [folder / name for name in SOURCES]
-    compiler = shutil.which(cpp_extension.get_cxx_compiler())
-    if compiler is None:
-        raise OSError(f"no C++ compiler `{cpp_extension.get_cxx_compiler()}`")
-    command = [compiler, *_flags(), *(f"-I{path}" for path in cpp_extension.include_paths())]
+    compiler = shlex.split(cpp_extension.get_cxx_compiler())  # CXX may be "ccache g++"
+    if not compiler or shutil.which(compiler[0]) is None:
+        raise OSError(f"no C++ compiler `{' '.join(compiler)}`")
+    command = [*compiler, *_flags(), *(f"-I{path}" for path in cpp_extension.include_paths())]
     links = [*(f"-L{path}" for path in cpp_extension.library_paths()), "-lc10", "-ltorch_cpu"]
     texts = [(folder / name).read_text(encoding="utf-8") for name in (*SOURCES, *HEADERS)]
     about = "\n".join((torch.__version__, *command, *links, *texts))

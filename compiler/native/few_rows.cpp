@@ -1,7 +1,6 @@
 // y = x W^T + b for a few rows x and up to three weights at once: what a step of decoding does.
 //
-// Each thread reads its share of the weights once and keeps the products with all rows in
-// registers, so that the time is that of reading the weights.
+// Each thread reads its share of the weights once for eight rows, whose sums stay in registers.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -24,7 +23,7 @@ using Vec = at::vec::Vectorized<float>;
 using MaybeTensor = std::optional<at::Tensor>;
 
 constexpr int64_t kInRegisters = 8;         // rows of x whose sums stay in registers
-constexpr int64_t kMostRows = 16;           // with more, a matrix product is faster
+constexpr int64_t kMostRows = 16;           // with more, torch multiplies
 constexpr int64_t kWorkOfThread = 1 << 14;  // multiply-adds that are worth another thread
 
 struct Weight {

@@ -104,12 +104,14 @@ def test_they_compile_for_a_processor_without_avx512(monkeypatch: pytest.MonkeyP
 def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(cpp_extension, "get_default_build_root", lambda: str(tmp_path))
     monkeypatch.setattr(cpp_extension, "get_cxx_compiler", lambda: "no-such-compiler")
-    assert build.ready.__wrapped__() == "no C++ compiler `no-such-compiler`"
+    assert build._ready.__wrapped__() == "no C++ compiler `no-such-compiler`"
     broken = tmp_path / "c++"
     broken.write_text("#!/bin/sh\necho 'x.cpp:1: error: no such header' >&2\nexit 1\n")
     broken.chmod(0o755)
     monkeypatch.setattr(cpp_extension, "get_cxx_compiler", lambda: str(broken))
-    assert "error: no such header" in build.ready.__wrapped__()
+    assert "error: no such header" in build._ready.__wrapped__()
+    monkeypatch.setattr(cpp_extension, "get_cxx_compiler", lambda: f"env {broken}")
+    assert "error: no such header" in build._ready.__wrapped__()  # a compiler behind another
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

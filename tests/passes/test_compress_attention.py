@@ -3,7 +3,6 @@ told, and costs what was told."""
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import cast
 
 import pytest
@@ -21,7 +20,6 @@ from attnopt.compiler.grams import rows, with_one
 from attnopt.compiler.healing.touched import touched
 from attnopt.compiler.intake.loaded import Loaded
 from attnopt.compiler.lower import export
-from attnopt.compiler.pipeline import apply_edit
 from attnopt.compiler.program import Batch, Program
 from attnopt.compiler.raising import raise_program
 from attnopt.compiler.site import Path, Site
@@ -40,6 +38,7 @@ from tests.attention_models import (
     notes,
     put,
     raised,
+    rewritten,
     tokens,
 )  # fmt: skip
 from tests.tolerance import assert_close
@@ -48,12 +47,8 @@ HALF = "compress_attention{keep=0.5}"
 IDENTITY = 1e-10  # of the logits' norm, in float64
 
 
-@lru_cache(maxsize=8)
 def compressed(kind: str, line: str = HALF) -> tuple[Program, Edit]:
-    program = raised(kind)
-    edit = read_pass(line).rewrite(program.sites[0], program, notes(program))
-    assert isinstance(edit, Edit), edit
-    return apply_edit(program, program.sites[0], edit), edit
+    return rewritten(kind, line)
 
 
 def narrow(program: Program) -> Program:

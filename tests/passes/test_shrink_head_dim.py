@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import cast
 
 import pytest
@@ -15,7 +14,6 @@ from attnopt.compiler.decode import derive
 from attnopt.compiler.gauge import unpaired
 from attnopt.compiler.intake.loaded import Loaded
 from attnopt.compiler.lower import export
-from attnopt.compiler.pipeline import apply_edit
 from attnopt.compiler.program import Batch, Program
 from attnopt.compiler.raising import raise_program
 from attnopt.compiler.site import Path
@@ -33,6 +31,7 @@ from tests.attention_models import (
     notes,
     put,
     raised,
+    rewritten,
     tokens,
 )  # fmt: skip
 from tests.tolerance import assert_close
@@ -40,12 +39,8 @@ from tests.tolerance import assert_close
 HALF = "shrink_head_dim{keep=0.5}"
 
 
-@lru_cache(maxsize=16)
 def shrunk(kind: str, line: str = HALF) -> tuple[Program, Edit]:
-    program = raised(kind)
-    edit = read_pass(line).rewrite(program.sites[0], program, notes(program))
-    assert isinstance(edit, Edit), edit
-    return apply_edit(program, program.sites[0], edit), edit
+    return rewritten(kind, line)
 
 
 def thin(program: Program) -> Program:
