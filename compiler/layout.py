@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import sympy  # type: ignore[import-untyped]
+import sympy
 import torch
 
 Atom = Literal["B", "S"] | int

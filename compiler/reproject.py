@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Literal, Protocol, cast
 
-import sympy  # type: ignore[import-untyped]  # a dependency of torch
+import sympy  # a dependency of torch
 import torch
 from torch import Tensor, fx
 

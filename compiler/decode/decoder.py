@@ -6,18 +6,17 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from attnopt.compiler import native
-from attnopt.compiler.compiled import Compiled
 from attnopt.compiler.decode.caches import Ring, cache_of
 from attnopt.compiler.decode.causal import require_causal
 from attnopt.compiler.decode.few_rows import with_few_rows
 from attnopt.compiler.decode.latents import find
 from attnopt.compiler.decode.phases import Cache, phase, tables
+from attnopt.compiler.decode.single import Known, Single
 from attnopt.compiler.decode.split import Split, merged, split
 from attnopt.compiler.errors import Notice, Problem
 from attnopt.compiler.program import Program
@@ -29,7 +28,8 @@ class State:
     """The tokens read so far: caches, tables, and how many tokens there are.
 
     `masks` are the inputs `[batch, capacity]` that say which positions are real. `length` may be
-    lowered with `rewind`; `reached` is the most that it ever was.
+    lowered with `rewind`; `reached` is the most that it ever was. `compiled` is what `single`
+    knows of it.
     """
 
     batch: int
@@ -39,6 +39,7 @@ class State:
     masks: dict[str, Tensor] = field(default_factory=dict)
     length: int = 0
     reached: int = 0
+    compiled: Known | None = field(default=None, repr=False)
 
     @property
     def bytes(self) -> int:
@@ -65,7 +66,7 @@ class Decoder:
         }
         self.places = _places(program, self.caches)
         self._phases: dict[tuple[str, bool], Callable[..., Tensor]] = {}
-        self._single: Compiled | None = None
+        self._single: Single | None = None
         self._with_slack: dict[int, Decoder] = {}
 
     @cached_property
@@ -213,11 +214,7 @@ class Decoder:
                 warnings.warn(str(notice), RuntimeWarning, stacklevel=2)
             else:
                 form = with_few_rows(form)
-        self._single = Compiled(
-            form, "the decoder's step", help="torch.compile needs a C++ compiler",
-            fullgraph=True, dynamic=True,
-            options={"cpp_wrapper": True, "guard_filter_fn": _of_state},
-        )  # fmt: skip
+        self._single = Single(form, cpp_wrapper=True)
 
     def phase(self, kind: str, last: bool) -> fx.GraphModule:
         """The graph of a phase; see `phases.phase`."""
@@ -250,17 +247,18 @@ class Decoder:
                 "A704", f"{state.length} tokens and {new} more do not fit into {state.capacity}",
                 help="make a state of a larger capacity",
             )  # fmt: skip
-        run = self._form(kind, last, new)
-        start = () if kind == "prefill" else (state.length,)
         with torch.no_grad():
-            logits: Tensor = run(*tokens, state.tables, state.caches, *start)
+            if self._single is not None and (kind, last, new) == ("step", True, 1):
+                logits = self._single.step(state, tokens)
+            else:
+                start = () if kind == "prefill" else (state.length,)
+                form = self._form(kind, last)
+                logits = form(*tokens, state.tables, state.caches, *start)
         state.length += new
         state.reached = max(state.reached, state.length)
         return logits
 
-    def _form(self, kind: str, last: bool, new: int) -> Callable[..., Tensor]:
-        if self._single is not None and (kind, last, new) == ("step", True, 1):
-            return self._single
+    def _form(self, kind: str, last: bool) -> Callable[..., Tensor]:
         if (kind, last) not in self._phases:
             self._phases[kind, last] = self.phase(kind, last)
         return self._phases[kind, last]
@@ -318,12 +316,6 @@ class Decoder:
     def _fake(self, name: str) -> Tensor:
         fake: Tensor = self.program.node(name).meta["val"]
         return fake
-
-
-def _of_state(guards: Sequence[Any]) -> list[bool]:
-    """Which guards of a compiled step are kept: those of its inputs and of torch's state. To check
-    the weights of a decoder, whose places and shapes stay, takes a tenth of a step."""
-    return [not guard.is_global and not guard.name.startswith("L['self']") for guard in guards]
 
 
 def _places(program: Program, caches: Mapping[str, Cache]) -> dict[str, int]:

@@ -91,8 +91,8 @@ def _flags() -> list[str]:
 
 
 def _few_rows(
-    x: Tensor, w0: Tensor, b0: Tensor | None, w1: Tensor | None, b1: Tensor | None,
-    w2: Tensor | None, b2: Tensor | None,
+    x: Tensor, w0: Tensor, b0: Tensor | None, s0: Tensor | None, w1: Tensor | None,
+    b1: Tensor | None, s1: Tensor | None, w2: Tensor | None, b2: Tensor | None, s2: Tensor | None,
 ) -> Tensor:  # fmt: skip
     return x.new_empty(*x.shape[:-1], sum(w.shape[0] for w in (w0, w1, w2) if w is not None))
 

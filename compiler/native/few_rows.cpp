@@ -1,6 +1,7 @@
 // y = x W^T + b for a few rows x and up to three weights at once: what a step of decoding does.
 //
-// Each thread reads its share of the weights once for eight rows, whose sums stay in registers.
+// Each thread reads its share of the weights once for eight rows, whose sums stay in registers. A
+// weight whose values are those of a 16-bit copy is read from that.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -13,6 +14,7 @@
 #include <algorithm>
 #include <array>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "total.h"
@@ -29,23 +31,43 @@ constexpr int64_t kWorkOfThread = 1 << 14;  // multiply-adds that are worth anot
 struct Weight {
   at::Tensor matrix;  // [out, in], contiguous
   at::Tensor bias;    // [out], or undefined
+  at::Tensor stored;  // the matrix, or the same values in 16 bits
   int64_t at;         // its first column of y
 };
 
-template <int M, int R>
+Vec loaded(const float* x) { return Vec::loadu(x); }
+
+template <typename T>
+Vec loaded(const T* x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+  if constexpr (std::is_same_v<T, at::Half>) return _mm512_cvtph_ps(bits);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+#elif defined(CPU_CAPABILITY_AVX2)
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+  if constexpr (std::is_same_v<T, at::Half>) return _mm256_cvtph_ps(bits);
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+#else
+  float wide[Vec::size()];
+  std::copy(x, x + Vec::size(), wide);
+  return Vec::loadu(wide);
+#endif
+}
+
+template <int M, int R, typename T>
 void block(const float* x, const Weight& w, float* y, int64_t n, int64_t width, int64_t ins) {
   Vec sums[M][R];  // in registers: the loops over it are unrolled whole
 #pragma GCC unroll 8
   for (int m = 0; m < M; m++)
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) sums[m][r] = Vec(0.f);
-  const float* rows = w.matrix.const_data_ptr<float>() + n * ins;
+  const T* rows = w.stored.const_data_ptr<T>() + n * ins;
   const float* bias = w.bias.defined() ? w.bias.const_data_ptr<float>() + n : nullptr;
   int64_t k = 0;
   for (; k + Vec::size() <= ins; k += Vec::size()) {
     Vec of[R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) of[r] = Vec::loadu(rows + r * ins + k);
+    for (int r = 0; r < R; r++) of[r] = loaded(rows + r * ins + k);
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
       const Vec in = Vec::loadu(x + m * ins + k);
@@ -58,20 +80,31 @@ void block(const float* x, const Weight& w, float* y, int64_t n, int64_t width, 
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
       float sum = total(sums[m][r]);
-      for (int64_t rest = k; rest < ins; rest++) sum += x[m * ins + rest] * rows[r * ins + rest];
+      for (int64_t rest = k; rest < ins; rest++)
+        sum += x[m * ins + rest] * static_cast<float>(rows[r * ins + rest]);
       y[m * width + w.at + n + r] = bias ? sum + bias[r] : sum;
     }
   }
 }
 
-template <int M>
-void share(const float* x, const Weight& w, float* y, int64_t from, int64_t to, int64_t width,
-           int64_t ins) {
+template <int M, typename T>
+void share_of(const float* x, const Weight& w, float* y, int64_t from, int64_t to, int64_t width,
+              int64_t ins) {
   constexpr int kSums = Vec::size() == 16 ? 24 : 10;  // registers of sums: of 32, or of 16
   constexpr int R = std::clamp(kSums / M, 1, 8);
   int64_t n = from;
-  for (; n + R <= to; n += R) block<M, R>(x, w, y, n, width, ins);
-  for (; n < to; n++) block<M, 1>(x, w, y, n, width, ins);
+  for (; n + R <= to; n += R) block<M, R, T>(x, w, y, n, width, ins);
+  for (; n < to; n++) block<M, 1, T>(x, w, y, n, width, ins);
+}
+
+template <int M>
+void share(const float* x, const Weight& w, float* y, int64_t from, int64_t to, int64_t width,
+           int64_t ins) {
+  switch (w.stored.scalar_type()) {
+    case at::kHalf: return share_of<M, at::Half>(x, w, y, from, to, width, ins);
+    case at::kBFloat16: return share_of<M, at::BFloat16>(x, w, y, from, to, width, ins);
+    default: return share_of<M, float>(x, w, y, from, to, width, ins);
+  }
 }
 
 using Share = void (*)(const float*, const Weight&, float*, int64_t, int64_t, int64_t, int64_t);
@@ -79,23 +112,29 @@ constexpr std::array<Share, kInRegisters> kShares = {share<1>, share<2>, share<3
                                                      share<5>, share<6>, share<7>, share<8>};
 
 at::Tensor few_rows(const at::Tensor& x, const at::Tensor& w0, const MaybeTensor& b0,
-                    const MaybeTensor& w1, const MaybeTensor& b1, const MaybeTensor& w2,
-                    const MaybeTensor& b2) {
+                    const MaybeTensor& s0, const MaybeTensor& w1, const MaybeTensor& b1,
+                    const MaybeTensor& s1, const MaybeTensor& w2, const MaybeTensor& b2,
+                    const MaybeTensor& s2) {
   const int64_t ins = x.size(-1), rows = c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
   std::vector<Weight> weights;
   int64_t width = 0;
-  auto add = [&](const at::Tensor& w, const MaybeTensor& b) {
+  auto add = [&](const at::Tensor& w, const MaybeTensor& b, const MaybeTensor& stored) {
     TORCH_CHECK(w.dim() == 2 && w.size(1) == ins, "few_rows: a weight is not [out, ", ins, "]");
     TORCH_CHECK(x.scalar_type() == at::kFloat && w.scalar_type() == at::kFloat,
                 "few_rows: inputs and weights are float32");
     TORCH_CHECK(!b || (b->dim() == 1 && b->size(0) == w.size(0) && b->scalar_type() == at::kFloat),
                 "few_rows: a bias is not float32 [", w.size(0), "]");
-    weights.push_back({w.contiguous(), b ? b->contiguous() : at::Tensor(), width});
+    TORCH_CHECK(!stored || (stored->sizes() == w.sizes() && stored->element_size() == 2 &&
+                            stored->is_floating_point()),
+                "few_rows: a copy of a weight is not 16-bit ", w.sizes());
+    const at::Tensor matrix = w.contiguous();
+    weights.push_back({matrix, b ? b->contiguous() : at::Tensor(),
+                       stored ? stored->contiguous() : matrix, width});
     width += w.size(0);
   };
-  add(w0, b0);
-  if (w1) add(*w1, b1);
-  if (w2) add(*w2, b2);
+  add(w0, b0, s0);
+  if (w1) add(*w1, b1, s1);
+  if (w2) add(*w2, b2, s2);
   if (rows > kMostRows) {
     std::vector<at::Tensor> parts;
     for (const Weight& w : weights)
@@ -127,8 +166,8 @@ at::Tensor few_rows(const at::Tensor& x, const at::Tensor& w0, const MaybeTensor
 
 TORCH_LIBRARY_FRAGMENT(attnopt, m) {
   m.def(
-      "few_rows(Tensor x, Tensor w0, Tensor? b0, Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2)"
-      " -> Tensor");
+      "few_rows(Tensor x, Tensor w0, Tensor? b0, Tensor? s0, Tensor? w1, Tensor? b1, Tensor? s1,"
+      " Tensor? w2, Tensor? b2, Tensor? s2) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(attnopt, CPU, m) { m.impl("few_rows", few_rows); }

@@ -26,11 +26,14 @@ def _built() -> None:
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 8, 9, 16, 17])
 @pytest.mark.parametrize("ins", [5, 64, 250])
-def test_few_rows_is_linear(rows: int, ins: int) -> None:
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+def test_few_rows_is_linear(rows: int, ins: int, stored: torch.dtype) -> None:
     x = torch.randn(rows, 3, ins)[:, -1:]  # rows that are not next to each other
-    weights = [torch.randn(out, ins) / ins**0.5 for out in (33, 1, 40)]
+    copies = [(torch.randn(out, ins) / ins**0.5).to(stored) for out in (33, 1, 40)]
+    weights = [copy.float() for copy in copies]
     biases = [None, torch.randn(1), torch.randn(40)]
-    given = [operand for pair in zip(weights, biases, strict=True) for operand in pair]
+    short = [None] * 3 if stored == torch.float32 else copies
+    given = [each for three in zip(weights, biases, short, strict=True) for each in three]
     made = torch.ops.attnopt.few_rows(x, *given)
     wanted = [
         F.linear(x.double(), w.double(), None if b is None else b.double())
@@ -41,17 +44,20 @@ def test_few_rows_is_linear(rows: int, ins: int) -> None:
 
 def test_few_rows_of_a_transposed_weight_and_of_nothing() -> None:
     x, weight = torch.randn(2, 24) / 5, torch.randn(24, 17).T
-    none = [None] * 5
+    none = [None] * 8
     assert_close(torch.ops.attnopt.few_rows(x, weight, *none), F.linear(x, weight))
     assert torch.ops.attnopt.few_rows(x[:0], weight, *none).shape == (0, 17)
 
 
 def test_few_rows_says_what_does_not_fit() -> None:
-    x, none = torch.randn(2, 24), [None] * 5
+    x, none = torch.randn(2, 24), [None] * 8
     with pytest.raises(RuntimeError, match="not \\[out, 24\\]"):
         torch.ops.attnopt.few_rows(x, torch.randn(8, 23), *none)
     with pytest.raises(RuntimeError, match="float32"):
         torch.ops.attnopt.few_rows(x, torch.randn(8, 24).double(), *none)
+    for wrong in (torch.randn(8, 23).half(), torch.randn(8, 24), torch.ones(8, 24).short()):
+        with pytest.raises(RuntimeError, match="a copy of a weight is not 16-bit"):
+            torch.ops.attnopt.few_rows(x, torch.randn(8, 24), None, wrong, *none[:6])
 
 
 @pytest.mark.parametrize(
@@ -120,7 +126,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def test_few_rows_checks_biases_and_gives_them_where_there_are_no_inputs() -> None:
-    few, none = torch.ops.attnopt.few_rows, [None] * 4
+    few, none = torch.ops.attnopt.few_rows, [None] * 7
     for wrong in (torch.ones(1), torch.ones(4).double(), torch.ones(4, 1)):
         with pytest.raises(RuntimeError, match="a bias is not float32"):
             few(torch.randn(1, 8), torch.randn(4, 8), wrong, *none)

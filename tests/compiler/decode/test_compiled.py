@@ -32,8 +32,55 @@ def test_compiled_steps_give_the_same_tokens() -> None:
     counters.clear()
     decoder.compile()
     assert torch.equal(generate(decoder, IDS, HOW), expected)
-    assert decoder._single is not None and decoder._single.form is not None
+    assert decoder._single is not None and decoder._single.compiled.form is not None
     assert counters["stats"]["unique_graphs"] == 1  # whatever the position
+    torch._dynamo.reset()
+
+
+def test_later_steps_of_a_state_skip_the_guards() -> None:
+    """The token and the position go to the right places, also after rewinding and growing."""
+    decoder, whole = small(), small()
+    torch._dynamo.reset()
+    decoder.compile()
+    states = [each.state(2, 12) for each in (decoder, whole)]
+    for each, state in zip((decoder, whole), states, strict=True):
+        each.prefill(state, IDS, last=True)
+
+    def step(token: int) -> None:
+        made, wanted = (
+            each.step(state, torch.full((2, 1), token), last=True)
+            for each, state in zip((decoder, whole), states, strict=True)
+        )
+        assert_close(made, wanted)
+
+    guarded = list[int]()
+    single = decoder._single
+    assert single is not None
+    form = single.compiled.form
+
+    def counted(*args: Any) -> Any:
+        guarded.append(args[-1])
+        return form(*args)
+
+    single.compiled.form = counted
+    for token in (4, 9, 30, 17):
+        step(token)
+    assert guarded == [7, 8]
+    known = states[0].compiled
+    assert known is not None and known.bound is not None
+    assert known.bound.positions == range(7, 12)
+    for each, state in zip((decoder, whole), states, strict=True):
+        each.rewind(state, 8)
+    step(21)
+    assert guarded == [7, 8]
+    for each, state in zip((decoder, whole), states, strict=True):
+        each.grow(state, 16)
+    for token in (5, 6, 7):
+        step(token)
+    assert guarded == [7, 8, 9, 10]  # the caches are others
+    made = decoder.step(states[0], torch.full((2, 1), 3, dtype=torch.int32), last=True)
+    assert guarded == [7, 8, 9, 10, 12]  # a token of another dtype
+    assert_close(made, whole.step(states[1], torch.full((2, 1), 3), last=True))
     torch._dynamo.reset()
 
 
@@ -45,7 +92,7 @@ def test_where_nothing_can_be_compiled_it_goes_on_with_one_warning() -> None:
     expected = generate(decoder, IDS, HOW)
     decoder.compile()
     assert decoder._single is not None
-    decoder._single.form = torch.compile(decoder._single.module, backend=broken)
+    decoder._single.compiled.form = torch.compile(decoder._single.module, backend=broken)
     with pytest.warns(RuntimeWarning, match=r"A507\]: the decoder's step runs uncompiled") as told:
         assert torch.equal(generate(decoder, IDS, HOW), expected)
     assert len([w for w in told if "A507" in str(w.message)]) == 1
@@ -101,5 +148,31 @@ def test_linear_maps_of_one_input_are_one_call() -> None:
     found = with_few_rows(made)
     few = torch.ops.attnopt.few_rows.default
     assert len(found.graph.find_nodes(op="call_function", target=few)) == 2  # of four in float32
+    for got, wanted in zip(found(x), model(x), strict=True):
+        assert_close(got, wanted)
+
+
+def test_weights_that_lose_nothing_are_read_in_16_bits() -> None:
+    class Maps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.brief, self.brain, self.whole = (nn.Linear(12, 4) for _ in range(3))
+            self.brief.weight.data = self.brief.weight.data.half().float()
+            self.brain.weight.data = self.brain.weight.data.bfloat16().float() * 2.0**-30
+            self.again = nn.Linear(12, 4)
+            self.again.weight = self.brief.weight
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return [each(x) for each in (self.brief, self.brain, self.whole, self.again)]
+
+    assert native.ready() == ""
+    x, model = torch.randn(1, 3, 12), Maps().eval()
+    with torch.no_grad():
+        model.whole.weight[0, 0] = 1 + 2.0**-20
+    made = torch.export.export(model, (x,)).run_decompositions({}).module()
+    assert isinstance(made, fx.GraphModule)
+    found = with_few_rows(made)
+    copies = {name: b.dtype for name, b in found.named_buffers() if name.startswith("_few_rows")}
+    assert sorted(map(str, copies.values())) == ["torch.bfloat16", "torch.float16"]
     for got, wanted in zip(found(x), model(x), strict=True):
         assert_close(got, wanted)
