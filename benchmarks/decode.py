@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from attnopt.autotune.timing import Contender, compare
 from attnopt.compiler.contract import Notes, read_pass
 from attnopt.compiler.decode import Decoder, derive
+from attnopt.compiler.decode.few_rows import shorter
 from attnopt.compiler.decode.generate import Generation, generate
 from attnopt.compiler.intake.loaded import Loaded
 from attnopt.compiler.pipeline import apply_pass
@@ -153,8 +154,23 @@ def _step(decoder: Decoder, ids: Tensor) -> float:
 
 
 def _weights(decoder: Decoder) -> int:
-    seen = {p.data_ptr(): p.nbytes for p in decoder.program.module.parameters()}
-    return sum(seen.values())
+    """Bytes of weights that a step has to read: not tables of embeddings, of which it reads a row,
+    and 16 bits of a number where the rest is zeros."""
+    module = decoder.program.module
+    tables = {
+        node.args[0].target
+        for node in module.graph.find_nodes(
+            op="call_function", target=torch.ops.aten.embedding.default
+        )
+    }
+    linear = {
+        node.args[1].target
+        for node in module.graph.find_nodes(
+            op="call_function", target=torch.ops.aten.linear.default
+        )
+    }
+    read = [p for name, p in module.named_parameters() if name not in tables or name in linear]
+    return sum(p.nbytes if shorter(p) is None else p.nbytes // 2 for p in read)
 
 
 def _bandwidth() -> float:

@@ -65,7 +65,7 @@ def _copies(module: fx.GraphModule, linears: list[fx.Node]) -> dict[str, fx.Node
     for linear in linears:
         weight = cast(fx.Node, linear.args[1])
         name, value = str(weight.target), _constant(module, weight)
-        short = None if value is None or name in made else _shorter(value)
+        short = None if value is None or name in made else shorter(value)
         if short is None:
             continue
         held = f"_few_rows_{len(made)}"
@@ -76,7 +76,7 @@ def _copies(module: fx.GraphModule, linears: list[fx.Node]) -> dict[str, fx.Node
     return made
 
 
-def _shorter(weight: Tensor) -> Tensor | None:
+def shorter(weight: Tensor) -> Tensor | None:
     """The weight in 16 bits, where every value of it is the same there."""
     for dtype in (torch.bfloat16, torch.float16):
         short = weight.detach().to(dtype)
