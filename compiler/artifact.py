@@ -114,6 +114,8 @@ def _decoding(program: Program) -> tuple[dict[str, Any], dict[str, folders.Conte
     except RUN_ERRORS as error:  # a finished run is not lost for want of a cache
         return {"why_not": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}, {}
     told = {"cache_bytes_per_token": decoder.bytes_per_token()}
+    if decoder.convolutions:
+        told["convolution_bytes"] = decoder.convolution_bytes()
     return told, {DECODE: lambda path: torch.export.save(made, path)}
 
 

@@ -13,6 +13,8 @@ from torch import Tensor, fx
 from attnopt.compiler import native
 from attnopt.compiler.decode.caches import Ring, cache_of
 from attnopt.compiler.decode.causal import require_causal
+from attnopt.compiler.decode.convolutions import Convolution
+from attnopt.compiler.decode.convolutions import find as find_convolutions
 from attnopt.compiler.decode.few_rows import with_few_rows
 from attnopt.compiler.decode.latents import find
 from attnopt.compiler.decode.phases import Cache, phase, tables
@@ -64,7 +66,10 @@ class Decoder:
             or cache_of(parse_spec(str(node.args[4])), slack)
             for node in program.attentions()
         }
-        self.places = _places(program, self.caches)
+        self.convolutions = {
+            found.node: found for found in find_convolutions(program, parts, slack)
+        }
+        self.places = _places(program, self.caches, self.convolutions)
         self._phases: dict[tuple[str, bool], Callable[..., Tensor]] = {}
         self._single: Single | None = None
         self._with_slack: dict[int, Decoder] = {}
@@ -81,7 +86,7 @@ class Decoder:
         the first n positions; later ones are real (see the method `masks`).
 
         Raises `Problem` A704 for a capacity that the model has no positions for, and A707 for a
-        mask that does not fit.
+        mask that does not fit, or tells of padding that convolutions carry into real positions.
         """
         if capacity < 1:
             raise Problem("A704", f"a state needs room for one token at least, got {capacity}")
@@ -95,7 +100,7 @@ class Decoder:
                 )
                 for heads, dim in cache.widths
             )
-            for name, cache in self._owners()
+            for name, cache in (*self._owners(), *self.convolutions.items())
         ]  # fmt: skip
         state = State(batch, capacity, caches, [], given)
         state.tables = self._make_tables(state)
@@ -133,24 +138,29 @@ class Decoder:
     def rewind(self, state: State, length: int) -> None:
         """Take tokens back, so that `length` are left.
 
-        Raises `Problem` A705 where a window's cache has overwritten what would be needed.
+        Raises `Problem` A705 where the cache of a window or of a convolution has overwritten what
+        would be needed.
         """
-        least = max(cache.least(state.reached) for cache in self.caches.values())
+        least = max(
+            cache.least(state.reached)
+            for cache in (*self.caches.values(), *self.convolutions.values())
+        )
         if not 0 <= length <= state.length:
             raise Problem("A705", f"a state of {state.length} tokens cannot go back to {length}")
         if length < least:
             raise Problem(
                 "A705", f"a state of {state.length} tokens cannot go back to {length}",
-                why=f"{state.reached} tokens were read, and a window keeps what {least} need",
+                why=f"{state.reached} tokens were read, and a window or convolution keeps what "
+                f"{least} need",
                 help="derive the decoder with more slack",
             )  # fmt: skip
         state.length = length
 
     def with_slack(self, tokens: int) -> Decoder:
-        """This decoder, or one whose windows can take back so many tokens; it is made once, and
-        compiled where this one is."""
-        rings = [cache for cache in self.caches.values() if isinstance(cache, Ring)]
-        if all(ring.slack >= tokens for ring in rings):
+        """This decoder, or one whose windows and convolutions can take back so many tokens; it is
+        made once, and compiled where this one is."""
+        turning = [cache for cache in self.caches.values() if isinstance(cache, Ring)]
+        if all(kept.slack >= tokens for kept in (*turning, *self.convolutions.values())):
             return self
         if tokens not in self._with_slack:
             made = Decoder(self.program, self.split, tokens, self.dtype)
@@ -190,11 +200,19 @@ class Decoder:
             state.tables = self._make_tables(state)
 
     def bytes_per_token(self) -> int:
-        """Bytes of cache that a token of one sequence takes, where it is kept."""
+        """Bytes of cache that a token of one sequence takes, where it is kept; the inputs of
+        convolutions, which do not grow with tokens, are in `convolution_bytes`."""
         return sum(
             heads * dim * self._kept(name).itemsize
             for name, cache in self._owners()
             for heads, dim in cache.widths
+        )
+
+    def convolution_bytes(self) -> int:
+        """Bytes that the last inputs of convolutions take, of one sequence however long it is."""
+        return sum(
+            kept.channels * kept.turn * (self.dtype or self._kept(name)).itemsize
+            for name, kept in self.convolutions.items()
         )
 
     def compile(self) -> None:
@@ -218,7 +236,8 @@ class Decoder:
 
     def phase(self, kind: str, last: bool) -> fx.GraphModule:
         """The graph of a phase; see `phases.phase`."""
-        at = {name: (self.places[name], cache) for name, cache in self.caches.items()}
+        every = {**self.caches, **self.convolutions}
+        at = {name: (self.places[name], cache) for name, cache in every.items()}
         return phase(self.program, self.split, at, kind, last)  # type: ignore[arg-type]
 
     def _native(self) -> bool:
@@ -229,8 +248,8 @@ class Decoder:
     def _owners(self) -> list[tuple[str, Cache]]:
         """The attentions whose caches are kept, in the order of a state's."""
         first = dict[int, str]()
-        for name, place in self.places.items():
-            first.setdefault(place, name)
+        for name in self.caches:
+            first.setdefault(self.places[name], name)
         return [(name, self.caches[name]) for _, name in sorted(first.items())]
 
     def _run(self, kind: str, state: State, tokens: Sequence[Tensor], last: bool) -> Tensor:
@@ -305,12 +324,29 @@ class Decoder:
                 raise Problem("A707", f"the mask {list(mask.shape)} does not fit into a state "
                               f"[{batch}, {capacity}]")  # fmt: skip
             made[:, : mask.shape[1]] = mask
+            if self.convolutions and bool((mask != self.split.real).any()):
+                self._require_sealed()
         return made
 
-    def _kept(self, attention: str) -> torch.dtype:
-        """The dtype of an attention's keys and values."""
-        keys = self.program.node(attention).args[1]
-        dtype: torch.dtype = keys.meta["val"].dtype  # type: ignore[union-attr]
+    def _require_sealed(self) -> None:
+        if self._leaks:
+            raise Problem(
+                "A707", f"{self.program.name} takes no padding",
+                why="its convolutions read padded positions, so that they change what follows",
+                help="give prompts of one length, or a model that sets to zero what its "
+                "convolutions read where attention_mask is 0",
+            )  # fmt: skip
+
+    @cached_property
+    def _leaks(self) -> bool:
+        from attnopt.compiler.decode.equal import padding_leaks
+
+        return padding_leaks(self)
+
+    def _kept(self, name: str) -> torch.dtype:
+        """The dtype of an attention's keys and values, or of a convolution's weight and inputs."""
+        operand = self.program.node(name).args[1]
+        dtype: torch.dtype = operand.meta["val"].dtype  # type: ignore[union-attr]
         return dtype
 
     def _fake(self, name: str) -> Tensor:
@@ -318,23 +354,26 @@ class Decoder:
         return fake
 
 
-def _places(program: Program, caches: Mapping[str, Cache]) -> dict[str, int]:
-    """Which cache of a state each attention reads: attentions that read the same keys and values
-    read the same one, which each of them writes alike. A ring is one attention's own, since what
-    is written last replaces what another still has to read."""
+def _places(
+    program: Program, caches: Mapping[str, Cache], convolutions: Mapping[str, Convolution]
+) -> dict[str, int]:
+    """Which cache of a state each attention reads, then each convolution: attentions that read the
+    same keys and values read the same one, which each of them writes alike. A ring is one
+    attention's own, since what is written last replaces what another still has to read."""
     found: dict[object, int] = {}
-    return {
+    made = {
         name: found.setdefault(
             name if isinstance(cache, Ring) else program.node(name).args[1:3], len(found)
         )
         for name, cache in caches.items()
     }
+    return made | {name: len(found) + at for at, name in enumerate(convolutions)}
 
 
 def derive(program: Program, slack: int = 0, check: bool = True) -> Decoder:
     """A decoder with a cache, of a raised program that maps tokens `[batch, seq]` to logits.
 
-    Caches of windows can take back `slack` tokens. With `check`, every operator is shown to let no
+    Caches of windows and of convolutions can take back `slack` tokens. With `check`, every operator is shown to let no
     token change an earlier position, and the decoder is compared with the program. Raises `Problem`
     A701 to A706.
     """

@@ -51,6 +51,25 @@ def require_equal(decoder: Decoder) -> None:
         )  # fmt: skip
 
 
+def padding_leaks(decoder: Decoder) -> bool:
+    """Whether the tokens at padded positions before the real ones change what the whole program
+    gives at these, as a convolution lets them that reads padded positions."""
+    parts = decoder.split
+    given = sample(decoder.program, parts)
+    at = given[parts.tokens[0]].shape[1] // 2
+    for name in parts.masks:
+        given[name][:, :at] = parts.padded
+    found = []
+    for shift in range(3):
+        tried = {
+            name: torch.cat((x[:, :at].roll(shift, 1), x[:, at:]), 1) if name in parts.tokens else x
+            for name, x in given.items()
+        }
+        found.append(_values(decoder, [parts.logits], tried)[parts.logits][:, at:])
+    bound = BOUND.get(found[0].dtype, 2e-5)
+    return any(difference(found[0], other) > bound for other in found[1:])
+
+
 def _state(decoder: Decoder, batch: int, length: int, masks: Mapping[str, Tensor]) -> State:
     """A state with room for more tokens than are read, where the model has positions for them:
     tables must not depend on that."""

@@ -12,9 +12,11 @@ from torch.fx.graph import CodeGen
 
 from attnopt.compiler import attend
 from attnopt.compiler.decode.caches import Contiguous, Ring
+from attnopt.compiler.decode.convolutions import Convolution, uncut
 from attnopt.compiler.decode.latents import Latent, joined
 from attnopt.compiler.decode.split import Split
 from attnopt.compiler.layout import same_size
+from attnopt.compiler.packed_form import arguments
 from attnopt.compiler.program import Program, copy_module
 from attnopt.compiler.route_graph import gate_of
 
@@ -35,14 +37,18 @@ def tables(program: Program, split: Split) -> fx.GraphModule:
 
 
 def phase(
-    program: Program, split: Split, caches: Mapping[str, tuple[int, Cache]], kind: Kind, last: bool
+    program: Program,
+    split: Split,
+    caches: Mapping[str, tuple[int, Cache | Convolution]],
+    kind: Kind,
+    last: bool,
 ) -> fx.GraphModule:
     """The graph that new tokens run through.
 
     "prefill": `(tokens..., [table, ...], [(keys, values), ...]) -> logits`, an empty cache;
     "step": `(tokens..., tables, caches, start) -> logits`. Tables reach over all positions,
-    caches are written in place; `caches` says which one each attention node reads. The logits are
-    `[batch, S, vocabulary]`, those of the last position alone where `last`.
+    caches are written in place; `caches` says which one each attention or convolution reads. The
+    logits are `[batch, S, vocabulary]`, those of the last position alone where `last`.
     """
     module = _bare(program)
     return _Writer(module, split, caches, kind).write(last)
@@ -53,7 +59,7 @@ class _Writer:
         self,
         module: fx.GraphModule,
         split: Split,
-        caches: Mapping[str, tuple[int, Cache]],
+        caches: Mapping[str, tuple[int, Cache | Convolution]],
         kind: Kind,
     ) -> None:
         self.module, self.graph = module, module.graph
@@ -79,7 +85,10 @@ class _Writer:
         self._sizes()
         self._tables()
         for name, (index, cache) in self.caches.items():
-            self._attention(self.nodes[name], index, cache)
+            if isinstance(cache, Convolution):
+                self._convolution(self.nodes[name], index, cache)
+            else:
+                self._attention(self.nodes[name], index, cache)
         logits = self.nodes[self.split.logits]
         if last:
             logits = self._last(logits)
@@ -138,6 +147,18 @@ class _Writer:
         self.graph.erase_node(node)
         self.nodes[node.name] = made
 
+    def _convolution(self, node: fx.Node, index: int, cache: Convolution) -> None:
+        kept = self._call(operator.getitem, self._call(operator.getitem, self.given[1], index), 0)
+        uncut(self.nodes, cache)
+        given = arguments(node)
+        operands = (given["input"], given["weight"], given["bias"], kept, self.start)
+        with self.graph.inserting_before(node):
+            made = self.graph.call_function(convolved(cache, self.kind), operands)
+        made.meta = {**node.meta, "stands_for": node.name}
+        node.replace_all_uses_with(made)
+        self.graph.erase_node(node)
+        self.nodes[node.name] = made
+
     def _constants(self, name: str, cache: Latent) -> list[fx.Node]:
         """The maps of a latent as constants of the graph."""
         made = []
@@ -191,6 +212,19 @@ def stepped(cache: Cache, operands: int) -> Callable[..., Tensor]:
         return step(q, *rest[:known], rest[known:])
 
     return attention
+
+
+def convolved(cache: Convolution, kind: Kind) -> Callable[..., Tensor]:
+    """The convolution of new tokens `[batch, channels, S]`; it takes them, the weight, the bias or
+    None, the cache's tensor and the number of tokens before these."""
+    run = cache.prefill if kind == "prefill" else cache.step
+
+    def convolution(
+        x: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor, start: Any
+    ) -> Tensor:
+        return run(x, weight, bias, kept, start)
+
+    return convolution
 
 
 def gated(cache: Contiguous) -> Callable[..., Tensor]:
