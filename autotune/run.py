@@ -78,7 +78,7 @@ class Run:
         return Workbench(
             self.original, self.program, self.data, task=self.task, metric=self.request.metric,
             device=self.request.target, seed=self.request.seed, work=self.work, scope=scope,
-            progress=self.progress,
+            progress=self.progress, healed=self.request.heal is not None,
         )  # fmt: skip
 
     def _exactly(self) -> Pace:

@@ -80,7 +80,8 @@ class Workbench:
     """Everything that a search needs to try a plan on a model.
 
     `original` is the model as given (what is timed as the baseline); `program` its raised form.
-    Heldout data decides inside the search, evaluation data gives the verdict.
+    Heldout data decides inside the search, evaluation data gives the verdict. `healed` says that
+    the winner will be.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class Workbench:
         work: Path | None = None,
         scope: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
+        healed: bool = False,
     ) -> None:
         self.original, self.program, self.data, self.task, self.metric = (
             original,
@@ -108,7 +110,7 @@ class Workbench:
         self.seed, self.progress = seed, progress or (lambda what, share: None)
         self.notes = Notes(
             program, data.calibration, data.heldout, device, seed, data.training, work,
-            self.progress,
+            self.progress, healed,
         )  # fmt: skip
         self.searching = Teacher(original, data.heldout, task)
         few = -(-len(data.heldout) // SKETCH_SHARE)

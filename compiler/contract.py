@@ -91,7 +91,8 @@ class Notes:
     known GPU). Empty calibration means there is no real data: passes that need it miss. `training`
     are more batches of the same kind, for what trains (empty: it trains on `calibration`). `work`
     is a folder where a long pass may keep what it needs to go on after an interruption; it tells
-    `progress` what it does, and how far it is (0 to 1).
+    `progress` what it does, and how far it is (0 to 1). `healed` says that a later step of the plan
+    trains what is made now.
     """
 
     original: Program
@@ -102,6 +103,7 @@ class Notes:
     training: Sequence[Batch] = ()
     work: Path | None = None
     progress: Callable[[str, float], None] | None = None
+    healed: bool = False
 
     def record(
         self, program: Program, names: Sequence[str], batches: Sequence[Batch] | None = None
@@ -128,6 +130,7 @@ class Pass(ABC):
         False  # the search orders its targets by removing them one after the other
     )
     heals: ClassVar[bool] = False  # repairs what approximate passes before it did; run after them
+    trains: ClassVar[bool] = False  # moves weights along gradients, so that new ones may start idle
     asked: ClassVar[bool] = False  # takes minutes: made where the user asks for it, not searched
     removes: ClassVar[tuple[Part, ...]] = PARTS  # parts of a site it can make cheaper, its ceiling
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from attnopt.compiler.contract import Edit, Exactness, Miss, Notes, Pass, Refused, Target, read_pass
 from attnopt.compiler.faithful import faithful
 from attnopt.compiler.intake.loaded import Loaded
-from attnopt.compiler.plan import Outcome, Plan
+from attnopt.compiler.plan import Outcome, Plan, Step
 from attnopt.compiler.program import Program
 from attnopt.compiler.raising import raise_program
 from attnopt.compiler.raising.blocks import carried
@@ -41,9 +41,14 @@ def apply_plan(
             progress(step.rewrite)
         if i == opened:
             notes = replace(notes, original=program)
-        program, done = apply_pass(program, read_pass(step.rewrite), step.targets, notes)
+        later = replace(notes, healed=notes.healed or _trains(plan.steps[i + 1 :]))
+        program, done = apply_pass(program, read_pass(step.rewrite), step.targets, later)
         outcomes += done
     return program, outcomes
+
+
+def _trains(steps: Sequence[Step]) -> bool:
+    return any(read_pass(step.rewrite).trains for step in steps)
 
 
 def opening(plan: Plan) -> int:

@@ -14,18 +14,23 @@ for once, so that for the same products it is wider than three factors of their 
 
 Where a decoder can hold c itself (causal, without rotary), that is its cache, and heads may stay
 wider than `keep` for a narrower P; of what fits both shares, the widths that promise to lose least
-are taken. Run `refit` afterwards. The convolutions over queries and keys of the paper start as the
-identity and are worth their cost once trained; they are not built.
+are taken. Run `refit` afterwards.
+
+The paper's convolution over the sequence of queries and keys starts as the identity here, and is
+worth its cost once trained (`attnopt.compiler.convolved`): `conv` gives its length in tokens, in
+plans that heal afterwards. A decoder then keeps the last `conv - 1` queries and keys of its
+sequence besides, and holds keys, not c.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from attnopt.compiler.compressed import Compressed, Known
 from attnopt.compiler.contract import Edit, Exactness, Miss, Notes, Pass, choice, option
+from attnopt.compiler.convolved import convolve, no_past
 from attnopt.compiler.damage import Damage
 from attnopt.compiler.program import Program
 from attnopt.compiler.removal import edited
@@ -45,14 +50,16 @@ class CompressAttention(Pass):
 
     name: ClassVar[str] = "compress_attention"
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
-    source: ClassVar[str] = "CCA (Figliolia et al. 2025, arXiv 2510.04476), section 3, untrained"
+    source: ClassVar[str] = (
+        "CCA (Figliolia et al. 2025, arXiv 2510.04476), section 3, not from scratch"
+    )
     # Calibrates on the fast form; what heads are left is made of one latent.
     after: ClassVar[tuple[str, ...]] = (
         "fuse_attention", "merge_kv_heads", "prune_heads", "shrink_head_dim",
     )  # fmt: skip
 
     keep: float = choice(0.75, 0.5, 0.33, 0.25, default=0.5)
-    conv: int = option(0, 2, default=0)
+    conv: int = option(0, 2, 4, default=0)
 
     def rewrite(self, target: Site, program: Program, notes: Notes) -> Edit | Miss:
         """A latent and smaller heads for one site, or why not."""
@@ -60,35 +67,39 @@ class CompressAttention(Pass):
         if miss is not None:
             return miss
         known = Known.read(program, target, notes)
+        if self.conv:
+            known = replace(known, absorbed=False)  # keys are not made of one token's latent
         options: dict[str, Compressed] = {}
         for logits in _LOGITS if notes.heldout else _LOGITS[:1]:
             widths = known.widths(self.keep, logits)
             if isinstance(widths, Miss):
                 return widths
             option = Compressed.fit(program, known, widths, logits)
-            facts = option.write(program.copy())
+            facts = self._write(option, program.copy())
             if isinstance(facts, Miss):
                 return facts
             options[f"logits_{logits:g}"] = option
         damage = _damage(program, notes, options)
         made = options[min(options, key=lambda name: damage.get(f"damage_{name}", 0.0))]
-        chosen = made.write(program.copy())
+        chosen = self._write(made, program.copy())
         assert isinstance(chosen, Site), chosen
 
         def edit(copy: Program) -> None:
-            made.write(copy)
+            self._write(made, copy)
 
-        return Edit(graph=edit, sites={target.id: chosen}, note=made.note(),
+        said = f"; queries and keys through convolutions of {self.conv} tokens" if self.conv else ""
+        return Edit(graph=edit, sites={target.id: chosen}, note=made.note() + said,
                     evidence={**made.evidence(program, notes), **damage})  # fmt: skip
+
+    def _write(self, made: Compressed, program: Program) -> Site | Miss:
+        site = made.write(program)
+        return convolve(program, site, self.conv) if self.conv and site else site
 
     def _refused(self, site: Site, program: Program, notes: Notes) -> Miss | None:
         if not 0 < self.keep < 1:
             return Miss(f"keep={self.keep} is no share between 0 and 1", site.node)
-        if self.conv:
-            return Miss("a convolution over queries and keys is not built: decoders would have to "
-                        "keep its last inputs, and it gains nothing before it is trained",
-                        site.node, help="use conv=0")  # fmt: skip
-        miss = unknown(program, site)
+        miss = self._unconvolved(site, program, notes)
+        miss = miss if miss is not None else unknown(program, site)
         if miss is not None:
             return miss
         for which in WHICH:
@@ -100,6 +111,18 @@ class CompressAttention(Pass):
             return Miss("the principal directions are not known without calibration data",
                         site.node, help="give --text FILE")  # fmt: skip
         return None
+
+    def _unconvolved(self, site: Site, program: Program, notes: Notes) -> Miss | None:
+        """Why the convolutions that are asked for are not made."""
+        if not self.conv:
+            return None
+        if self.conv < 2:
+            return Miss(f"conv={self.conv} reads no earlier token", site.node, help="use conv=2")
+        if not notes.healed:
+            return Miss("convolutions over queries and keys start as the identity: without "
+                        "training they cost time and gain nothing", site.node,
+                        help="add a step `heal{}` to the plan, or use conv=0")  # fmt: skip
+        return no_past(program, site)
 
 
 def _damage(program: Program, notes: Notes, options: Mapping[str, Compressed]) -> dict[str, float]:

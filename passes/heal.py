@@ -39,6 +39,7 @@ class Heal(Pass):
     )
     after: ClassVar[tuple[str, ...]] = ("refit",)
     heals: ClassVar[bool] = True
+    trains: ClassVar[bool] = True
     asked: ClassVar[bool] = True
 
     tokens: int = choice(50_000, 200_000, 1_000_000, default=200_000)

@@ -1,7 +1,7 @@
-"""A cache of a convolution's last inputs: a causal convolution along the sequence, as Mamba, LFM2 or
-compressed attention (CCA, Figliolia et al. 2025, arXiv:2510.04476) have it, of a step's tokens.
+"""A causal convolution along the sequence, as LFM2 or compressed attention (CCA, Figliolia et al.
+2025, arXiv:2510.04476) have it, read token by token: a cache of its last inputs.
 
-    y_t = b + sum_j W_j x_(t - reach + j dilation),    reach = (kernel - 1) dilation,    x_(t < 0) = 0
+    y_t = b + sum_j W_j x_(t - reach + j dilation),   reach = (kernel - 1) dilation,   x_(t < 0) = 0
 
 Two spellings say so: `reach` zeros are put before the input, or the convolution pads by `reach` on
 both sides and what is made behind the end is cut off. A step has to know x of `reach` tokens before
@@ -77,7 +77,7 @@ class Convolution:
         """The inputs of the `reach` tokens before `start`, `[batch, reach, channels]`: zeros where
         there are none."""
         at = start - self.reach + torch.arange(self.reach, device=kept.device)
-        held = kept[:, 0].index_select(1, at.clamp(min=0) % self.turn)
+        held = kept[:, 0][:, at % self.turn]
         return torch.where((at >= 0)[:, None], held, 0)
 
     def step(
@@ -93,9 +93,7 @@ class Convolution:
         if x.shape[2] == 1 and self.groups == self.channels == weight.shape[0]:
             made = (whole[:, :: self.dilation] * weight[:, 0].T).sum(1)
             return (made if bias is None else made + bias)[..., None]
-        return torch.conv1d(
-            whole.transpose(1, 2), weight, bias, 1, 0, self.dilation, self.groups
-        )
+        return torch.conv1d(whole.transpose(1, 2), weight, bias, 1, 0, self.dilation, self.groups)
 
     def prefill(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor, start: Any
@@ -117,7 +115,9 @@ def uncut(nodes: dict[str, fx.Node], found: Convolution) -> None:
     many as tokens."""
     if found.pad:
         pad = nodes[found.pad]
-        pad.replace_all_uses_with(_padded(pad))
+        source = _padded(pad)
+        assert source is not None
+        pad.replace_all_uses_with(source)
     for name in found.cuts:
         cut = nodes[name]
         cut.args = (cut.args[0], cut.args[1], 0, torch.iinfo(torch.int64).max)
@@ -134,9 +134,7 @@ def _read(node: fx.Node, parts: Split, slack: int) -> Convolution | None:
     channels, reach = x.meta["val"].shape[1], (int(weight.meta["val"].shape[2]) - 1) * dilation
     if not reach or is_symbol(channels) or not same_size(x.meta["val"].shape[0], parts.batch):
         return None
-    made = Convolution(
-        node.name, int(channels), reach, dilation, int(a["groups"]), slack=slack
-    )
+    made = Convolution(node.name, int(channels), reach, dilation, int(a["groups"]), slack=slack)
     if padding == reach and same_size(x.meta["val"].shape[2], parts.seq):
         cuts = tuple(_cuts(node, reach, parts))
         return replace(made, cuts=cuts) if cuts else None

@@ -159,8 +159,10 @@ class Decoder:
     def with_slack(self, tokens: int) -> Decoder:
         """This decoder, or one whose windows and convolutions can take back so many tokens; it is
         made once, and compiled where this one is."""
-        turning = [cache for cache in self.caches.values() if isinstance(cache, Ring)]
-        if all(kept.slack >= tokens for kept in (*turning, *self.convolutions.values())):
+        rings = [cache for cache in self.caches.values() if isinstance(cache, Ring)]
+        slacks = [kept.slack for kept in rings]
+        slacks += [kept.slack for kept in self.convolutions.values()]
+        if all(slack >= tokens for slack in slacks):
             return self
         if tokens not in self._with_slack:
             made = Decoder(self.program, self.split, tokens, self.dtype)
@@ -373,9 +375,9 @@ def _places(
 def derive(program: Program, slack: int = 0, check: bool = True) -> Decoder:
     """A decoder with a cache, of a raised program that maps tokens `[batch, seq]` to logits.
 
-    Caches of windows and of convolutions can take back `slack` tokens. With `check`, every operator is shown to let no
-    token change an earlier position, and the decoder is compared with the program. Raises `Problem`
-    A701 to A706.
+    Caches of windows and of convolutions can take back `slack` tokens. With `check`, every operator
+    is shown to let no token change an earlier position, and the decoder is compared with the
+    program. Raises `Problem` A701 to A706.
     """
     program = merged(program)
     parts = split(program)

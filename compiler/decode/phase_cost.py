@@ -202,7 +202,7 @@ def _load(program: Program, tokens: str) -> Load:
 
 
 def _site(program: Program, parts: Split, site: Site, load: Load) -> SitePhases:
-    mask = _mask(program, site)
+    mask = mask_of(program, site)
     if mask is None or mask.kind == "full" or not mask.causal:
         raise Problem(
             "A703", f"{site.module or site.id} is not known to read earlier tokens alone",
@@ -221,7 +221,7 @@ def _site(program: Program, parts: Split, site: Site, load: Load) -> SitePhases:
     return phases(own, load, keys.meta["val"].dtype.itemsize, site.id)
 
 
-def _mask(program: Program, site: Site) -> Mask | None:
+def mask_of(program: Program, site: Site) -> Mask | None:
     """The class of a site's mask, also where the spec leaves it to a tensor; None without one."""
     held = program.spec(site).mask
     named = site.mask.partition("+")[0]
