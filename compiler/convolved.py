@@ -51,7 +51,7 @@ def convolve(program: Program, site: Site, kernel: int) -> Site | Miss:
         if split.meta["val"].dim() != 4:
             return Miss(f"no node holds {which} with one axis per head", path.split)
         _convolve(program, path, split, kernel)
-    missing = {**site.missing, **dict.fromkeys(_CONVOLVED, WHY)}
+    missing = site.missing | dict.fromkeys(map(str, _CONVOLVED), WHY)
     return replace(site, q=None, k=None, missing=missing)
 
 

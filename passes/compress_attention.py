@@ -93,7 +93,9 @@ class CompressAttention(Pass):
 
     def _write(self, made: Compressed, program: Program) -> Site | Miss:
         site = made.write(program)
-        return convolve(program, site, self.conv) if self.conv and site else site
+        if isinstance(site, Miss) or not self.conv:
+            return site
+        return convolve(program, site, self.conv)
 
     def _refused(self, site: Site, program: Program, notes: Notes) -> Miss | None:
         if not 0 < self.keep < 1:

@@ -3,6 +3,8 @@ told, and costs what was told."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import lru_cache
 from typing import cast
 
 import pytest
@@ -20,6 +22,8 @@ from attnopt.compiler.grams import rows, with_one
 from attnopt.compiler.healing.touched import touched
 from attnopt.compiler.intake.loaded import Loaded
 from attnopt.compiler.lower import export
+from attnopt.compiler.pipeline import apply_plan
+from attnopt.compiler.plan import Outcome, Plan
 from attnopt.compiler.program import Batch, Program
 from attnopt.compiler.raising import raise_program
 from attnopt.compiler.site import Path, Site
@@ -248,11 +252,124 @@ def test_says_why_it_does_not_fire() -> None:
     assert "made so" in missed(fused(program), CompressAttention(), known).reason
     assert "calibration" in missed(program, CompressAttention(), Notes(program)).reason
     assert "no share" in missed(program, CompressAttention(1.0), known).reason
-    convolved = read_pass("compress_attention{conv=2}")
-    assert isinstance(convolved, CompressAttention)
-    assert "not built" in missed(program, convolved, known).reason
     small = raised("grouped")
     assert "no smaller heads" in missed(small, CompressAttention(0.25), notes(small)).reason
+
+
+@pytest.mark.parametrize("kind", ("llama", "normed", "learned"))
+def test_convolutions_change_nothing_before_they_are_trained(kind: str) -> None:
+    """They are paid for, and are the site's own; a decoder keeps what they read."""
+    program = raised(kind)
+    known = replace(notes(program), healed=True)
+    plain, _ = applied(program, CompressAttention(0.5), known)
+    made, (edit,) = applied(program, CompressAttention(0.5, conv=3), known)
+    assert "convolutions of 3 tokens" in edit.note
+    # The norm of a head has parts in float32.
+    assert distance(made, plain) < (1e-6 if kind == "normed" else IDENTITY)
+    spec = made.spec(made.sites[0])
+    channels = (spec.heads + spec.kv_heads) * spec.head_dim
+    example = made.example.kwargs["input_ids"]
+    assert cost(made).flops - cost(plain).flops == 2 * 3 * channels * example.numel()
+    own = touched(made, program).names["s0"]
+    assert sum(name.endswith("_conv_weight") for name in own) == 2
+    assert set(touched(plain, program).names["s0"]) < set(own)
+    assert made.sites[0].q is None and "convolution" in made.sites[0].missing["k"]
+    assert derive(made).convolution_bytes() == 2 * channels * 8
+    assert "convolution" in missed(made, read_pass("shrink_head_dim{keep=0.5}"), known).reason
+
+
+@lru_cache(maxsize=1)
+def healed() -> tuple[Program, list[Outcome]]:
+    """A model with convolutions, trained on few tokens."""
+    program = raised("learned", torch.float32)
+    data = replace(notes(program), training=[tokens(4, 24, seed) for seed in range(10, 20)])
+    plan = Plan().then("compress_attention{conv=2}").then("heal{tokens=9600 local=960 rate=0.02}")
+    return apply_plan(program, plan, data)
+
+
+def test_healing_trains_the_convolutions_and_decoding_goes_on() -> None:
+    made, outcomes = healed()
+    assert all(outcome.applied for outcome in outcomes), [o.reason for o in outcomes]
+    told = outcomes[-1].evidence
+    assert told["loss_after"] < 0.9 * told["loss_before"]
+    names = [name for name, _ in made.module.named_parameters() if name.endswith("_conv_weight")]
+    assert len(names) == 2
+    for name in names:
+        assert made.weight(name)[..., :-1].abs().max() > 0.01  # it reads earlier tokens
+    decoder, ids = derive(made), tokens(2, 40).kwargs["input_ids"]
+    assert not any(isinstance(cache, Latent) for cache in decoder.caches.values())
+    state = decoder.state(2, 40)
+    steps = [decoder.prefill(state, ids[:, :5]), decoder.step(state, ids[:, 5:9])]
+    steps += [decoder.step(state, ids[:, at : at + 1]) for at in range(9, 40)]
+    assert_close(torch.cat(steps, 1), logits(made, tokens(2, 40)))
+
+
+def test_convolutions_that_nothing_trains_are_refused() -> None:
+    program = raised("llama")
+    known = notes(program)
+    convolved = read_pass("compress_attention{conv=2}")
+    told = missed(program, convolved, known)
+    assert "without training" in told.reason and "heal{}" in told.help
+    for later, applies in (("refit{}", False), ("heal{tokens=96 local=0}", True)):
+        _, outcomes = apply_plan(program, Plan().then(convolved.text).then(later), known)
+        assert outcomes[0].applied == applies
+    _, outcomes = apply_plan(program, Plan().then("heal{tokens=96 local=0}").then(convolved.text),
+                             known)  # fmt: skip
+    assert "without training" in outcomes[-1].reason
+    trained = replace(known, healed=True)
+    alone = read_pass("compress_attention{conv=1}")
+    assert "no earlier token" in missed(program, alone, trained).reason
+
+
+def test_convolutions_read_no_padding() -> None:
+    """Trained ones too: rows of zeros stand for padded tokens, whatever they hold."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(3)
+            self.embed, self.qkv = nn.Embedding(40, 32), nn.Linear(32, 96)
+            self.out, self.head = nn.Linear(32, 32), nn.Linear(32, 40)
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+            x = self.embed(input_ids)
+            heads = (p.unflatten(-1, (4, 8)).transpose(1, 2) for p in self.qkv(x).chunk(3, -1))
+            past = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+            mask = past & (attention_mask[:, None, None, :] != 0)
+            mixed = nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask)
+            return {"logits": self.head(x + self.out(mixed.transpose(1, 2).flatten(2)))}
+
+    keep = torch.ones(2, 12, dtype=torch.int64)
+    keep[0, :5] = 0
+    ids = tokens(2, 12).kwargs["input_ids"]
+    inputs = {"input_ids": ids, "attention_mask": keep}
+    loaded = Loaded(Masked().eval(), None, (), inputs, "masked", "callable")
+    program = raise_program(trace(loaded))
+    data = [Batch((), {**inputs, "input_ids": tokens(2, 12, at).kwargs["input_ids"]}, keep.bool())
+            for at in range(4)]  # fmt: skip
+    known = Notes(program, data[:2], data[2:], healed=True)
+    made, _ = applied(program, CompressAttention(0.5, conv=3), known)
+    plain, _ = applied(program, CompressAttention(0.5), known)
+    batch = Batch((), inputs)
+    assert_close(logits(made, batch)[keep.bool()], logits(plain, batch)[keep.bool()])
+    for name, value in list(made.module.named_parameters()):
+        if name.endswith("_conv_weight"):
+            made.set_weight(name, torch.randn_like(value))
+    decoder = derive(made)
+    state = decoder.state(2, 12, decoder.masks(keep))
+    steps = [decoder.prefill(state, ids[:, :8]), decoder.step(state, ids[:, 8:])]
+    assert_close(torch.cat(steps, 1)[keep.bool()], logits(made, batch)[keep.bool()])
+    alone = Batch((), {"input_ids": ids[:1, 5:], "attention_mask": keep[:1, 5:]})
+    assert_close(logits(made, batch)[:1, 5:], logits(made, alone))
+
+
+def test_convolutions_are_for_causal_attentions() -> None:
+    x = {"x": torch.randn(2, 9, 32).double()}
+    program = raise_program(
+        trace(Loaded(Plain().double().eval(), None, (), x, "plain", "callable"))
+    )
+    known = Notes(program, [Batch((), x)], healed=True)
+    assert "its mask is full" in missed(program, CompressAttention(conv=2), known).reason
 
 
 class Plain(nn.Module):
