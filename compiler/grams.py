@@ -124,8 +124,9 @@ def moments(program: Program, names: Sequence[str], batches: Sequence[Batch]) ->
     return found
 
 
-_kept: WeakKeyDictionary[fx.GraphModule, list[tuple[Sequence[Batch], dict[str, Gram]]]]
-_kept = WeakKeyDictionary()
+_Store = WeakKeyDictionary[fx.GraphModule, list[tuple[Sequence[Batch], dict[str, Gram]]]]
+_kept: _Store = WeakKeyDictionary()  # of originals
+_latest: _Store = WeakKeyDictionary()  # of one program
 
 
 def input_moments(notes: Notes, names: Sequence[str], heldout: bool = False) -> dict[str, Gram]:
@@ -135,7 +136,7 @@ def input_moments(notes: Notes, names: Sequence[str], heldout: bool = False) -> 
     original lives, so that a search over many options calibrates once.
     """
     batches = notes.heldout if heldout else notes.calibration
-    kept = _entry(notes.original, batches)
+    kept = _entry(notes.original, batches, _kept)
     missing = [name for name in dict.fromkeys(names) if name not in kept]
     if not missing:
         return {name: kept[name] for name in names}
@@ -158,15 +159,30 @@ def source_moments(
     teacher = next((s for s in notes.original.sites if s.id == site.id), None)
     if teacher is not None and _sources(teacher) == names:
         return input_moments(notes, names, heldout)
-    return moments(program, list(dict.fromkeys(names)), batches)
+    return latest_moments(program, names, batches)
+
+
+def latest_moments(
+    program: Program, names: Sequence[str], batches: Sequence[Batch]
+) -> dict[str, Gram]:
+    """As `moments`, which are kept until another program's are asked for: what is tried at one site
+    of a program shares them."""
+    if program.module not in _latest:
+        _latest.clear()
+    kept = _entry(program, batches, _latest)
+    missing = [name for name in dict.fromkeys(names) if name not in kept]
+    made = moments(program, missing, batches) if missing else {}
+    if _bytes(program, [*kept, *made]) <= _KEEP_BYTES:
+        kept.update(made)
+    return {name: made[name] if name in made else kept[name] for name in names}
 
 
 def _sources(site: Site) -> list[str]:
     return [path.source for path in (site.q, site.k, site.v) if path is not None]
 
 
-def _entry(program: Program, batches: Sequence[Batch]) -> dict[str, Gram]:
-    entries = _kept.setdefault(program.module, [])
+def _entry(program: Program, batches: Sequence[Batch], store: _Store) -> dict[str, Gram]:
+    entries = store.setdefault(program.module, [])
     for known, grams in entries:
         if known is batches:
             return grams

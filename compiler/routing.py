@@ -59,6 +59,17 @@ class Seen:
         z = z.unflatten(1, tuple(weight.shape[:2]))
         return Seen(z, told, x[0] if x else None, weight)
 
+    def halves(self) -> tuple[Seen, Seen]:
+        """The first half of the tokens and the others, which are whole sequences where their number
+        is even."""
+        at = len(self.z) // 2
+        first, second = (
+            replace(self, z=self.z[half], norms=self.norms[half],
+                    x=None if self.x is None else self.x[half])
+            for half in (slice(at), slice(at, None))
+        )  # fmt: skip
+        return first, second
+
     @property
     def groups(self) -> int:
         """Key/value heads."""

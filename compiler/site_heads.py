@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from attnopt.compiler.contract import Miss, Notes
-from attnopt.compiler.grams import moments
+from attnopt.compiler.grams import latest_moments
 from attnopt.compiler.head_costs import Results
 from attnopt.compiler.layout import same_size
 from attnopt.compiler.ops import ATTENTION
@@ -142,7 +142,7 @@ def results(
         if not batches:
             found.append(None)
             continue
-        seen = moments(program, [name], batches)[name]
+        seen = latest_moments(program, [name], batches)[name]
         found.append(Results.of(seen, path.channels, heads.out, path.bias is not None))
     return found[0], found[1]
 

@@ -4,7 +4,8 @@ A router scores the key/value heads for a token, with the query heads that read 
 are not shared the best are on, up to `active` of all. A head that is off adds what it adds on
 average over the tokens that it is off for. Two routers are known (`attnopt.compiler.routing`): the
 norm of the head's queries, which has no parameters, and a linear map of the layer's input, fitted
-in closed form to what each head adds. "best" keeps the one that loses less on held-out data.
+in closed form to what each head adds. "best" keeps the one that loses less on one half of the
+held-out data (`compared_*`); what is told of the other half (`heldout*`) has chosen nothing.
 
 Nothing gets cheaper for a whole sequence, since another token may need a key that this one does
 not: what is saved are reads of the cache in a step of one sequence, where it holds all keys and
@@ -53,20 +54,27 @@ class RouteHeads(Pass):
         if miss is not None:
             return miss
         train = Seen.of(program, target, notes.calibration)
-        check = Seen.of(program, target, notes.heldout) if notes.heldout else train
-        if not train.energy or not check.energy:
+        compared, judged = train, None
+        if notes.heldout:
+            compared, judged = Seen.of(program, target, notes.heldout).halves()
+        if not all(seen.energy for seen in (train, compared, judged) if seen is not None):
             return Miss("the attention adds nothing", target.node)
         count = share_of_heads(target, self.active)
         found = routers(train, count, int(self.shared * count + 1e-9))
-        losses = {name: check.lost(made, check.scores(made)) for name, made in found.items()}
-        wanted = [name for name in found if name != "fixed" and self._asked(name)]
+        losses = {name: compared.lost(made, compared.scores(made)) for name, made in found.items()}
+        best = {kind: _best(losses, kind) for kind in ("norm", "linear") if _best(losses, kind)}
+        wanted = [name for kind, name in best.items() if self.router in ("best", kind)]
         name = min(wanted, key=losses.__getitem__)
         pick = found[name]
 
         def edit(copy: Program) -> None:
             install(copy, target, pick)
 
-        evidence = self._evidence(train, check if notes.heldout else None, pick, losses)
+        evidence = {"residual": train.lost(pick, train.scores(pick))}
+        evidence |= {f"compared_{kind}": losses[best[kind]] for kind in best}
+        if judged is not None:
+            evidence |= _heldout(judged, pick, {kind: found[name] for kind, name in best.items()},
+                                 found["fixed"])  # fmt: skip
         return Edit(graph=edit, note=_note(program, target, name, pick), evidence=evidence)
 
     def _refused(self, site: Site, program: Program, notes: Notes) -> Miss | None:
@@ -90,26 +98,25 @@ class RouteHeads(Pass):
                         help="route_heads{router=norm}")  # fmt: skip
         return None
 
-    def _asked(self, name: str) -> bool:
-        return self.router == "best" or name.startswith(self.router)
 
-    def _evidence(
-        self, train: Seen, check: Seen | None, pick: Router, losses: Mapping[str, float]
-    ) -> dict[str, float]:
-        """Shares of the attention's output energy that are lost: on calibration and held-out data
-        with the router that is written, with each kind of them, with the same heads `fixed` for all
-        tokens, and with those that each token would choose."""
-        found = {"residual": train.lost(pick, train.scores(pick))}
-        if check is None:
-            return found
-        found |= {
-            "heldout": check.lost(pick, check.scores(pick)),
-            "heldout_norm": losses["norm"],
-            "heldout_fixed": losses["fixed"],
-            "heldout_least": least(check, pick.count, pick.shared, pick.rest),
-        }
-        linear = [loss for name, loss in losses.items() if name.startswith("linear")]
-        return found | ({"heldout_linear": min(linear)} if linear else {})
+def _best(losses: Mapping[str, float], kind: str) -> str:
+    """The router of a kind that loses least; empty where there is none."""
+    return min((n for n in losses if n.startswith(kind)), key=losses.__getitem__, default="")
+
+
+def _heldout(
+    judged: Seen, pick: Router, kinds: Mapping[str, Router], fixed: Router
+) -> dict[str, float]:
+    """Shares of the attention's output energy that are lost on held-out data that chose nothing:
+    with the router that is written, with the best of each kind, with the same heads `fixed` for all
+    tokens, and with those that each token would choose."""
+    found = {
+        "heldout": judged.lost(pick, judged.scores(pick)),
+        "heldout_fixed": judged.lost(fixed, judged.scores(fixed)),
+        "heldout_least": least(judged, pick.count, pick.shared, pick.rest),
+    }
+    each = {f"heldout_{kind}": judged.lost(r, judged.scores(r)) for kind, r in kinds.items()}
+    return found | each
 
 
 def _note(program: Program, site: Site, name: str, router: Router) -> str:

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from attnopt.compiler import grams
 from attnopt.compiler.contract import Notes
-from attnopt.compiler.grams import Gram, input_moments, moments, rows, with_one
+from attnopt.compiler.grams import (
+    Gram,
+    input_moments,
+    latest_moments,
+    moments,
+    rows,
+    with_one,
+)  # fmt: skip
 from attnopt.compiler.intake.loaded import Loaded
-from attnopt.compiler.program import Batch, peek
+from attnopt.compiler.program import Batch, Program, peek
 from attnopt.compiler.trace import trace
 from tests.decoder import VOCABULARY, decoder
 from tests.tolerance import assert_close
@@ -101,11 +112,29 @@ def test_one_pass_serves_every_site(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_too_much_to_keep_is_made_one_site_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    from attnopt.compiler import grams
-
     monkeypatch.setattr(grams, "_KEEP_BYTES", 1)
     program = decoder().copy()
     known = Notes(program, [batch(1)])
     names = [site.q.source for site in program.sites]  # type: ignore[union-attr]
     assert set(input_moments(known, names[:1])) == {names[0]}
-    assert not grams._entry(program, known.calibration)
+    assert not grams._entry(program, known.calibration, grams._kept)
+
+
+def test_what_is_tried_at_one_program_shares_its_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+    program, batches, ran = decoder().copy(), [batch(1), batch(2)], list[Sequence[str]]()
+
+    def counted(program: Program, names: Sequence[str], given: Batch) -> dict[str, Any]:
+        ran.append(names)
+        return peek(program, names, given)
+
+    monkeypatch.setattr(grams, "peek", counted)
+    first, second = (site.q.source for site in program.sites)  # type: ignore[union-attr]
+    found = latest_moments(program, [first], batches)
+    assert latest_moments(program, [first], batches) == found and len(ran) == 2
+    both = latest_moments(program, [first, second], batches)
+    assert ran[2:] == [[second]] * 2 and both[first] is found[first]
+    latest_moments(program, [first], batches[:1])
+    assert len(ran) == 5  # other data
+    latest_moments(program.copy(), [first], batches)
+    latest_moments(program, [first], batches)
+    assert len(ran) == 9  # another program has come between

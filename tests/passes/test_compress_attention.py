@@ -256,7 +256,7 @@ def test_says_why_it_does_not_fire() -> None:
     assert "no smaller heads" in missed(small, CompressAttention(0.25), notes(small)).reason
 
 
-@pytest.mark.parametrize("kind", ("llama", "normed", "learned"))
+@pytest.mark.parametrize("kind", ("llama", "normed"))
 def test_convolutions_change_nothing_before_they_are_trained(kind: str) -> None:
     """They are paid for, and are the site's own; a decoder keeps what they read."""
     program = raised(kind)

@@ -21,12 +21,13 @@ IDS = torch.randint(3, 50, (2, 7), generator=torch.Generator().manual_seed(1))
 HOW = Generation(max_new_tokens=6)
 
 
-def small() -> Decoder:
-    return derive(traced(Small(""), input_ids=torch.randint(0, 50, (2, 12))))
+def small(mix: str = "") -> Decoder:
+    return derive(traced(Small(mix), input_ids=torch.randint(0, 50, (2, 12))))
 
 
 def test_compiled_steps_give_the_same_tokens() -> None:
-    decoder = small()
+    decoder = small("convolved")
+    assert decoder.convolutions
     expected = generate(decoder, IDS, HOW)
     torch._dynamo.reset()
     counters.clear()

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from attnopt.compiler.decode import Decoder, derive
-from attnopt.compiler.decode.convolutions import Convolution
 from attnopt.compiler.decode.draft import draft_without
 from attnopt.compiler.decode.generate import Generation, generate
-from attnopt.compiler.decode.phases import convolved
 from attnopt.compiler.decode.speculate import generate_speculatively
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.intake.loaded import Loaded
@@ -199,26 +197,6 @@ def test_a_draft_guesses_for_it() -> None:
     assert len(draft.decoder.convolutions) == 2
     expected = generate(made, ids(1, 5), how)
     assert torch.equal(generate_speculatively(made, draft, ids(1, 5), how), expected)
-
-
-def test_a_step_compiles_and_gives_the_same() -> None:
-    torch._dynamo.reset()
-    kept = Convolution("", WIDTH, reach=2, dilation=1, groups=WIDTH)
-    step = convolved(kept, "step")
-    compiled = torch.compile(step, fullgraph=True, dynamic=True)
-    weight, bias = torch.randn(WIDTH, 1, KERNEL), torch.randn(WIDTH)
-    held = [torch.zeros(2, 1, kept.slots(9), WIDTH) for _ in range(2)]
-    every = torch.randn(2, WIDTH, 9)
-    for start in range(9):
-        x = every[..., start : start + 1]
-        made, expected = (
-            run(x, weight, bias, cache, start)
-            for run, cache in zip((compiled, step), held, strict=True)
-        )
-        assert_close(made, expected)
-    padded = nn.functional.pad(every, (2, 0))
-    assert_close(made, torch.conv1d(padded, weight, bias, groups=WIDTH)[..., -1:])
-    torch._dynamo.reset()
 
 
 def test_lfm2_of_transformers_and_its_padding() -> None:

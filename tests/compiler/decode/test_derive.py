@@ -191,9 +191,13 @@ class Small(nn.Module):
         self.embed = nn.Embedding(50, 32)
         self.register_buffer("positions", torch.randn(20, 32))
         self.qkv, self.out, self.head = nn.Linear(32, 96), nn.Linear(32, 32), nn.Linear(32, 50)
+        if mix == "convolved":
+            self.convolution = nn.Conv1d(32, 32, 3, padding=2, groups=32)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x = self.embed(input_ids)
+        if self.mix == "convolved":
+            x = x + self.convolution(x.mT)[..., : x.shape[1]].mT
         if self.mix == "mean":
             x = x + x.mean(1, keepdim=True)
         if self.mix == "length":
