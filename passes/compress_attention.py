@@ -18,8 +18,8 @@ are taken. Run `refit` afterwards.
 
 The paper's convolution over the sequence of queries and keys starts as the identity here, and is
 worth its cost once trained (`attnopt.compiler.convolved`): `conv` gives its length in tokens, in
-plans that heal afterwards. A decoder then keeps the last `conv - 1` queries and keys of its
-sequence besides, and holds keys, not c.
+plans that heal afterwards. A decoder then keeps the last `conv - 1` queries and keys besides, and
+holds keys and values, not c, so that without rotary the widths may be others than without `conv`.
 """
 
 from __future__ import annotations
