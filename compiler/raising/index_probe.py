@@ -30,6 +30,7 @@ _STATISTICS = (
     aten.mean.dim, aten.mean.default, aten.sum.dim_IntList, aten.var.correction, aten.var.dim,
     aten.std.correction, aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim,
 )  # fmt: skip
+_CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.convolution.default)
 _NORMS = (aten.rms_norm.default, aten.layer_norm.default)
 
 
@@ -76,6 +77,8 @@ class _Held(Evaluator):
     def _run(self, node: fx.Node) -> Any:
         if node not in self.owner.between:
             return super()._run(node)
+        if node.target in _CONVOLUTIONS:
+            raise Unknown(f"the convolution `{node.name}` stands behind the projection")
         source = self.values.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
         if node.target in CASTS and isinstance(source, Tensor) and source.is_floating_point():
             return source

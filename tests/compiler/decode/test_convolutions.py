@@ -184,6 +184,20 @@ def test_padding_that_reaches_real_tokens_is_refused() -> None:
     assert caught.value.code == "A707" and "convolutions read padded" in caught.value.why
 
 
+def test_a_projection_behind_a_convolution_is_known_by_its_reason() -> None:
+    class Behind(Convolved):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            q, k, v = self.qkv[0](self.embed(input_ids)).chunk(3, -1)
+            q = self._convolved(self.convolutions[0], q)
+            heads = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in (q, k, v))
+            mixed = nn.functional.scaled_dot_product_attention(*heads, is_causal=True)
+            return self.head(mixed.transpose(1, 2).flatten(2))
+
+    (site,) = traced(Behind("cut"), input_ids=torch.randint(0, 50, (2, 12))).sites
+    assert site.q is None and site.k is not None
+    assert "the convolution `conv1d` stands behind" in site.missing["q"]
+
+
 def test_a_convolution_that_looks_ahead_is_refused() -> None:
     with pytest.raises(Problem) as caught:
         derive(program("centred"))
