@@ -9,10 +9,10 @@ from typing import Any
 
 from attnopt.autotune import wording
 from attnopt.autotune.accuracy import LEAST_SEQUENCES, Accuracy
+from attnopt.autotune.number import Number
 from attnopt.autotune.pace import Pace
 from attnopt.autotune.result import (
     Ceiling,
-    Number,
     Refit,
     Relaxation,
     Sensitivity,

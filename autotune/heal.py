@@ -7,8 +7,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from attnopt.autotune.accuracy import Accuracy
+from attnopt.autotune.number import Number
 from attnopt.autotune.request import HealBudget
-from attnopt.autotune.result import AccuracyEntry, HealingEntry, Number
+from attnopt.autotune.result import AccuracyEntry, HealingEntry
 from attnopt.autotune.workbench import Built, Workbench
 from attnopt.compiler.contract import Miss
 from attnopt.compiler.healing.heal import start

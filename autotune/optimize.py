@@ -25,6 +25,7 @@ from attnopt.autotune.request import (
     Wanted,
     parse_budget,
     parse_healing,
+    parse_kv_bytes,
     parse_seconds,
     parse_share,
 )
@@ -65,6 +66,7 @@ def optimize(
     attention: str | None = None,
     dtype: str | None = None,
     heal: str | HealBudget | None = None,
+    kv_bytes: float | str | None = None,
     progress: Progress | None = None,
     command: str = "",
 ) -> Result:
@@ -76,9 +78,10 @@ def optimize(
     "1%"). `attention` picks the spelling of a transformers
     model (eager, sdpa), `dtype` what a model computes in ("float32"; left out, as it is stored).
     `heal` trains the touched sites of the winner before it is saved, for a time ("5m") or on a
-    number of tokens ("200ktok"). The result object is what `report.json` holds; with `out` the
-    folder is written. Raises `Problem` for what the user can mend, and `NothingFound` when the
-    model has no attention that could be raised.
+    number of tokens ("200ktok"). `kv_bytes` (0.5 or "50%") asks for the least loss of which a
+    decoder keeps at most that share of its cache, in the place of speed. The result object is what
+    `report.json` holds; with `out` the folder is written. Raises `Problem` for what the user can
+    mend, and `NothingFound` when the model has no attention that could be raised.
     """
     budget = parse_budget(budget) if isinstance(budget, str) else budget
     max_drop = parse_share(max_drop) if isinstance(max_drop, str) else max_drop
@@ -88,6 +91,7 @@ def optimize(
         budget, max_drop, target, effort, trials, seconds,  # type: ignore[arg-type]
         _path(out), seed, resume, metric, wanted, command,
         parse_healing(heal) if isinstance(heal, str) else heal,
+        parse_kv_bytes(kv_bytes) if isinstance(kv_bytes, str) else kv_bytes,
     )  # fmt: skip
     if request.out is not None:
         check_writable(request.out)

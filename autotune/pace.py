@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from attnopt.autotune.baselines import COMPILED
-from attnopt.autotune.result import Number, Speed, Timed
+from attnopt.autotune.number import Number
+from attnopt.autotune.result import Speed, Timed
 from attnopt.autotune.timing import Timing
 from attnopt.autotune.workbench import Built, Workbench
 from attnopt.codegen.roofline import estimate

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from attnopt.autotune import charts, diagnostics_html
 from attnopt.autotune import wording as say
 from attnopt.autotune.markup import Markup, join, table, tag
+from attnopt.autotune.number import Number
 from attnopt.autotune.report_style import STYLE
-from attnopt.autotune.result import Number, Result, Timed, Trial
+from attnopt.autotune.result import Result, Timed, Trial
 from attnopt.compiler.plan import Outcome
 
 _MANY = 24

@@ -69,7 +69,8 @@ class HealBudget:
 class Request:
     """The demands on a run.
 
-    `budget` is a factor over the fastest baseline, `max_drop` a fraction, `timeout` seconds.
+    `budget` is a factor over the fastest baseline, `max_drop` a fraction, `timeout` seconds;
+    `kv_bytes` the share of a decoder's cache that may be kept, where that is what is asked for.
     """
 
     budget: float | None = None
@@ -85,6 +86,7 @@ class Request:
     data: Wanted = field(default_factory=Wanted)
     command: str = ""
     heal: HealBudget | None = None
+    kv_bytes: float | None = None
 
     def __post_init__(self) -> None:
         if self.heal is not None and not isinstance(self.heal, HealBudget):
@@ -102,6 +104,7 @@ class Request:
                 "A410", f"a largest drop of {self.max_drop:g} is not between 0 and 1",
                 help="give a percentage, e.g. --max-drop 1%, or 0 for exact rewrites only",
             )  # fmt: skip
+        self._check_kv_bytes()
         if self.effort not in EFFORTS:
             raise Problem(
                 "A410", f"unknown effort `{self.effort}`", help=f"known: {', '.join(EFFORTS)}"
@@ -116,6 +119,27 @@ class Request:
             raise Problem(
                 "A410", "--resume needs the folder of the interrupted run", help="give --out DIR"
             )
+
+    def _check_kv_bytes(self) -> None:
+        if self.kv_bytes is None:
+            return
+        example = "give the share of the cache to keep, e.g. --kv-bytes 50%"
+        if not 0 < self.kv_bytes < 1:
+            what = f"{self.kv_bytes:.4g} is no share of a cache to keep"
+            raise Problem("A410", what, why="it lies between 0 and 1 (100%)", help=example)
+        if self.budget is not None:
+            raise Problem(
+                "A410", "--kv-bytes and --budget cannot be asked for at once",
+                why="one looks for the least loss at a size, the other for speed of whole "
+                "sequences", help="give one of them",
+            )  # fmt: skip
+        if not self.searches:
+            said = "--max-drop 0" if self.max_drop <= 0 else f"--effort {self.effort}"
+            raise Problem(
+                "A410", f"--kv-bytes finds nothing with {said}",
+                why="only approximate rewrites keep less of a cache, and none would be tried",
+                help="allow some loss, e.g. --max-drop 1%, and an effort of quick or full",
+            )  # fmt: skip
 
     @property
     def most_trials(self) -> int:
@@ -153,6 +177,18 @@ def parse_share(text: str) -> float:
     if match is None:
         raise Problem("A410", f"cannot read the share `{text}`", help="for example --max-drop 1%")
     return float(match.group(1)) / (100.0 if match.group(2) else 1.0)
+
+
+def parse_kv_bytes(text: str) -> float:
+    """`50%` or `0.5` as a share of the cache.
+
+    Raises `Problem` A410.
+    """
+    try:
+        return parse_share(text)
+    except Problem as problem:
+        what = f"cannot read the share of the cache `{text}`"
+        raise Problem("A410", what, help="for example --kv-bytes 50%, or 0.5") from problem
 
 
 def parse_coverage(text: str) -> float:

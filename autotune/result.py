@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from attnopt.autotune import record
+from attnopt.autotune.cache_entry import CacheEntry
+from attnopt.autotune.number import Number
 from attnopt.compiler.decode.phase_cost import Decoding
 from attnopt.compiler.diagnostics.diagnosis import Diagnosis
 from attnopt.compiler.errors import Problem
@@ -23,24 +25,6 @@ if TYPE_CHECKING:
     from attnopt.autotune.timing import Ratio, Timing
 
 SCHEMA = 1
-Kind = Literal["measured", "estimated"]
-
-
-@dataclass(frozen=True)
-class Number:
-    """A value with its two-sided 95% interval (`low` to `high`, where known) and where it comes
-    from.
-
-    Ratios and shares have no unit; drops and shares are fractions (0.01 is 1%). `note` names the
-    model that made an estimate, or how the interval is to be read where it is not a 95% one.
-    """
-
-    value: float
-    kind: Kind
-    low: float | None = None
-    high: float | None = None
-    unit: str = ""
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -269,6 +253,7 @@ class Relaxation:
     words: str
     budget: float | None = None
     max_drop: float | None = None
+    kv_bytes: float | None = None
 
 
 @dataclass(frozen=True)
@@ -277,7 +262,8 @@ class Result:
 
     `budget` is a ratio over the fastest baseline (2.0 is twice as fast), or None for "as fast as it
     gets"; `max_drop` a fraction. `environment` is where it was measured, `data` what on, in words.
-    `decoding` is what decoding costs "before" and "after", empty where there is no cache.
+    `decoding` is what decoding costs "before" and "after", empty where there is no cache; `cache`
+    what was found under a budget of its bytes.
     """
 
     derived: ClassVar[tuple[str, ...]] = ("schema", "exit_code")
@@ -305,6 +291,7 @@ class Result:
     healing: HealingEntry | None = None
     diagnostics: Diagnosis | None = None
     decoding: Mapping[str, Decoding] = field(default_factory=dict)
+    cache: CacheEntry | None = None
     warnings: tuple[str, ...] = ()
     data: Mapping[str, str] = field(default_factory=dict)
     command: str = ""

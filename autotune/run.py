@@ -11,6 +11,8 @@ from typing import Any
 
 from attnopt.autotune import entries
 from attnopt.autotune.accuracy import Accuracy, metric_of_original
+from attnopt.autotune.cache_entry import CacheEntry
+from attnopt.autotune.cache_run import CacheRun, require_cache
 from attnopt.autotune.data import Data
 from attnopt.autotune.diagnose import within
 from attnopt.autotune.environment import environment
@@ -50,12 +52,16 @@ class Run:
     warnings: list[str] = field(default_factory=list)
     paces: dict[tuple[Step, ...], Pace] = field(default_factory=dict)
     healing: HealingEntry | None = None
+    cache: CacheEntry | None = None
+    relaxed: Relaxation | None = None  # where a budget of bytes is missed
     passed: set[tuple[Step, ...]] = field(default_factory=set)  # on evaluation data, unhealed
 
     def go(self) -> tuple[Built, Result]:
         """Run the whole flow."""
         known_target(self.request.target)
         self.bench = self._bench()
+        if self.request.kv_bytes is not None:
+            require_cache(self.program)
         if self.request.metric is not None:  # one that fails does so before anything is timed
             metric_of_original(self.bench.judging, self.request.metric)
         pace = self._exactly()
@@ -63,6 +69,8 @@ class Run:
         self.profile = self._profile(exact)
         found = ceilings(self.program, self.profile, approximate()) if self.profile else {}
         self._say_ceilings(pace, found)
+        if self.request.kv_bytes is not None:
+            return self._finish(self._smaller(pace), found)
         if self._enough(pace) or not self.request.searches or not self._can_search():
             return self._finish(pace, found)
         tried, single = self._search(exact, pace, found)
@@ -84,8 +92,11 @@ class Run:
     def _exactly(self) -> Pace:
         """The exact rewrites, raced; where they gain nothing over the baselines, without those that
         only pay on padded batches."""
-        pace = self._pace(self.bench.build([]))
         padded = frozenset(kind.name for kind in ordered() if kind.valid_only)
+        if self.request.kv_bytes is not None:
+            self.bench.without = padded  # a packed program has no cache
+            return self._pace(self.bench.build([]))
+        pace = self._pace(self.bench.build([]))
         used = {o.rewrite.partition("{")[0] for o in pace.built.outcomes if o.applied} & padded
         if pace.speed.verdict == "faster" or not used:
             return pace
@@ -258,6 +269,13 @@ class Run:
             return f"healed, plan {chosen.number} is no faster than the winner"
         return ""
 
+    def _smaller(self, exact: Pace) -> Pace:
+        """What is taken under a budget of cache bytes, raced."""
+        made = CacheRun(self.bench, exact.built, self.request).settle(self._can_search())
+        self.cache, self.relaxed, self.healing = made.entry, made.relaxation, made.healing
+        self.warnings += made.warnings
+        return exact if made.built is exact.built else self._pace(made.built)
+
     def _finish(
         self,
         pace: Pace,
@@ -274,6 +292,7 @@ class Run:
         entry = AccuracyEntry.of(accuracy, request.max_drop, exact) if accuracy else None
         passed = accuracy is None or accuracy.verdict(request.max_drop) == "pass"
         met = passed and (request.budget is None or self._enough(pace))
+        met = met and (self.cache is None or self.cache.met)
         counted = self._cost()
         base = pace.ratio / chosen.gain if chosen else pace.ratio
         result = Result(
@@ -292,6 +311,7 @@ class Run:
             warnings=(*self.warnings, *pace.warnings),
             data=dict(self.data.words), seed=request.seed,
             decoding=entries.decoding(self.program, built.program, self.data.workload),
+            cache=self.cache,
         )  # fmt: skip
         return built, result
 
@@ -304,8 +324,8 @@ class Run:
     def _relaxation(
         self, met: bool, tried: Sequence[Tried], base: float, pace: Pace, accuracy: Accuracy | None
     ) -> Relaxation | None:
-        if met:
-            return None
+        if met or self.relaxed is not None:
+            return None if met else self.relaxed
         return entries.relaxation(
             tried, base, self.request.budget, pace, self.request.max_drop, accuracy
         )

@@ -9,7 +9,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from attnopt.autotune.result import HealingEntry, Number, Result, SiteEntry, Timed
+from attnopt.autotune.number import Number
+from attnopt.autotune.result import HealingEntry, Result, SiteEntry, Timed
 from attnopt.compiler.decode.phase_cost import Decoding, Phase
 from attnopt.compiler.plan import Outcome, Plan
 

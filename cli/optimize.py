@@ -27,6 +27,12 @@ def optimize(
     max_drop: Annotated[
         str, typer.Option(help="Largest loss of accuracy; 0 for exact rewrites only.")
     ] = "1%",
+    kv_bytes: Annotated[
+        str | None,
+        typer.Option(
+            help="Look for the least loss that keeps this share of a decoder's cache, e.g. 50%."
+        ),
+    ] = None,
     effort: Annotated[str, typer.Option(help="How hard to search: none, quick or full.")] = "quick",
     trials: Annotated[
         int | None, typer.Option(help="Plans to try at most (default: by effort).")
@@ -66,7 +72,13 @@ def optimize(
     json: options.Json = False,
 ) -> int:
     """Make the attention of MODEL fast, and measure what it cost."""
-    from attnopt.autotune.request import parse_budget, parse_healing, parse_seconds, parse_share
+    from attnopt.autotune.request import (
+        parse_budget,
+        parse_healing,
+        parse_kv_bytes,
+        parse_seconds,
+        parse_share,
+    )
 
     if heal_rank and heal is None:
         raise Problem(
@@ -84,6 +96,7 @@ def optimize(
         "resume": resume,
         "metric": metric,
         "heal": None if heal is None else parse_healing(heal, heal_rank),
+        "kv_bytes": None if kv_bytes is None else parse_kv_bytes(kv_bytes),
         "command": shlex.join(ctx.obj or ["optimize", model]),
     }
     _check(demands)

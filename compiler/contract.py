@@ -159,6 +159,12 @@ class Pass(ABC):
         return cls()
 
     @classmethod
+    def caching(cls, program: Program, share: float) -> tuple[Pass, ...]:
+        """The forms that may leave at most this share of the bytes that a decoder of the program
+        caches, those that promise to lose least first; none where the cache stays what it is."""
+        return ()
+
+    @classmethod
     def space(cls) -> dict[str, tuple[Any, ...]]:
         """The search space: for each option declared by `choice`, its values."""
         fields = getattr(cls, "__dataclass_fields__", {})

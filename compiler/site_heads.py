@@ -10,6 +10,7 @@ attention, and masks or biases with one slice per head lose those of heads that 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -86,6 +87,12 @@ class Heads:
 def share_of_heads(site: Site, share: float) -> int:
     """How many key/value heads are at least this share of a site's."""
     return max(1, math.ceil(share * site.kv_heads - 1e-9))
+
+
+def usual_kv_heads(program: Program) -> int:
+    """How many key/value heads most sites of a program have; 0 without sites."""
+    counts = Counter(site.kv_heads for site in program.sites)
+    return counts.most_common(1)[0][0] if counts else 0
 
 
 def no_choice(site: Site, share: float, notes: Notes) -> Miss | None:

@@ -12,6 +12,7 @@ in `attnopt.compiler.latent`; run `refit` afterwards.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -58,6 +59,17 @@ class LatentKv(Pass):
     fold: int = choice(1, 2, 4, default=1)
     method: str = choice("complex", "real", "average", default="complex")
     even: bool = option(False, True, default=False)
+
+    @classmethod
+    def caching(cls, program: Program, share: float) -> tuple[Pass, ...]:
+        """A latent of this share, with more and with less of it rotary where there is rotary."""
+        keep = math.floor(1e4 * share + 1e-6) / 1e4
+        if not 0 < keep < 1:
+            return ()
+        turned = any(site.rotary is not None for site in program.sites)
+        return tuple(
+            cls(keep=keep, rotary=part) for part in (0.5, 0.25, 0.75)[: 3 if turned else 1]
+        )
 
     def rewrite(self, target: Site, program: Program, notes: Notes) -> Edit | Miss:
         """The maps for one site, or why not."""

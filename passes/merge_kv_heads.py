@@ -29,7 +29,7 @@ from attnopt.compiler.regions import Part
 from attnopt.compiler.reproject import reproject
 from attnopt.compiler.shared_heads import Shared
 from attnopt.compiler.site import Path, Site
-from attnopt.compiler.site_heads import WHICH, Heads
+from attnopt.compiler.site_heads import WHICH, Heads, usual_kv_heads
 from attnopt.compiler.site_weights import write_output, write_query
 
 
@@ -51,6 +51,16 @@ class MergeKvHeads(Pass):
     method: str = choice("closed", "mean", default="closed")
     grouping: str = option("adjacent", "similar", default="adjacent")
     temperature: bool = option(False, True, default=False)
+
+    @classmethod
+    def caching(cls, program: Program, share: float) -> tuple[Pass, ...]:
+        """The smallest groups that are small enough, of the heads that most sites have."""
+        heads = usual_kv_heads(program)
+        factor = next((n for n in range(2, heads + 1) if not heads % n and share * n >= 1), 0)
+        if not factor:
+            return ()
+        closed = cls(factor=factor)
+        return closed, replace(closed, grouping="similar"), replace(closed, method="mean")
 
     def rewrite(self, target: Site, program: Program, notes: Notes) -> Edit | Miss:
         """New projections for one site, or why not."""

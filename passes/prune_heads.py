@@ -13,6 +13,7 @@ run `refit` afterwards, which fits to the original. Source: OSSCAR (Meng et al. 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, cast
@@ -26,7 +27,15 @@ from attnopt.compiler.head_costs import Results, best_weight
 from attnopt.compiler.program import Program
 from attnopt.compiler.removal import edited
 from attnopt.compiler.site import OutputPath, Site
-from attnopt.compiler.site_heads import Heads, no_choice, resize, results, share_of_heads, unknown
+from attnopt.compiler.site_heads import (
+    Heads,
+    no_choice,
+    resize,
+    results,
+    share_of_heads,
+    unknown,
+    usual_kv_heads,
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,13 @@ class PruneHeads(Pass):
 
     keep: float = choice(0.875, 0.75, 0.5, 0.25, default=0.75)
     method: str = choice("best", "cost", "energy", default="best")
+
+    @classmethod
+    def caching(cls, program: Program, share: float) -> tuple[Pass, ...]:
+        """As many heads as fit, of those that most sites have."""
+        heads = usual_kv_heads(program)
+        count = math.floor(share * heads + 1e-9)
+        return (cls(keep=count / heads),) if 0 < count < heads else ()
 
     def rewrite(self, target: Site, program: Program, notes: Notes) -> Edit | Miss:
         """Smaller projections for one site, or why not."""

@@ -45,6 +45,15 @@ class ShareKvLayers(Pass):
 
     span: int = choice(2, 3, 4, default=2)
 
+    @classmethod
+    def caching(cls, program: Program, share: float) -> tuple[Pass, ...]:
+        """The shortest runs that leave few enough caches."""
+        sites = len(program.sites)
+        for span in range(2, sites + 1):
+            if -(-sites // span) <= share * sites:
+                return (cls(span=span),)
+        return ()
+
     def rewrite(self, target: Site, program: Program, notes: Notes) -> Edit | Miss:
         """New queries and a new output for an attention that reads another's keys, or why not."""
         ids = [site.id for site in program.sites if program.has(site.node)]

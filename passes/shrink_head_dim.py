@@ -15,6 +15,7 @@ output-weighted principal components; Eckart and Young 1936 on the logits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, cast
@@ -56,6 +57,15 @@ class ShrinkHeadDim(Pass):
 
     keep: float = choice(0.75, 0.5, 0.25, default=0.75)
     parts: str = choice("both", "v", "qk", default="both")
+
+    @classmethod
+    def caching(cls, program: Program, share: float) -> tuple[Pass, ...]:
+        """As many steps of dims as fit, of heads as most sites have."""
+        dims = [site.spec.head_dim for site in program.sites]
+        dim = max(dims, key=dims.count, default=1)
+        count = math.floor(share * dim / _step(dim) + 1e-9)
+        keep = count * _step(dim) / dim
+        return (cls(keep=keep),) if 0 < keep < 1 else ()
 
     def rewrite(self, target: Site, program: Program, notes: Notes) -> Edit | Miss:
         """Smaller projections for one site, or why not."""
@@ -192,5 +202,9 @@ class _Change:
 
 def _less(dim: int, keep: float) -> int:
     """How many dims stay: in the largest step of 16, 8, 4 or 2 of which there are four or more."""
-    step = next((s for s in (16, 8, 4, 2) if dim % s == 0 and dim >= 4 * s), dim)
+    step = _step(dim)
     return max(1, int(keep * dim / step + 0.5)) * step
+
+
+def _step(dim: int) -> int:
+    return next((s for s in (16, 8, 4, 2) if dim % s == 0 and dim >= 4 * s), dim)

@@ -204,11 +204,14 @@ class Decoder:
     def bytes_per_token(self) -> int:
         """Bytes of cache that a token of one sequence takes, where it is kept; the inputs of
         convolutions, which do not grow with tokens, are in `convolution_bytes`."""
-        return sum(
-            heads * dim * self._kept(name).itemsize
+        return sum(self.bytes_by_attention().values())
+
+    def bytes_by_attention(self) -> dict[str, int]:
+        """The same of each attention that has a cache of its own, by its node."""
+        return {
+            name: self._kept(name).itemsize * sum(heads * dim for heads, dim in cache.widths)
             for name, cache in self._owners()
-            for heads, dim in cache.widths
-        )
+        }
 
     def convolution_bytes(self) -> int:
         """Bytes that the last inputs of convolutions take, of one sequence however long it is."""
