@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from attnopt.autotune import cache_wording as words
 from attnopt.autotune import wording as say
 from attnopt.autotune.result import Result
 
@@ -24,6 +25,7 @@ def markdown(result: Result) -> str:
         _rewritten(result),
         _refused(result),
         _ceiling(result),
+        _cache(result),
         _decoding(result),
         _sensitivities(result),
         _front(result),
@@ -140,6 +142,20 @@ def _ceiling(result: Result) -> list[str]:
 def _decoding(result: Result) -> list[str]:
     rows = say.decoding_rows(result)
     return ["## Decoding", "", *_table(say.DECODING, rows)] if rows else []
+
+
+def _cache(result: Result) -> list[str]:
+    entry = result.cache
+    if entry is None:
+        return []
+    told = ["## Cache", "", words.lead(entry), "", *_table(words.FIGURES, words.figures(entry))]
+    plans = [(_code(plan), *map(_plain, rest)) for plan, *rest in words.plans(entry)]
+    if plans:
+        told += ["", *_table(words.PLANS, plans)]
+    layers = [tuple(map(_plain, row)) for row in words.layers(entry)]
+    if layers:
+        told += ["", *_table(words.LAYERS, layers)]
+    return told
 
 
 def _sensitivities(result: Result) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from attnopt.autotune import charts, diagnostics_html
+from attnopt.autotune import cache_page, charts, diagnostics_html
 from attnopt.autotune import wording as say
 from attnopt.autotune.markup import Markup, join, table, tag
 from attnopt.autotune.number import Number
@@ -48,6 +48,7 @@ def _parts(result: Result) -> list[Markup | None]:
         _rewritten(result),
         _refused(result),
         _ceiling(result),
+        cache_page.section(result.cache),
         _decoding(result),
         _sensitivities(result),
         diagnostics_html.section(result.diagnostics) if result.diagnostics else None,
@@ -73,6 +74,9 @@ def _cards(result: Result) -> Markup:
     for name, ratio in (result.speed.over if result.speed else {}).items():
         note = f"{_range(ratio, '95%: {:.2f}× to {:.2f}×')} · {_kind(ratio)}"
         cards.append(_card(f"speed over {name}", say.times(ratio, interval=False), note))
+    if result.cache is not None:
+        note = f"{say.bytes_of(result.cache.after)} of {say.bytes_of(result.cache.before)}"
+        cards.append(_card("cache per token", say.share(result.cache.share), note))
     entry = result.accuracy
     if entry is not None:
         low, high = entry.drop.low, entry.drop.high

@@ -68,9 +68,9 @@ class Run:
         exact = pace.built
         self.profile = self._profile(exact)
         found = ceilings(self.program, self.profile, approximate()) if self.profile else {}
-        self._say_ceilings(pace, found)
         if self.request.kv_bytes is not None:
             return self._finish(self._smaller(pace), found)
+        self._say_ceilings(pace, found)
         if self._enough(pace) or not self.request.searches or not self._can_search():
             return self._finish(pace, found)
         tried, single = self._search(exact, pace, found)

@@ -99,7 +99,10 @@ def headline(result: Result) -> str:
         faster = result.speed is None or result.speed.verdict == "faster"
         asked = "Best plan found" if faster else "Nothing faster was found"
     parts = [asked]
-    if result.speed is not None:
+    if result.cache is not None:
+        asked = "Cache budget met" if result.met else "Cache budget not met"
+        parts = [asked, f"{share(result.cache.share)} of the bytes per token"]
+    elif result.speed is not None:
         parts.append(f"{times(result.speed.ratio, interval=False)} over {result.speed.best}")
     parts.append(cost(result))
     return parts[0] + (": " + ", ".join(parts[1:]) if parts[1:] else "")
@@ -130,6 +133,8 @@ def demands(result: Result) -> str:
     budget = "the fastest there is"
     if result.budget is not None:
         budget = f"at least {factor(result.budget)} over the fastest baseline"
+    if result.cache is not None:
+        budget = f"at most {share(result.cache.wanted)} of the bytes that a decoder caches"
     kept = (
         "exact rewrites only" if result.max_drop == 0 else f"at most {share(result.max_drop)} drop"
     )

@@ -193,10 +193,12 @@ def verdict(result: Result) -> None:
     """What a run found: met or not, speed with intervals, accuracy with bounds, and what would
     do.
     """
+    from attnopt.autotune import cache_wording
     from attnopt.autotune import wording as say
 
     target = console()
-    good = result.met and (result.speed is None or result.speed.verdict == "faster")
+    faster = result.speed is None or result.speed.verdict == "faster"
+    good = result.met and (faster or result.cache is not None)
     mark, style = ("✓", _GREEN) if good else ("✗", _AMBER)
     target.print(Text(f"{mark} {say.headline(result)}", f"bold {style}"))
     for name, ratio in (result.speed.over if result.speed else {}).items():
@@ -204,6 +206,8 @@ def verdict(result: Result) -> None:
     if result.speed is not None and result.speed.verdict != "faster":
         told = f"{result.speed.verdict}: not offered as faster than {result.speed.best}"
         target.print(_fact("", told, _AMBER))
+    for name, told in cache_wording.terminal(result.cache) if result.cache is not None else ():
+        target.print(_fact(name, told))
     entry = result.accuracy
     if entry is not None:
         told = f"{say.percent(entry.drop)} drop of {entry.metric}, {say.share(entry.bound)} allowed"
