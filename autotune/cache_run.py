@@ -3,6 +3,7 @@ is told of all of them."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field, replace
 
@@ -92,9 +93,10 @@ class CacheRun:
         """Search, and answer with the best plan within the budget that may be offered."""
         self.search.uniform()
         fits = sorted(self.search.fits(), key=_loss)
-        latent = [kept for kept in fits if kept.latent and kept is not fits[0]]
-        for uniform in (*fits[:1], *latent[:1]):
-            self.varied += vary(self.search, uniform)
+        kinds = ([kept for kept in fits if kept.latent is latent][:1] for latent in (False, True))
+        for uniform in sorted(itertools.chain(*kinds), key=_loss):
+            if not self.offers.too_slow(uniform):
+                self.varied += vary(self.search, uniform)
         worse = {v.kept.steps for v in self.varied if not v.accepted}
         rest = [kept for kept in self.search.good() if kept.steps not in worse]
         while rest and len(self.offers.beyond) < FINALISTS:

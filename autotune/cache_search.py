@@ -28,6 +28,7 @@ from attnopt.compiler.decode.latents import Latent
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.plan import Step
 
+UNIFORM = 2 / 3  # of plans and time, for one size at all layers
 LOOSER = (0.25, 0.5, 0.75)  # of the way to all bytes, where nothing within the budget will do
 
 
@@ -91,7 +92,7 @@ class CacheSearch:
         the budget is within the bound, with larger ones."""
         share = self.limits.bytes / self.whole.bytes_per_token()
         for form in self.forms(share):
-            if not self.goes_on():
+            if not self.goes_on(UNIFORM):
                 return
             self.look([form.text])
 
@@ -113,10 +114,12 @@ class CacheSearch:
         for at in range(max(map(len, found), default=0)):
             yield from (forms[at] for forms in found if at < len(forms))
 
-    def goes_on(self) -> bool:
-        """Whether plans and time are left; rewrites that do not apply are no plans."""
+    def goes_on(self, part: float = 1.0) -> bool:
+        """Whether of this part of plans and time some are left; rewrites that do not apply are no
+        plans."""
         spent = time.monotonic() - self.begun
-        return self._measurements < self.limits.trials and spent < self.limits.seconds
+        left = self._measurements < max(1, round(part * self.limits.trials))
+        return left and spent < part * self.limits.seconds
 
     @property
     def _measurements(self) -> int:

@@ -62,13 +62,15 @@ class Run:
         self.bench = self._bench()
         if self.request.kv_bytes is not None:
             require_cache(self.program)
+            self.bench.without = _padded()  # a packed program has no cache
         if self.request.metric is not None:  # one that fails does so before anything is timed
             metric_of_original(self.bench.judging, self.request.metric)
-        pace = self._exactly()
+        bytes_asked = self.request.kv_bytes is not None
+        pace = self._pace(self.bench.build([])) if bytes_asked else self._exactly()
         exact = pace.built
         self.profile = self._profile(exact)
         found = ceilings(self.program, self.profile, approximate()) if self.profile else {}
-        if self.request.kv_bytes is not None:
+        if bytes_asked:
             return self._finish(self._smaller(pace), found)
         self._say_ceilings(pace, found)
         if self._enough(pace) or not self.request.searches or not self._can_search():
@@ -92,11 +94,8 @@ class Run:
     def _exactly(self) -> Pace:
         """The exact rewrites, raced; where they gain nothing over the baselines, without those that
         only pay on padded batches."""
-        padded = frozenset(kind.name for kind in ordered() if kind.valid_only)
-        if self.request.kv_bytes is not None:
-            self.bench.without = padded  # a packed program has no cache
-            return self._pace(self.bench.build([]))
         pace = self._pace(self.bench.build([]))
+        padded = _padded()
         used = {o.rewrite.partition("{")[0] for o in pace.built.outcomes if o.applied} & padded
         if pace.speed.verdict == "faster" or not used:
             return pace
@@ -341,6 +340,11 @@ class Run:
 class _Best:
     pace: Pace
     tried: Tried | None
+
+
+def _padded() -> frozenset[str]:
+    """The exact passes that only pay on padded batches."""
+    return frozenset(kind.name for kind in ordered() if kind.valid_only)
 
 
 def _exact(outcome: Outcome) -> bool:
