@@ -22,7 +22,7 @@ from attnopt.autotune.accuracy import Accuracy
 from attnopt.autotune.order import approximate, healing
 from attnopt.autotune.statistics import bootstrap
 from attnopt.autotune.workbench import Workbench
-from attnopt.compiler.contract import Pass
+from attnopt.compiler.contract import Pass, read_pass
 from attnopt.compiler.decode import Decoder, derive
 from attnopt.compiler.decode.latents import Latent
 from attnopt.compiler.errors import Problem
@@ -199,7 +199,7 @@ def _rows(kept: Kept) -> NDArray[np.float64] | None:
 def _facts(bench: Workbench, steps: Sequence[Step]) -> dict[str, Any]:
     """What the decoder of a plan keeps, or why there is nothing to keep less of."""
     built = bench.build(list(steps), verify=False)
-    first = steps[0].rewrite
+    first = read_pass(steps[0].rewrite).text
     told = [o for o in built.outcomes if o.rewrite == first]
     if not any(outcome.applied for outcome in told):
         return {"reason": told[0].reason if told else "it has no target"}
