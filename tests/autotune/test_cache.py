@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from attnopt.autotune import record
 from attnopt.autotune.accuracy import Accuracy
@@ -62,14 +63,20 @@ def _program() -> Program:
     return made
 
 
+def _text(rows: int) -> Tensor:
+    """Sequences of 16 tokens that the model itself would write, so that changes make it worse."""
+    draw = torch.Generator().manual_seed(5)
+    ids = torch.randint(0, VOCABULARY, (rows, 2), generator=draw)
+    while ids.shape[1] < 16:
+        likely = _program().module(input_ids=ids)["logits"][:, -1].softmax(-1).detach()
+        ids = torch.cat((ids, torch.multinomial(likely, 1, generator=draw)), 1)
+    return ids
+
+
 @lru_cache(maxsize=1)
 def _bench() -> Workbench:
     """Made once: plans that several tests ask for are built and measured once."""
-    draw = torch.Generator().manual_seed(5)
-    batches = [
-        Batch((), {"input_ids": torch.randint(0, VOCABULARY, (3, 16), generator=draw)})
-        for _ in range(12)
-    ]
+    batches = [Batch((), {"input_ids": ids}) for ids in _text(36).split(3)]
     data = Data(
         tuple(batches[:1]), tuple(batches[:6]), tuple(batches[6:9]), tuple(batches[9:]), True
     )
@@ -105,10 +112,23 @@ def _settled(bench: Workbench, **more: Any) -> tuple[CacheRun, Settled]:
     return run, run.settle()
 
 
-def test_sizes_per_layer_are_taken_where_they_lose_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    _faster(monkeypatch, 1.5)
-    bench = _bench()
-    _, made = _settled(bench)
+def _only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Let a search know these passes alone."""
+    kinds = [passes()[name] for name in names]
+    monkeypatch.setattr("attnopt.autotune.cache_search.approximate", lambda: kinds)
+
+
+@pytest.fixture(scope="module")
+def per_layer() -> Settled:
+    """A run that merges heads or caches latents, whose steps are faster."""
+    with pytest.MonkeyPatch.context() as patch:
+        _only(patch, "merge_kv_heads", "latent_kv")
+        _faster(patch, 1.5)
+        return _settled(_bench())[1]
+
+
+def test_sizes_per_layer_are_taken_where_they_lose_less(per_layer: Settled) -> None:
+    bench, made = _bench(), per_layer
     entry = made.entry
     assert entry.before == WHOLE and entry.met and made.relaxation is None
     (taken,) = [plan for plan in entry.plans if plan.kept]
@@ -134,6 +154,7 @@ def test_latents_whose_step_is_no_faster_are_not_taken_and_it_is_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked = _faster(monkeypatch, 0.5)
+    _only(monkeypatch, "latent_kv", "prune_heads")
     _, made = _settled(_bench(), kv_bytes=0.5)
     (taken,) = [plan for plan in made.entry.plans if plan.kept]
     assert "latent" not in taken.plan and made.entry.met
@@ -174,17 +195,19 @@ def test_latents_are_not_held_against_steps_of_another_device(
 
 def test_a_budget_that_nothing_meets_says_what_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
     _faster(monkeypatch, 1.5)
+    _only(monkeypatch, "prune_heads")
     _, made = _settled(_bench(), kv_bytes=0.02, trials=4)
     assert not made.entry.met and made.relaxation is not None
     assert "no plan tried keeps 2% and may be offered" in made.relaxation.words
-    _, made = _settled(_bench(), max_drop=1e-9, trials=4)  # a loss of nothing is no small cache
+    _, made = _settled(_bench(), kv_bytes=0.5, max_drop=1e-6)
     assert made.relaxation is not None and "would take --max-drop" in made.relaxation.words
     assert made.relaxation.max_drop is not None and made.entry.after <= WHOLE
 
 
 def test_a_plan_beyond_the_bound_is_healed(monkeypatch: pytest.MonkeyPatch) -> None:
     _faster(monkeypatch, 1.5)
-    _, made = _settled(_bench(), kv_bytes=0.3, max_drop=1e-6, trials=3,
+    _only(monkeypatch, "prune_heads")
+    _, made = _settled(_bench(), kv_bytes=0.5, max_drop=1e-6, trials=3,
                        heal=HealBudget(tokens=96))  # fmt: skip
     assert made.healing is not None
     assert made.healing.accepted or "healing was not kept" in made.warnings[-1]
@@ -292,10 +315,8 @@ def test_demands_that_cannot_be_met_are_refused(given: dict[str, Any], said: str
     assert "--kv-bytes 50%" in caught.value.help
 
 
-def test_reports_tell_of_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    _faster(monkeypatch, 1.5)
-    _, made = _settled(_bench(), trials=4)
-    result = replace(full("m", met=True), cache=made.entry, budget=None)
+def test_reports_tell_of_the_cache(per_layer: Settled) -> None:
+    result = replace(full("m", met=True), cache=per_layer.entry, budget=None)
     assert Result.from_json(json.loads(json.dumps(result.as_json()))) == result
     assert result.as_json()["cache"]["met"] is True
     for text in (markdown(result), page(result)):

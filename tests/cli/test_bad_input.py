@@ -130,7 +130,8 @@ def test_budgets_that_mean_nothing(command: Command, files: tuple[Path, Path], b
 @pytest.mark.parametrize(
     ("option", "value"),
     [("--max-drop", "100%"), ("--max-drop", "-1%"), ("--max-drop", "little"), ("--trials", "0"),
-     ("--timeout", "soon"), ("--timeout", "0s"), ("--effort", "heroic")],
+     ("--timeout", "soon"), ("--timeout", "0s"), ("--effort", "heroic"), ("--kv-bytes", "half"),
+     ("--kv-bytes", "0%"), ("--kv-bytes", "100%"), ("--kv-bytes", "50")],
 )  # fmt: skip
 def test_demands_that_mean_nothing(
     command: Command, files: tuple[Path, Path], option: str, value: str
