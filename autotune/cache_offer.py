@@ -68,7 +68,7 @@ class Offers:
         decoders = {EXACT: self.search.whole, PLAN: self._decoder(kept)}
         if other is not None:
             decoders[GROUPED] = self._decoder(other)
-        found = self._ratios(kept, decoders)
+        found = self._ratios(kept, decoders, other.form if other is not None else "")
         over = self.steps[kept.steps] = found[EXACT]
         if over.low is None or over.low <= 1:
             return f"a decoding step of it runs at {_said(over)} of the exact plan's"
@@ -93,12 +93,14 @@ class Offers:
         built = self.search.bench.build(list(kept.steps), verify=False)
         return derive(built.program, check=False)
 
-    def _ratios(self, kept: Kept, decoders: Mapping[str, Decoder]) -> dict[str, Number]:
-        """How many times as fast a step of a plan is as those of the others, from the journal where
-        known."""
+    def _ratios(
+        self, kept: Kept, decoders: Mapping[str, Decoder], other: str = ""
+    ) -> dict[str, Number]:
+        """How many times as fast a step of a plan is as those of the exact plan and of the `other`,
+        from the journal where known."""
         load, bench = load_of(self.search.whole), self.search.bench
         others = [name for name in decoders if name != PLAN]
-        key = f"step {bench.compose(list(kept.steps))} over {others} on {load.words}"
+        key = f"step {bench.compose(list(kept.steps))} over {EXACT} {other} on {load.words}"
 
         def measure() -> dict[str, list[float]]:
             timing = race(decoders, load, SECONDS, bench.progress)
