@@ -104,8 +104,7 @@ class CacheRun:
             rest.remove(kept)
             if not self.offers.why_not(kept):
                 return kept
-        if not self.search.good():
-            self.search.looser()
+        self.search.looser(lambda kept: not self.offers.too_slow(kept))
         return None
 
     def _hopeful(self) -> Kept | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,16 +96,18 @@ class CacheSearch:
                 return
             self.look([form.text])
 
-    def looser(self) -> None:
-        """Try the two passes that lose least at larger shares, until one is within the bound."""
+    def looser(self, may: Callable[[Kept], bool]) -> None:
+        """Try the two passes that lose least, of those that `may` be offered, at larger shares,
+        until a plan that may be is within the bound. Where nothing fits, all passes are tried."""
         share = self.limits.bytes / self.whole.bytes_per_token()
-        names = list(dict.fromkeys(_name(kept) for kept in sorted(self.fits(), key=_loss)))[:2]
+        fits = [kept for kept in sorted(self.fits(), key=_loss) if may(kept)]
+        names = list(dict.fromkeys(map(_name, fits)))[:2]
         for part in LOOSER:
             for form in self.forms(share + part * (1 - share)):
-                if form.name in names and self.goes_on():
-                    self.look([form.text])
-            if any(kept.within(self.limits.max_drop) for kept in self.tried):
-                return
+                if self.goes_on() and (not names or form.name in names):
+                    made = self.look([form.text])
+                    if made.within(self.limits.max_drop) and may(made):
+                        return
 
     def forms(self, share: float) -> Iterator[Pass]:
         """The passes for a share of the cache, the first form of each, then the second of each."""

@@ -204,6 +204,30 @@ def test_a_budget_that_nothing_meets_says_what_would_do(monkeypatch: pytest.Monk
     assert made.relaxation.max_drop is not None and made.entry.after <= WHOLE
 
 
+def test_larger_shares_are_tried_until_a_plan_that_may_be_offered_is_within_the_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _only(monkeypatch, "latent_kv", "prune_heads", "merge_kv_heads")
+    search = CacheSearch(_bench(), derive(_program(), check=False), Limits(0.5 * WHOLE, 0.01))
+    losses = {"latent_kv": 0.001, "prune_heads": 0.02, "merge_kv_heads": 0.5}
+
+    def look(forms: list[str]) -> Kept:
+        name = forms[0].partition("{")[0]
+        made = replace(_kept(losses[name], int(0.5 * WHOLE)), steps=(Step(forms[0]),))
+        search.tried.append(replace(made, latent=name == "latent_kv"))
+        losses["prune_heads"] /= 4
+        return search.tried[-1]
+
+    monkeypatch.setattr(search, "look", look)
+    search.uniform()
+    before = len(search.tried)
+    monkeypatch.setattr("attnopt.autotune.cache_search.LOOSER", (0.5,))
+    search.looser(lambda kept: not kept.latent)
+    after = search.tried[before:]
+    assert after and all("latent_kv" not in kept.form for kept in after)
+    assert after[-1].within(0.01) and not any(kept.within(0.01) for kept in after[:-1])
+
+
 def test_a_plan_beyond_the_bound_is_healed(monkeypatch: pytest.MonkeyPatch) -> None:
     _faster(monkeypatch, 1.5)
     _only(monkeypatch, "prune_heads")
@@ -236,7 +260,9 @@ def test_every_form_keeps_what_it_was_made_for() -> None:
 def _kept(loss: float, bytes: int, spread: float = 0.0, latent: bool = False) -> Kept:
     each = tuple(loss + spread * (i % 3 - 1) for i in range(12))
     found = {"tokens": (1.0,) * 12, "kl": each}
-    accuracy = Accuracy("causal-lm", loss, loss, loss, worst=loss, kl=loss, per_sequence=found)
+    accuracy = Accuracy(
+        "causal-lm", loss, loss, loss, worst=loss, kl=loss, sequences=12, per_sequence=found
+    )
     return Kept((Step(f"latent_kv{{keep={loss}}}"),), bytes, latent, accuracy)
 
 
