@@ -18,7 +18,7 @@ from attnopt.autotune.data import Wanted, gather
 from attnopt.autotune.workbench import Workbench
 from attnopt.compiler.contract import Notes, read_pass
 from attnopt.compiler.decode import Decoder, derive
-from attnopt.compiler.decode.decoder import State
+from attnopt.compiler.decode.state import State
 from attnopt.compiler.intake.source import load
 from attnopt.compiler.pipeline import apply_pass, read
 from attnopt.compiler.plan import Step

@@ -19,6 +19,7 @@ from torch import fx
 
 from attnopt.compiler.contract import Miss
 from attnopt.compiler.decode.phase_cost import mask_of
+from attnopt.compiler.layout import same_size
 from attnopt.compiler.program import Program
 from attnopt.compiler.reproject import Which
 from attnopt.compiler.site import Path, Site
@@ -84,6 +85,9 @@ def _real(program: Program, rows: fx.Node, before: fx.Node) -> fx.Node:
     if known is None:
         return rows
     source, test = known
+    sizes, mine = source.meta["val"].shape, rows.meta["val"].shape
+    if not all(same_size(a, b) for a, b in zip(sizes, mine[:2], strict=True)):
+        return rows  # the mask is of another sequence, as an encoder's is
     operator = getattr(aten, test.op).Scalar
     real = program.call(operator, (source, test.value), before=before)
     for _ in range(2):

@@ -60,8 +60,8 @@ class Seen:
         return Seen(z, told, x[0] if x else None, weight)
 
     def halves(self) -> tuple[Seen, Seen]:
-        """The first half of the tokens and the others, which are whole sequences where their number
-        is even."""
+        """The first half of the tokens and the others: whole sequences where they are of one length
+        and their number is even."""
         at = len(self.z) // 2
         first, second = (
             replace(self, z=self.z[half], norms=self.norms[half],

@@ -58,7 +58,9 @@ class RouteHeads(Pass):
         if notes.heldout:
             compared, judged = Seen.of(program, target, notes.heldout).halves()
         if not all(seen.energy for seen in (train, compared, judged) if seen is not None):
-            return Miss("the attention adds nothing", target.node)
+            return Miss("the attention adds nothing to its output, or there are too few held-out "
+                        "tokens to choose by one half of them and judge by the other",
+                        target.node)  # fmt: skip
         count = share_of_heads(target, self.active)
         found = routers(train, count, int(self.shared * count + 1e-9))
         losses = {name: compared.lost(made, compared.scores(made)) for name, made in found.items()}

@@ -32,7 +32,9 @@ class Conditions:
         }
         self._places = {name: at for at, name in self._names.items()}
         fake = torch._guards.detect_fake_mode(inputs)
-        self._known: Any = None if fake is None else fake.shape_env
+        known: Any = None if fake is None else fake.shape_env
+        self._ranges: Any = getattr(known, "var_to_range", None)
+        self._guards: Any = getattr(known, "guards", None)
         self._read: dict[frozenset[int], list[Condition] | None] = {}
 
     def hold(self, args: Sequence[Any], moving: Mapping[int, int], positions: range) -> bool:
@@ -42,7 +44,7 @@ class Conditions:
         False also where that cannot be told: they have to be linear in what moves, so that to hold
         at both ends is to hold between them.
         """
-        if self._known is None or not moving.keys() <= self._names.keys():
+        if None in (self._ranges, self._guards) or not moving.keys() <= self._names.keys():
             return False
         if not positions or not self._within(moving, positions):
             return False
@@ -59,9 +61,7 @@ class Conditions:
         return all(_holds(kind, *(apart(*values) for values in ends)) for kind, apart in conditions)
 
     def _within(self, moving: Mapping[int, int], positions: range) -> bool:
-        ranges = [
-            (self._known.var_to_range.get(self._names[at]), ahead) for at, ahead in moving.items()
-        ]
+        ranges = [(self._ranges.get(self._names[at]), ahead) for at, ahead in moving.items()]
         return all(
             allowed is not None
             and allowed.lower <= positions[0] + ahead
@@ -73,16 +73,15 @@ class Conditions:
         """The conditions on what moves, as a relation and what is compared with 0; None where one
         of them is not linear, or of numbers that are no inputs."""
         names, made = list(self._places), list[Condition]()
-        for condition in _parts(guard.expr for guard in self._known.guards):
+        for condition in _parts(guard.expr for guard in self._guards):
             if not condition.free_symbols & moving:
                 continue
             relation = _RELATIONS.get(type(condition))
             if relation is None:
                 return None
             apart = sympy.expand(condition.lhs - condition.rhs)
-            slopes = [sympy.diff(apart, name) for name in moving]
             straight = apart.is_polynomial(*moving) and not any(
-                slope.free_symbols & moving for slope in slopes
+                sympy.diff(apart, name).free_symbols & moving for name in moving
             )
             if not straight or not apart.free_symbols <= set(names):
                 return None

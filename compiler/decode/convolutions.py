@@ -77,8 +77,9 @@ class Convolution:
         """The inputs of the `reach` tokens before `start`, `[batch, reach, channels]`: zeros where
         there are none."""
         at = start - self.reach + torch.arange(self.reach, device=kept.device)
-        held = kept[:, 0][:, at % self.turn]
-        return torch.where((at >= 0)[:, None], held, 0)
+        there = at >= 0
+        held = kept[:, 0][:, at % self.turn * there]  # a short state has fewer slots
+        return torch.where(there[:, None], held, 0)
 
     def step(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor, start: Any

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -18,35 +17,12 @@ from attnopt.compiler.decode.convolutions import find as find_convolutions
 from attnopt.compiler.decode.few_rows import with_few_rows
 from attnopt.compiler.decode.latents import find
 from attnopt.compiler.decode.phases import Cache, phase, tables
-from attnopt.compiler.decode.single import Known, Single
+from attnopt.compiler.decode.single import Single
 from attnopt.compiler.decode.split import Split, merged, split
+from attnopt.compiler.decode.state import State
 from attnopt.compiler.errors import Notice, Problem
 from attnopt.compiler.program import Program
 from attnopt.compiler.spec import parse_spec
-
-
-@dataclass
-class State:
-    """The tokens read so far: caches, tables, and how many tokens there are.
-
-    `masks` are the inputs `[batch, capacity]` that say which positions are real. `length` may be
-    lowered with `rewind`; `reached` is the most that it ever was. `compiled` is what `single`
-    knows of it.
-    """
-
-    batch: int
-    capacity: int
-    caches: list[tuple[Tensor, ...]]
-    tables: list[Tensor]
-    masks: dict[str, Tensor] = field(default_factory=dict)
-    length: int = 0
-    reached: int = 0
-    compiled: Known | None = field(default=None, repr=False)
-
-    @property
-    def bytes(self) -> int:
-        """Bytes that the caches take."""
-        return sum(x.nbytes for cache in self.caches for x in cache)
 
 
 class Decoder:
@@ -177,8 +153,8 @@ class Decoder:
         for new, old in zip(larger.caches, state.caches, strict=True):
             for to, of in zip(new, old, strict=True):
                 to[:, :, : of.shape[2]] = of
-        state.capacity, state.caches = capacity, larger.caches
-        state.masks, state.tables = larger.masks, larger.tables
+        state.capacity, state.masks = capacity, larger.masks
+        state.replace(larger.caches, larger.tables)
 
     def pad(self, state: State, masks: Mapping[str, Tensor]) -> None:
         """Mark positions that are still to be read as padding: the inputs of `masks` `[batch, n]`
@@ -191,15 +167,14 @@ class Decoder:
             if not torch.equal(mask[:, : state.length], state.masks[name][:, : state.length]):
                 raise Problem("A707", "the mask of tokens that were read has changed")
         state.masks = larger
-        state.tables = self._make_tables(state)
+        state.replace(state.caches, self._make_tables(state))
 
     def reorder(self, state: State, rows: Tensor) -> None:
         """Let row i of the batch go on from row `rows[i]`, as a beam search needs."""
-        state.caches = [tuple(x[rows] for x in cache) for cache in state.caches]
+        caches = [tuple(x[rows] for x in cache) for cache in state.caches]
         state.batch = len(rows)
-        if state.masks:
-            state.masks = {name: mask[rows] for name, mask in state.masks.items()}
-            state.tables = self._make_tables(state)
+        state.masks = {name: mask[rows] for name, mask in state.masks.items()}
+        state.replace(caches, self._make_tables(state) if state.masks else state.tables)
 
     def bytes_per_token(self) -> int:
         """Bytes of cache that a token of one sequence takes, where it is kept; the inputs of
@@ -226,7 +201,9 @@ class Decoder:
         In float32 on a CPU, linear maps, and attention without a mask or bias, run through
         operators in C++ that are built here, once per machine; a warning (A507) says where they
         cannot be. The first call takes the time of a compilation, and a second one for other batch
-        sizes.
+        sizes. Weights are taken as they are: where one is written to later, steps of the next state
+        are compiled anew; call `compile` after what torch does not count (writes through `.data`,
+        other parameters in its place).
         """
         form = self.phase("step", last=True)
         if self._native():
@@ -238,6 +215,7 @@ class Decoder:
             else:
                 form = with_few_rows(form)
         self._single = Single(form, cpp_wrapper=True)
+        self._with_slack.clear()
 
     def phase(self, kind: str, last: bool) -> fx.GraphModule:
         """The graph of a phase; see `phases.phase`."""
@@ -273,6 +251,8 @@ class Decoder:
             )  # fmt: skip
         with torch.no_grad():
             if self._single is not None and (kind, last, new) == ("step", True, 1):
+                if state.compiled is None and self._single.outdated:
+                    self.compile()
                 logits = self._single.step(state, tokens)
             else:
                 start = () if kind == "prefill" else (state.length,)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from attnopt.compiler.decode.causal import is_unset, running
-from attnopt.compiler.decode.decoder import Decoder, State
+from attnopt.compiler.decode.decoder import Decoder
 from attnopt.compiler.decode.split import sample, token_axes, where_of
+from attnopt.compiler.decode.state import State
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.verify import BOUND, LIMITS, difference, own_dtype, widened
 

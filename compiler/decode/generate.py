@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnopt.compiler.decode.decoder import Decoder, State
+from attnopt.compiler.decode.decoder import Decoder
 from attnopt.compiler.decode.sampling import Sampling
 from attnopt.compiler.decode.split import vocabulary
+from attnopt.compiler.decode.state import State
 from attnopt.compiler.errors import Problem
 
 

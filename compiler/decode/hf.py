@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnopt.compiler.decode.decoder import Decoder, State
+from attnopt.compiler.decode.decoder import Decoder
+from attnopt.compiler.decode.state import State
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.intake.hf_config import require_transformers
 

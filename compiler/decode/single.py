@@ -12,16 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import local
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from attnopt.compiler.compiled import Compiled
 from attnopt.compiler.decode.conditions import Conditions
-
-if TYPE_CHECKING:
-    from attnopt.compiler.decode.decoder import State
+from attnopt.compiler.decode.state import State
 
 
 @dataclass(frozen=True)
@@ -72,17 +70,23 @@ class Step:
 
 @dataclass
 class Known:
-    """What the compiled steps of a state have shown so far, while its tables and caches stay."""
+    """What the steps of a state, compiled by `single`, have shown so far, while its tables and
+    caches stay. A copy of a state begins anew."""
 
+    single: Single
     tables: list[Tensor]
     caches: list[tuple[Tensor, ...]]
     first: Step | None = None
     bound: Bound | None = None
     asked: bool = False
 
-    def of(self, state: State) -> bool:
-        """Whether this is about the tables and caches that the state has now."""
-        return self.tables is state.tables and self.caches is state.caches
+    def __deepcopy__(self, memo: object) -> None:
+        return None
+
+    def of(self, single: Single, state: State) -> bool:
+        """Whether this is about what the state has now."""
+        mine = self.single is single and self.caches is state.caches
+        return mine and self.tables is state.tables
 
     def learn(self, step: Step, capacity: int) -> None:
         """Take note of a step; the second of a graph says whether others can do without guards."""
@@ -96,19 +100,26 @@ class Single:
     """The graph `(tokens..., tables, caches, start) -> logits` of `phases.phase`, compiled."""
 
     def __init__(self, module: fx.GraphModule, **options: Any) -> None:
-        self.module, self._options, self._seen = module, options, local()
+        self.module, self._seen = module, local()
+        self._weights = [(x, _version(x)) for x in module.parameters()]
         self.compiled = Compiled(
             module, "the decoder's step", help="torch.compile needs a C++ compiler",
-            fullgraph=True, dynamic=True, backend=self._backend,
+            fullgraph=True, dynamic=True, backend=_backend(self._seen, options),
             options={"guard_filter_fn": _of_state},
         )  # fmt: skip
+
+    @property
+    def outdated(self) -> bool:
+        """Whether a weight was written to since it was compiled, as far as torch counts that."""
+        return any(_version(x) != version for x, version in self._weights)
 
     def step(self, state: State, tokens: Sequence[Tensor]) -> Tensor:
         """The logits of one more token of each sequence of a state; its `length` is left alone."""
         known = state.compiled
-        if known is None or not known.of(state):
-            known = state.compiled = Known(state.tables, state.caches)
-        if known.bound is not None and known.bound.takes(state, tokens):
+        if known is None or not known.of(self, state):
+            known = state.compiled = Known(self, state.tables, state.caches)
+        works = self.compiled.form is not None
+        if works and known.bound is not None and known.bound.takes(state, tokens):
             return known.bound(state.length, tokens)
         self._seen.call = None
         logits: Tensor = self.compiled(*tokens, state.tables, state.caches, state.length)
@@ -117,15 +128,27 @@ class Single:
             known.learn(Step(call, tokens, state.length), state.capacity)
         return logits
 
-    def _backend(self, graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        made = torch._inductor.compile(graph, inputs, options=self._options)
+
+def _backend(seen: local, options: dict[str, Any]) -> Callable[..., Callable[..., Any]]:
+    """Inductor, whose graphs note their calls in `seen`. It must not hold the `Single`, which torch
+    would keep with what it compiled."""
+
+    def compiled(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        made = torch._inductor.compile(graph, inputs, options=options)
         conditions = Conditions(inputs)
 
         def run(*args: Any) -> Any:
-            self._seen.call = Call(made, args, conditions)
-            return made(*args)
+            outputs = made(*args)
+            seen.call = Call(made, args, conditions)
+            return outputs
 
         return run
+
+    return compiled
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
 
 
 def _of_state(guards: Sequence[Any]) -> list[bool]:
@@ -150,12 +173,15 @@ def _bound(first: Step, second: Step, capacity: int) -> Bound | None:
             starts.append((at, now - second.start))
         elif was is not now and not (number and was == now):
             return None
-    positions = range(min(first.start, second.start), capacity)
     if not starts:  # the conditions may be on a position that the graph is not given
         return None
-    if not second.call.conditions.hold(second.call.args, dict(starts), positions):
+    # Where a table has just as many columns as there are positions, the last step is another form.
+    ends = (range(min(first.start, second.start), end) for end in (capacity, capacity - 1))
+    given, moving = second.call.args, dict(starts)
+    held = [at for at in ends if second.call.conditions.hold(given, moving, at)]
+    if not held:
         return None
-    args = list(second.call.args)
+    args = list(given)
     for at, _ in tokens:
         args[at] = None
-    return Bound(second.call.graph, args, tokens, starts, second.tokens, positions)
+    return Bound(second.call.graph, args, tokens, starts, second.tokens, held[0])

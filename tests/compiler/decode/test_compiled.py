@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import warnings
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +18,7 @@ from attnopt.compiler import native
 from attnopt.compiler.decode import Decoder, derive
 from attnopt.compiler.decode.few_rows import with_few_rows
 from attnopt.compiler.decode.generate import Generation, generate
+from attnopt.compiler.decode.state import State
 from tests.compiler.decode.test_derive import Small, traced
 from tests.tolerance import assert_close
 
@@ -21,8 +26,26 @@ IDS = torch.randint(3, 50, (2, 7), generator=torch.Generator().manual_seed(1))
 HOW = Generation(max_new_tokens=6)
 
 
-def small(mix: str = "") -> Decoder:
-    return derive(traced(Small(mix), input_ids=torch.randint(0, 50, (2, 12))))
+class Masked(Small):
+    """The same attention among positions that are real."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:  # type: ignore[override]
+        x = self.embed(input_ids)
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, 4, 8).permute(2, 0, 3, 1, 4)
+        causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+        mask = causal & (attention_mask[:, None, None, :] != 0)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        made: Tensor = self.head(x + self.out(y.transpose(1, 2).reshape(x.shape)))
+        return made
+
+
+def small(mix: str = "", masked: bool = False) -> Decoder:
+    torch.manual_seed(0)
+    inputs = {"input_ids": torch.randint(0, 50, (2, 12))}
+    if not masked:
+        return derive(traced(Small(mix), **inputs))
+    inputs["attention_mask"] = torch.ones(2, 12, dtype=torch.long)
+    return derive(traced(Masked(mix), **inputs))
 
 
 def test_compiled_steps_give_the_same_tokens() -> None:
@@ -38,50 +61,149 @@ def test_compiled_steps_give_the_same_tokens() -> None:
     torch._dynamo.reset()
 
 
-def test_later_steps_of_a_state_skip_the_guards() -> None:
-    """The token and the position go to the right places, also after rewinding and growing."""
-    decoder, whole = small(), small()
-    torch._dynamo.reset()
-    decoder.compile()
-    states = [each.state(2, 12) for each in (decoder, whole)]
-    for each, state in zip((decoder, whole), states, strict=True):
-        each.prefill(state, IDS, last=True)
+class Both:
+    """A compiled decoder and the same one as it was, read in step; which steps ran guarded."""
 
-    def step(token: int) -> None:
+    def __init__(self, mix: str = "", masked: bool = False) -> None:
+        self.fast, self.plain = small(mix, masked), small(mix, masked)
+        self.fast.compile()
+        self.guarded = list[int]()
+        assert self.fast._single is not None
+        compiled = self.fast._single.compiled
+        form = compiled.form
+
+        def counted(*args: Any) -> Any:
+            self.guarded.append(args[-1])
+            return form(*args)  # type: ignore[misc]
+
+        compiled.form = counted
+
+    def states(self, ids: Tensor, capacity: int, **masks: Tensor) -> tuple[State, State]:
+        made = tuple(each.state(len(ids), capacity, masks) for each in (self.fast, self.plain))
+        for each, state in zip((self.fast, self.plain), made, strict=True):
+            each.prefill(state, ids, last=True)
+        return made  # type: ignore[return-value]
+
+    def step(self, states: tuple[State, State], token: int) -> None:
+        given = torch.full((states[0].batch, 1), token)
         made, wanted = (
-            each.step(state, torch.full((2, 1), token), last=True)
-            for each, state in zip((decoder, whole), states, strict=True)
+            each.step(state, given, last=True)
+            for each, state in zip((self.fast, self.plain), states, strict=True)
         )
         assert_close(made, wanted)
 
-    guarded = list[int]()
-    single = decoder._single
-    assert single is not None
-    form = single.compiled.form
 
-    def counted(*args: Any) -> Any:
-        guarded.append(args[-1])
-        return form(*args)
+@pytest.fixture
+def both() -> Iterator[Both]:
+    torch._dynamo.reset()
+    yield Both()
+    torch._dynamo.reset()
 
-    single.compiled.form = counted
+
+def test_later_steps_of_a_state_skip_the_guards(both: Both) -> None:
+    """The token and the position go to the right places, also after rewinding and growing."""
+    states = both.states(IDS, 12)
     for token in (4, 9, 30, 17):
-        step(token)
-    assert guarded == [7, 8]
+        both.step(states, token)
+    assert both.guarded == [7, 8]
     known = states[0].compiled
     assert known is not None and known.bound is not None
     assert known.bound.positions == range(7, 12)
-    for each, state in zip((decoder, whole), states, strict=True):
+    assert copy.deepcopy(states[0]).compiled is None
+    for each, state in zip((both.fast, both.plain), states, strict=True):
         each.rewind(state, 8)
-    step(21)
-    assert guarded == [7, 8]
-    for each, state in zip((decoder, whole), states, strict=True):
+    both.step(states, 21)
+    assert both.guarded == [7, 8]
+    for each, state in zip((both.fast, both.plain), states, strict=True):
         each.grow(state, 16)
     for token in (5, 6, 7):
-        step(token)
-    assert guarded == [7, 8, 9, 10]  # the caches are others
-    made = decoder.step(states[0], torch.full((2, 1), 3, dtype=torch.int32), last=True)
-    assert guarded == [7, 8, 9, 10, 12]  # a token of another dtype
-    assert_close(made, whole.step(states[1], torch.full((2, 1), 3), last=True))
+        both.step(states, token)
+    assert both.guarded == [7, 8, 9, 10]  # the caches are others
+    made = both.fast.step(states[0], torch.full((2, 1), 3, dtype=torch.int32), last=True)
+    assert both.guarded == [7, 8, 9, 10, 12]  # a token of another dtype
+    assert_close(made, both.plain.step(states[1], torch.full((2, 1), 3), last=True))
+
+
+def test_states_in_turn_and_in_another_order(both: Both) -> None:
+    one, other = both.states(IDS, 12), both.states(IDS.flip(0)[:, :5], 10)
+    for token in (4, 9, 30):
+        both.step(one, token)
+        both.step(other, token + 1)
+    assert both.guarded == [7, 5, 8, 6]
+    for each, state in zip((both.fast, both.plain), one, strict=True):
+        each.reorder(state, torch.tensor([1, 1]))
+    both.step(one, 8)
+    both.step(other, 8)
+    assert both.guarded == [7, 5, 8, 6, 10]
+
+
+def test_a_prompt_of_one_token_and_one_sequence(both: Both) -> None:
+    states = both.states(IDS[:1, :1], 9)
+    for token in (4, 9, 30, 17, 3):
+        both.step(states, token)
+    assert len(both.guarded) < 5
+
+
+def test_padded_batches_skip_the_guards_too() -> None:
+    torch._dynamo.reset()
+    both = Both(masked=True)
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[0, :3] = 0
+    states = both.states(IDS, 12, attention_mask=mask)
+    for token in (4, 9, 30, 17, 5):
+        both.step(states, token)
+    assert both.guarded[:2] == [7, 8] and len(both.guarded) <= 3  # the last one may be another form
+    torch._dynamo.reset()
+
+
+def test_weights_that_were_written_to_are_compiled_anew(both: Both) -> None:
+    states = both.states(IDS, 12)
+    for token in (4, 9, 30):
+        both.step(states, token)
+    with torch.no_grad():
+        for decoder in (both.fast, both.plain):
+            for weight in decoder.program.module.parameters():
+                weight.mul_(1.25)
+    states = both.states(IDS, 12)
+    for token in (4, 9, 30):
+        both.step(states, token)
+
+
+def test_a_graph_that_fails_is_not_called_again() -> None:
+    decoder = small()
+    torch._dynamo.reset()
+    decoder.compile()
+    state, plain = decoder.state(2, 12), small()
+    other = plain.state(2, 12)
+    for each, of in ((decoder, state), (plain, other)):
+        each.prefill(of, IDS, last=True)
+    token = torch.full((2, 1), 4)
+    assert_close(decoder.step(state, token, last=True), plain.step(other, token, last=True))
+    assert decoder._single is not None and state.compiled is not None
+    assert state.compiled.first is not None
+
+    def failing(*args: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    decoder._single.compiled.form = failing
+    with pytest.warns(RuntimeWarning, match="A507"):
+        decoder.step(state, token, last=True)
+    plain.step(other, token, last=True)
+    assert state.compiled.bound is None
+    assert_close(decoder.step(state, token, last=True), plain.step(other, token, last=True))
+    torch._dynamo.reset()
+
+
+def test_a_compiled_decoder_can_be_let_go() -> None:
+    torch._dynamo.reset()
+    decoder = small()
+    decoder.compile()
+    generate(decoder, IDS, HOW)
+    assert decoder._single is not None
+    held = weakref.ref(decoder._single)
+    del decoder
+    gc.collect()
+    assert held() is None
     torch._dynamo.reset()
 
 

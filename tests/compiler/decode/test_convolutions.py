@@ -151,6 +151,16 @@ def test_no_more_is_taken_back_than_the_slack() -> None:
     assert_close(torch.cat(singly(made, short, ids()), 1), expected)
 
 
+@pytest.mark.parametrize("slack", [0, 3, 20])
+def test_a_state_may_be_shorter_than_what_is_kept(slack: int) -> None:
+    made = decoder("cut", slack)
+    expected = whole(program("cut"), made, ids())
+    for capacity in (2, 5):
+        state = made.state(2, capacity)
+        found = [made.prefill(state, ids()[:, :1]), *singly(made, state, ids()[:, :capacity])]
+        assert_close(torch.cat(found, 1), expected[:, :capacity])
+
+
 def test_rows_and_room_change() -> None:
     made, rows = decoder("cut", 1), torch.tensor([1, 1, 0])
     state = made.state(2, 2)  # fewer tokens than are kept

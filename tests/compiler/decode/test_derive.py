@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from attnopt.compiler.decode import Decoder, derive
 from attnopt.compiler.decode.caches import Ring
-from attnopt.compiler.decode.decoder import State
+from attnopt.compiler.decode.state import State
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.intake.loaded import Loaded
 from attnopt.compiler.program import Program
