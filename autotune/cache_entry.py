@@ -8,11 +8,18 @@ model repeats are cached once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from attnopt.autotune.number import Number
+
+
+def most_bytes(share: float, before: int) -> int:
+    """How many whole bytes a share of them is; 29% of 100 are 29, though in float64 they are a
+    little less."""
+    return math.floor(share * before + 1e-6)
 
 
 @dataclass(frozen=True)
@@ -22,7 +29,8 @@ class CachePlan:
     `drop` with its bound as high.
 
     `step` is how many times as fast its decoding step is as that of the exact plan, where it was
-    timed. `kept` says that it is the result, `reason` why it is not.
+    timed, uncompiled. `kept` says that it is the result, `reason` why it is not, or what was done
+    with it after these figures.
     """
 
     plan: str
@@ -57,8 +65,8 @@ class CacheEntry:
     """Bytes of cache per token before and after, the share that was `wanted`, and the plans that
     were held against it.
 
-    `step` is how many times as fast a decoding step of the result is as that of the exact plan;
-    `timed` says at what size.
+    `step` is how many times as fast a decoding step of the result is as that of the exact plan,
+    uncompiled; `timed` says at what size.
     """
 
     derived: ClassVar[tuple[str, ...]] = ("share", "met")
@@ -68,7 +76,7 @@ class CacheEntry:
     step: Number | None = None
     timed: str = ""
     plans: tuple[CachePlan, ...] = ()
-    per_layer: tuple[PerLayer, ...] = field(default=())
+    per_layer: tuple[PerLayer, ...] = ()
 
     @property
     def share(self) -> float:
@@ -78,4 +86,4 @@ class CacheEntry:
     @property
     def met(self) -> bool:
         """Whether no more bytes are kept than wanted."""
-        return self.after <= self.wanted * self.before
+        return self.after <= most_bytes(self.wanted, self.before)

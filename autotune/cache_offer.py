@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from attnopt.autotune.cache_search import CacheSearch, Kept
+from attnopt.autotune.accuracy import Accuracy
+from attnopt.autotune.cache_search import CacheSearch, Kept, by_loss
 from attnopt.autotune.number import Number
 from attnopt.autotune.step_time import load_of, race
 from attnopt.autotune.wording import share as percent
@@ -26,12 +27,13 @@ EXACT, PLAN, GROUPED = "exact", "plan", "grouped"
 class Offers:
     """What was timed and judged of the plans of a search: `slow` and `beyond` say of each that was
     asked for why not (empty: it may be offered), `steps` hold the ratios of those that were
-    timed."""
+    timed, `judged` the accuracy of those that were judged on the evaluation data."""
 
     search: CacheSearch
     slow: dict[tuple[Step, ...], str] = field(default_factory=dict)
     beyond: dict[tuple[Step, ...], str] = field(default_factory=dict)
     steps: dict[tuple[Step, ...], Number] = field(default_factory=dict)
+    judged: dict[tuple[Step, ...], Accuracy] = field(default_factory=dict)
 
     @property
     def timed(self) -> bool:
@@ -49,6 +51,12 @@ class Offers:
         """Why a plan may not be the result; empty where it may."""
         return self.too_slow(kept) or self._judged(kept)
 
+    def upper(self, kept: Kept) -> float:
+        """The most that a plan may lose, by held-out and by evaluation data; infinite where one
+        gives no bound."""
+        judged = self.judged.get(kept.steps)
+        return max(found.drop_upper for found in (kept.accuracy, judged) if found is not None)
+
     def too_slow(self, kept: Kept) -> str:
         """Why a plan with latents is not offered on this machine; empty where it is."""
         if not (kept.latent and self.timed):
@@ -58,29 +66,33 @@ class Offers:
         return self.slow[kept.steps]
 
     def step(self, kept: Kept, decoder: Decoder) -> Number:
-        """How many times as fast a step of a plan is, by its decoder, as one of the exact plan."""
-        found = self._ratios(kept, {EXACT: self.search.whole, PLAN: decoder})[EXACT]
-        self.steps[kept.steps] = found
-        return found
+        """How many times as fast a step of a plan is, by its decoder, as one of the exact plan;
+        what was timed before is not timed again."""
+        if kept.steps not in self.steps:
+            found = self._ratios(kept, {EXACT: self.search.whole, PLAN: decoder})
+            self.steps[kept.steps] = found[EXACT]
+        return self.steps[kept.steps]
 
     def _raced(self, kept: Kept) -> str:
-        other = min((k for k in self.search.good() if not k.latent), key=_loss, default=None)
+        other = min((k for k in self.search.good() if not k.latent), key=by_loss, default=None)
         decoders = {EXACT: self.search.whole, PLAN: self._decoder(kept)}
         if other is not None:
             decoders[GROUPED] = self._decoder(other)
         found = self._ratios(kept, decoders, other.form if other is not None else "")
         over = self.steps[kept.steps] = found[EXACT]
         if over.low is None or over.low <= 1:
-            return f"a decoding step of it runs at {_said(over)} of the exact plan's"
+            return f"a decoding step of it, uncompiled, runs at {_said(over)} of the exact plan's"
         beside = found.get(GROUPED)
         if other is None or beside is None or beside.high is None or beside.high >= 1:
             return ""
-        return f"a decoding step of it runs at {_said(beside)} of that of {other.form}"
+        return (
+            f"a decoding step of it, uncompiled, runs at {_said(beside)} of that of {other.form}"
+        )
 
     def _judged(self, kept: Kept) -> str:
         if kept.steps not in self.beyond:
             bench, most = self.search.bench, self.search.limits.max_drop
-            accuracy = bench.verdict(bench.build(list(kept.steps)))
+            accuracy = self.judged[kept.steps] = bench.verdict(bench.build(list(kept.steps)))
             verdict = accuracy.verdict(most)
             drops = "drops" if verdict == "fail" else "may drop"
             self.beyond[kept.steps] = "" if verdict == "pass" else (
@@ -107,15 +119,11 @@ class Offers:
             ratios = {name: timing.ratio(PLAN, name, bench.seed) for name in others}
             return {n: [r.value, r.interval.low, r.interval.high] for n, r in ratios.items()}
 
-        note = f"a decoding step, {load.words}, not compiled"
+        note = f"a decoding step, {load.words}, uncompiled"
         found = bench.journal.get(key, measure)
         told = {name: map(float, found[name]) for name in others}
         return {n: Number(value, "measured", low, high, note=note)
                 for n, (value, low, high) in told.items()}  # fmt: skip
-
-
-def _loss(kept: Kept) -> float:
-    return kept.loss
 
 
 def _said(number: Number) -> str:

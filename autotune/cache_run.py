@@ -7,9 +7,11 @@ import itertools
 import math
 from dataclasses import dataclass, field, replace
 
-from attnopt.autotune.cache_entry import CacheEntry, CachePlan, PerLayer
+from attnopt.autotune import wording as say
+from attnopt.autotune.cache_entry import CacheEntry, CachePlan, PerLayer, most_bytes
 from attnopt.autotune.cache_offer import Offers
-from attnopt.autotune.cache_search import CacheSearch, Kept, Limits, best, loses_less
+from attnopt.autotune.cache_search import CacheSearch, Kept, Limits, best, by_loss, loses_less
+from attnopt.autotune.entries import too_few
 from attnopt.autotune.heal import healed
 from attnopt.autotune.number import Number
 from attnopt.autotune.per_layer import Varied, vary
@@ -25,17 +27,19 @@ from attnopt.compiler.program import Program
 FINALISTS = 3  # plans that are judged on the evaluation data
 
 
-def require_cache(program: Program) -> None:
+def require_cache(program: Program, timed: bool = True) -> None:
     """Raise the `Problem` (A701 to A706) of a model that no decoder with a cache can be derived
-    from."""
+    from, or A403 where its steps are to be `timed` and cannot be."""
     try:
-        derive(program)
+        decoder = derive(program)
     except Problem as problem:
         raise Problem(
             problem.code, f"--kv-bytes: {program.name} has no cache to shrink: {problem.what}",
             where=problem.where, why=problem.why,
             help=problem.help or "leave --kv-bytes out to optimize whole sequences",
         ) from problem  # fmt: skip
+    if timed:
+        load_of(decoder)
 
 
 @dataclass(frozen=True)
@@ -62,20 +66,21 @@ class CacheRun:
     warnings: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        assert self.request.kv_bytes is not None
         self.whole = derive(self.exact.program, check=False)
-        self.wanted = self.request.kv_bytes or 1.0
+        self.wanted = self.request.kv_bytes
         limits = Limits(
-            self.wanted * self.whole.bytes_per_token(), self.request.max_drop,
+            most_bytes(self.wanted, self.whole.bytes_per_token()), self.request.max_drop,
             self.request.most_trials, self.request.seconds,
         )  # fmt: skip
         self.search = CacheSearch(self.bench, self.whole, limits)
         self.offers = Offers(self.search)
+        self.least: Kept | None = None  # that the result was held against: it lost least
 
-    def settle(self, searched: bool = True) -> Settled:
+    def settle(self) -> Settled:
         """The plan of the least loss within the budget, healed where that was asked for; where
-        there is none, the one that comes nearest to it within the bound. Without data to search on
-        (`searched` False) it is the exact plan."""
-        kept = self._found() if searched else None
+        there is none, the one that comes nearest to it within the bound."""
+        kept = self._found()
         built = self._healed(kept)
         relaxation = None
         if built is None and kept is None:
@@ -86,23 +91,24 @@ class CacheRun:
         if built is None:
             built = self.exact if kept is None else self.bench.build(list(kept.steps))
         entry = self._entry(built, kept)
-        warnings = (*self.offers.warnings, *self.warnings)
+        warnings = (*self.offers.warnings, *self.search.untold, *self.warnings)
         return Settled(built, entry, relaxation, self.healing, warnings)
 
     def _found(self) -> Kept | None:
         """Search, and answer with the best plan within the budget that may be offered."""
         self.search.uniform()
-        fits = sorted(self.search.fits(), key=_loss)
+        fits = sorted(self.search.fits(), key=by_loss)
         kinds = ([kept for kept in fits if kept.latent is latent][:1] for latent in (False, True))
-        for uniform in sorted(itertools.chain(*kinds), key=_loss):
+        for uniform in sorted(itertools.chain(*kinds), key=by_loss):
             if not self.offers.too_slow(uniform):
                 self.varied += vary(self.search, uniform)
         worse = {v.kept.steps for v in self.varied if not v.accepted}
         rest = [kept for kept in self.search.good() if kept.steps not in worse]
         while rest and len(self.offers.beyond) < FINALISTS:
-            kept = best(rest, self.bench.seed)
+            kept, least = best(rest, self.bench.seed), min(rest, key=by_loss)
             rest.remove(kept)
             if not self.offers.why_not(kept):
+                self.least = least
                 return kept
         self.search.looser(lambda kept: not self.offers.too_slow(kept))
         return None
@@ -110,7 +116,7 @@ class CacheRun:
     def _hopeful(self) -> Kept | None:
         """What to heal where no plan is within the bound: of those within the budget whose steps
         are not too slow, the one that loses least."""
-        fits = sorted(self.search.fits(), key=_loss)
+        fits = sorted(self.search.fits(), key=by_loss)
         return next((kept for kept in fits if not self.offers.too_slow(kept)), None)
 
     def _healed(self, kept: Kept | None) -> Built | None:
@@ -161,13 +167,19 @@ class CacheRun:
             more = f"no plan tried keeps {wanted} and may be offered, the fewest bytes are"
             words = f"{words}; {more} {percent(min(keep, default=before) / before)}"
             return Relaxation(words, kv_bytes=asked)
-        upper = min(kept.accuracy.drop_upper for kept in fits if kept.accuracy)
-        if not math.isfinite(upper) or upper <= self.request.max_drop:
-            words = f"{words}; {wanted} was not shown to be within it: give more data"
-            return Relaxation(words, kv_bytes=asked)
-        drop = math.ceil(upper * 1000) / 1000
-        words = f"{words}; {wanted} would take --max-drop {percent(drop)}"
-        return Relaxation(words, max_drop=drop, kv_bytes=asked)
+        judged, most = self.offers.judged, self.request.max_drop
+        told = [kept for kept in fits if kept.steps in judged or not kept.within(most)]
+        least = min(told or fits, key=self.offers.upper)
+        self.offers.why_not(least)  # a drop is no offer before it holds on evaluation data
+        upper = self.offers.upper(least)
+        if upper > most:
+            needed, drop = say.allowing(upper)
+            return Relaxation(f"{words}; {wanted} would take {needed}", max_drop=drop,
+                              kv_bytes=asked)  # fmt: skip
+        measured = filter(None, (least.accuracy, judged.get(least.steps)))
+        why = next(filter(None, map(too_few, measured)), "no more plans were judged")
+        words = f"{words}; {wanted} was not shown to be within it: {why}"
+        return Relaxation(words, kv_bytes=asked)
 
     def _entry(self, built: Built, kept: Kept | None) -> CacheEntry:
         """What is told: the result against the exact plan, and every plan that was tried."""
@@ -189,6 +201,8 @@ class CacheRun:
             return CachePlan(each.form, each.bytes or None, reason=each.reason)
         finite = math.isfinite(each.loss)
         taken = kept is not None and kept.steps == each.steps
+        healed = self.healing is not None and self.healing.accepted
+        done = "then healed; figures are before healing" if healed else ""
         return CachePlan(
             each.form, each.bytes,
             Number(each.bytes / self.whole.bytes_per_token(), "measured"),
@@ -196,7 +210,7 @@ class CacheRun:
             Number(each.accuracy.drop, "measured", high=each.accuracy.drop_upper)
             if finite else None,
             each.within(self.request.max_drop), self.offers.steps.get(each.steps), taken,
-            "" if taken else self._why_not(each, kept),
+            done if taken else self._why_not(each, kept),
         )  # fmt: skip
 
     def _why_not(self, each: Kept, kept: Kept | None) -> str:
@@ -216,12 +230,12 @@ class CacheRun:
             return "it was not judged on the evaluation data"
         if loses_less(kept, each, self.bench.seed):
             return "it loses more"
-        stores = "more" if each.bytes > kept.bytes else "no less"
+        if self.least is not None and loses_less(self.least, each, self.bench.seed):
+            return f"it loses more than {self.least.form}, which loses least"
+        if each.bytes < kept.bytes:
+            return "it was not judged on the evaluation data"
+        stores = "more" if each.bytes > kept.bytes else "as much"
         return f"it stores {stores}, and does not surely lose less"
-
-
-def _loss(kept: Kept) -> float:
-    return kept.loss
 
 
 def _figure(kept: Kept) -> Number:

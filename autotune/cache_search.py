@@ -9,6 +9,7 @@ shares are tried, so that the report can say what would do.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -71,7 +72,7 @@ class Limits:
     """When to stop: after `trials` plans, after `seconds`; `max_drop` bounds the loss, `bytes` what
     a token may keep."""
 
-    bytes: float
+    bytes: int
     max_drop: float
     trials: int = 24
     seconds: float = 600.0
@@ -79,35 +80,46 @@ class Limits:
 
 @dataclass
 class CacheSearch:
-    """One search; `tried` are its plans in order. `whole` is the decoder of the exact plan."""
+    """One search; `tried` are its plans in order. `whole` is the decoder of the exact plan.
+    `untold` says in words what was not tried, and why."""
 
     bench: Workbench
     whole: Decoder
     limits: Limits
     tried: list[Kept] = field(default_factory=list)
+    untold: list[str] = field(default_factory=list)
     begun: float = field(default_factory=time.monotonic)
 
     def uniform(self) -> None:
-        """Try every pass that shrinks the cache with one size for all layers; where nothing within
-        the budget is within the bound, with larger ones."""
-        share = self.limits.bytes / self.whole.bytes_per_token()
-        for form in self.forms(share):
-            if not self.goes_on(UNIFORM):
-                return
-            self.look([form.text])
+        """Try every pass that shrinks the cache with one size for all layers."""
+        self._each(list(self.forms(self._share)), UNIFORM)
 
     def looser(self, may: Callable[[Kept], bool]) -> None:
         """Try the two passes that lose least, of those that `may` be offered, at larger shares,
         until a plan that may be is within the bound. Where nothing fits, all passes are tried."""
-        share = self.limits.bytes / self.whole.bytes_per_token()
-        fits = [kept for kept in sorted(self.fits(), key=_loss) if may(kept)]
+        fits = [kept for kept in sorted(self.fits(), key=by_loss) if may(kept)]
         names = list(dict.fromkeys(map(_name, fits)))[:2]
-        for part in LOOSER:
-            for form in self.forms(share + part * (1 - share)):
-                if self.goes_on() and (not names or form.name in names):
-                    made = self.look([form.text])
-                    if made.within(self.limits.max_drop) and may(made):
-                        return
+        larger = (self._share + part * (1 - self._share) for part in LOOSER)
+        forms = itertools.chain.from_iterable(map(self.forms, larger))
+        wanted = [form for form in forms if not names or form.name in names]
+        self._each(wanted, 1.0, lambda kept: kept.within(self.limits.max_drop) and may(kept))
+
+    @property
+    def _share(self) -> float:
+        return self.limits.bytes / self.whole.bytes_per_token()
+
+    def _each(
+        self, forms: Sequence[Pass], part: float, enough: Callable[[Kept], bool] = lambda kept: False
+    ) -> None:
+        """Try one form after the other, until one is `enough` or this part of plans and time is
+        used up; what is left then is told."""
+        for at, form in enumerate(forms):
+            if not self.goes_on(part):
+                names = ", ".join(form.text for form in forms[at:])
+                self.untold.append(f"not tried: {names}: {self.spent(part)}")
+                return
+            if enough(self.look([form.text])):
+                return
 
     def forms(self, share: float) -> Iterator[Pass]:
         """The passes for a share of the cache, the first form of each, then the second of each."""
@@ -122,6 +134,13 @@ class CacheSearch:
         spent = time.monotonic() - self.begun
         left = self._measurements < max(1, round(part * self.limits.trials))
         return left and spent < part * self.limits.seconds
+
+    def spent(self, part: float = 1.0) -> str:
+        """What ran out, in words."""
+        share = "" if part == 1 else f" (of which {part:.0%} are for one size at all layers)"
+        if self._measurements >= max(1, round(part * self.limits.trials)):
+            return f"--trials {self.limits.trials} ran out{share}"
+        return f"--timeout {self.limits.seconds:g}s ran out{share}"
 
     @property
     def _measurements(self) -> int:
@@ -167,7 +186,7 @@ def latents(decoder: Decoder) -> int:
 def best(plans: Sequence[Kept], seed: int = 0) -> Kept:
     """The plan to take: of those that do not surely lose more than the one that loses least, the
     one that keeps the fewest bytes."""
-    least = min(plans, key=_loss)
+    least = min(plans, key=by_loss)
     equal = [kept for kept in plans if kept is least or not loses_less(least, kept, seed)]
     return min(equal, key=lambda kept: (kept.bytes, kept.loss))
 
@@ -216,5 +235,6 @@ def _name(kept: Kept) -> str:
     return kept.steps[0].rewrite.partition("{")[0]
 
 
-def _loss(kept: Kept) -> float:
+def by_loss(kept: Kept) -> float:
+    """The order of plans by what they lose."""
     return kept.loss

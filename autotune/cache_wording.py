@@ -15,7 +15,7 @@ def lead(entry: CacheEntry) -> str:
     """What was asked for, and what the figures are of."""
     timed = ""
     if entry.timed:
-        timed = f" Steps were timed in turns after {entry.timed}, not compiled."
+        timed = f" Steps were timed in turns after {entry.timed}, uncompiled."
     return (
         f"At most {say.share(entry.wanted)} of the bytes were asked for. Bytes are counted from "
         f"the caches of the derived decoder; before is with exact rewrites alone.{timed}"
@@ -29,7 +29,7 @@ def figures(entry: CacheEntry) -> list[tuple[str, str, str]]:
         ("share", "100%", say.share(entry.share)),
     ]
     if entry.step is not None:
-        rows.append(("a step, times as fast", "1×", say.times(entry.step)))
+        rows.append(("a step, uncompiled, times as fast", "1×", say.times(entry.step)))
     return rows
 
 
@@ -42,7 +42,7 @@ def plans(entry: CacheEntry) -> list[tuple[str, ...]]:
             say.plain(plan.loss),
             _drop(plan),
             say.times(plan.step),
-            "taken" if plan.kept else plan.reason,
+            ", ".join(filter(None, ("taken", plan.reason))) if plan.kept else plan.reason,
         )
         for plan in entry.plans
     ]
@@ -68,7 +68,10 @@ def terminal(entry: CacheEntry) -> list[tuple[str, str]]:
     before, after = say.bytes_of(entry.before), say.bytes_of(entry.after)
     told = [("cache", f"{after} per token, {kept} of {before}; {say.share(entry.wanted)} asked")]
     if entry.step is not None:
-        told.append(("step", f"{say.times(entry.step)} of the exact plan's, {entry.timed}"))
+        told.append((
+            "step",
+            f"{say.times(entry.step)} as fast as the exact plan's, uncompiled, after {entry.timed}",
+        ))  # fmt: skip
     for tried in entry.per_layer:
         better = "lower" if tried.accepted else "no lower, not taken"
         told.append((

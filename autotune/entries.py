@@ -172,18 +172,22 @@ def relaxation(
     if not over:
         more = "a plan that seemed to was slower when it was timed again, or the data too little"
         return Relaxation(f"{words}; {more}", budget=rounded or None)
-    drop = math.ceil(min(t.drop_upper for t in over) * 1000) / 1000
-    words = f"{words}; {budget:g}x would take --max-drop {wording.share(drop)}"
-    return Relaxation(words, rounded or None, drop)
+    needed, drop = wording.allowing(min(t.drop_upper for t in over))
+    return Relaxation(f"{words}; {budget:g}x would take {needed}", rounded or None, drop)
 
 
 def _loss_words(accuracy: Accuracy) -> str:
-    if accuracy.feasible and accuracy.bounded and accuracy.sequences < LEAST_SEQUENCES:
-        return (
-            f"{accuracy.sequences} sequences are too few to bound a loss: "
-            f"give data for at least {LEAST_SEQUENCES}"
-        )
-    return f"it would take --max-drop {wording.share(math.ceil(accuracy.drop_upper * 1000) / 1000)}"
+    return too_few(accuracy) or f"it would take {wording.allowing(accuracy.drop_upper)[0]}"
+
+
+def too_few(accuracy: Accuracy) -> str:
+    """That a loss was measured on too few sequences to bound it; empty where it was not."""
+    if not (accuracy.feasible and accuracy.bounded and accuracy.sequences < LEAST_SEQUENCES):
+        return ""
+    return (
+        f"{accuracy.sequences} sequences are too few to bound a loss: "
+        f"give data for at least {LEAST_SEQUENCES}"
+    )
 
 
 def refits(outcomes: Sequence[Outcome]) -> tuple[Refit, ...]:

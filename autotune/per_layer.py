@@ -7,6 +7,7 @@ costs at that layer alone. Plans by either are tried, and taken where held-out l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from attnopt.compiler.decode.caches import Ring
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.plan import Step
 
+TAIL, SENSITIVITY = "predicted tail", "measured sensitivity"
 SIZES = (0.5, 0.75, 1.25, 1.5, 2.0)  # of the uniform share, that layers may have besides it
 
 
@@ -40,23 +42,40 @@ class Varied:
 
 def vary(search: CacheSearch, uniform: Kept) -> list[Varied]:
     """Try sizes per layer in the place of a uniform plan of one rewrite; none where the rewrite
-    does not say what layers lose, or hangs together between layers."""
+    does not say what layers lose, or hangs together between layers. The search is told of what was
+    not tried, and why."""
     levels = _levels(search, uniform)
     form = uniform.steps[0].rewrite
     base = {site: at for site, found in levels.items() for at in found if at.form == form}
     if len(base) < max(2, len(levels)):
+        few = "there is one layer" if len(levels) == 1 else "it does not say of every layer what is lost there"
+        search.untold.append(f"sizes per layer were not tried for {form}: {few}")
         return []
-    most = sum(level.bytes for level in base.values())
     made: list[Varied] = []
-    weighed = _weighed(search, levels, base)
-    for by, found in (("predicted tail", levels), ("measured sensitivity", weighed)):
-        chosen = allot(found, most) if found else {}
-        steps = _steps(chosen)
-        if chosen and len(steps) > 1 and search.goes_on():
-            full = {site: at.bytes for site, found in levels.items() for at in found if not at.form}
-            shares = {site: at.bytes / full[site] for site, at in chosen.items()}
-            made.append(Varied(uniform, search.look(steps), by, shares))
+    for by in (TAIL, SENSITIVITY):
+        # Sketches of every layer cost more than the plan that is predicted: it comes first.
+        found = levels if by == TAIL else _weighed(search, levels, base)
+        tried = found if isinstance(found, str) else _tried(search, uniform, found, base, by)
+        if isinstance(tried, Varied):
+            made.append(tried)
+        else:
+            search.untold.append(f"sizes per layer by {by} were not tried for {form}: {tried}")
     return made
+
+
+def _tried(
+    search: CacheSearch, uniform: Kept, levels: Mapping[str, list[Level]],
+    base: Mapping[str, Level], by: str,
+) -> Varied | str:  # fmt: skip
+    """The plan that these levels lead to, or why there is none to try."""
+    chosen = allot(levels, sum(level.bytes for level in base.values()))
+    if all(level.form == base[site].form for site, level in chosen.items()):
+        return "no others are predicted to lose less"
+    if not search.goes_on():
+        return search.spent()
+    full = {site: at.bytes for site, found in levels.items() for at in found if not at.form}
+    shares = {site: at.bytes / full[site] for site, at in chosen.items()}
+    return Varied(uniform, search.look(_steps(chosen)), by, shares)
 
 
 def _steps(chosen: Mapping[str, Level]) -> list[Step]:
@@ -122,15 +141,17 @@ def _held(decoder: Decoder) -> dict[str, float]:
 
 def _weighed(
     search: CacheSearch, levels: Mapping[str, list[Level]], base: Mapping[str, Level]
-) -> dict[str, list[Level]]:
+) -> dict[str, list[Level]] | str:
     """The levels with predicted losses in nats: those of a site in proportion to what its uniform
-    size costs there alone; none where time does not last."""
+    size costs there alone. Why not, where time does not last or a site alone breaks the model."""
     made: dict[str, list[Level]] = {}
     for site, level in base.items():
         if not search.goes_on():
-            return {}
+            return search.spent()
         accuracy = search.bench.drop([Step(level.form, (site,))], sketch=True)
         cost = accuracy.drop if accuracy.kl is None else accuracy.kl
+        if not math.isfinite(cost):  # times no loss at all it is not a number
+            return f"{site} alone: {accuracy.reason or 'its loss is not finite'}"
         by = max(0.0, cost) / level.loss if level.loss > 0 else 0.0
         made[site] = [Level(at.form, at.bytes, at.loss * by) for at in levels[site]]
     return made

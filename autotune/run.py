@@ -27,6 +27,7 @@ from attnopt.autotune.workbench import Built, Workbench
 from attnopt.codegen.target import target as known_target
 from attnopt.compiler.contract import Exactness, read_pass
 from attnopt.compiler.cost import Cost, cost
+from attnopt.compiler.errors import Problem
 from attnopt.compiler.plan import Outcome, Plan, Step
 from attnopt.compiler.profile import Profile, ceiling, profile
 from attnopt.compiler.program import Program
@@ -61,8 +62,7 @@ class Run:
         known_target(self.request.target)
         self.bench = self._bench()
         if self.request.kv_bytes is not None:
-            require_cache(self.program)
-            self.bench.without = _padded()  # a packed program has no cache
+            self._require_cache()
         if self.request.metric is not None:  # one that fails does so before anything is timed
             metric_of_original(self.bench.judging, self.request.metric)
         bytes_asked = self.request.kv_bytes is not None
@@ -78,6 +78,24 @@ class Run:
         tried, single = self._search(exact, pace, found)
         best = self._healed(self._final(pace, tried), tried)
         return self._finish(best.pace, found, tried, single, best.tried)
+
+    def _require_cache(self) -> None:
+        """See at once whether a smaller cache can be looked for, and leave out what would leave no
+        cache at all."""
+        if not self._has_data:
+            raise Problem(
+                "A410", "--kv-bytes needs real data",
+                why="what a smaller cache loses is measured, and nothing is tried without",
+                help="give --text FILE, or --inputs FILE with batches enough to judge on",
+            )  # fmt: skip
+        require_cache(self.program, timed=self.request.target == "cpu")
+        self.bench.without = _padded()
+        if self.data.workload.fill < 1:
+            self.warnings.append(
+                f"{', '.join(sorted(self.bench.without))} was left out: "
+                f"{self.data.workload.fill:.0%} of the timed positions are real, and a packed "
+                "program has no cache"
+            )
 
     def _bench(self) -> Workbench:
         scope = {
@@ -142,8 +160,13 @@ class Run:
         """Whether a pace meets the budget."""
         return self.request.budget is not None and pace.speed.reaches(self.request.budget)
 
+    @property
+    def _has_data(self) -> bool:
+        """Whether there is real data to search and to judge on."""
+        return bool(self.data.real and self.data.heldout and self.data.evaluation)
+
     def _can_search(self) -> bool:
-        if self.data.real and self.data.heldout and self.data.evaluation:
+        if self._has_data:
             return True
         self.warnings.append(
             "no real data was given, so nothing approximate was tried: "
@@ -270,7 +293,7 @@ class Run:
 
     def _smaller(self, exact: Pace) -> Pace:
         """What is taken under a budget of cache bytes, raced."""
-        made = CacheRun(self.bench, exact.built, self.request).settle(self._can_search())
+        made = CacheRun(self.bench, exact.built, self.request).settle()
         self.cache, self.relaxed, self.healing = made.entry, made.relaxation, made.healing
         self.warnings += made.warnings
         return exact if made.built is exact.built else self._pace(made.built)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnopt.autotune.timing import Contender, Progress, Timing, compare
+from attnopt.autotune.timing import Contender, Progress, Timing, check_inputs, compare
 from attnopt.compiler.decode import Decoder
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.program import Batch
@@ -30,6 +30,12 @@ class Load:
     after: tuple[Tensor, ...]
 
     @property
+    def whole(self) -> Batch:
+        """The prompt and what follows it; a tail of padding alone is then no constant input."""
+        pairs = zip(self.prompt, self.after, strict=True)
+        return Batch(tuple(torch.cat(pair, 1) for pair in pairs))
+
+    @property
     def words(self) -> str:
         """The size of it."""
         rows, cached = self.prompt[0].shape[:2]
@@ -39,7 +45,7 @@ class Load:
 def load_of(decoder: Decoder) -> Load:
     """The example of a decoder's program, cut into a prompt and what follows.
 
-    Raises `Problem` A403 where it is shorter than two tokens.
+    Raises `Problem` A403 where it is shorter than two tokens, or all of one value.
     """
     program = decoder.program
     given = [example_input(program, program.node(name)) for name in decoder.split.tokens]
@@ -50,7 +56,9 @@ def load_of(decoder: Decoder) -> Load:
             help="give longer ones, with --length or --inputs",
         )  # fmt: skip
     cut = length - min(STEPS, length // 2)
-    return Load(tuple(x[:, :cut] for x in given), tuple(x[:, cut:] for x in given))
+    load = Load(tuple(x[:, :cut] for x in given), tuple(x[:, cut:] for x in given))
+    check_inputs(load.whole)
+    return load
 
 
 def race(
@@ -59,12 +67,12 @@ def race(
     """Time steps of decoders of one model in pairs; samples hold as many steps as the load has
     tokens after its prompt."""
     contenders = [Contender(name, _Steps(decoder, load)) for name, decoder in decoders.items()]
-    batch = Batch(load.after)
-    return compare(contenders, [batch], seconds=seconds, precision=0.02, progress=progress)
+    return compare(contenders, [load.whole], seconds=seconds, precision=0.02, progress=progress)
 
 
 class _Steps:
-    """A decoder that has read a prompt: called with tokens, it reads them and takes them back."""
+    """A decoder that has read a prompt: called with that and what follows, it reads what follows
+    and takes it back."""
 
     def __init__(self, decoder: Decoder, load: Load) -> None:
         rows, self.read = (int(size) for size in load.prompt[0].shape[:2])
@@ -75,7 +83,7 @@ class _Steps:
 
     def __call__(self, *tokens: Tensor) -> Tensor:
         logits = torch.empty(0)
-        for at in range(tokens[0].shape[1]):
+        for at in range(self.read, tokens[0].shape[1]):
             logits = self.decoder.step(self.state, *(x[:, at : at + 1] for x in tokens), last=True)
         self.decoder.rewind(self.state, self.read)
         return logits

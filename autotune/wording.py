@@ -52,6 +52,17 @@ def share(value: float) -> str:
     return digits.rstrip("0").rstrip(".") + "%"
 
 
+def allowing(drop: float) -> tuple[str, float | None]:
+    """What `--max-drop` would have to be for a drop that may be as large as this: in words, and as
+    a fraction; None where it allows none so large."""
+    if not math.isfinite(drop):
+        return "more than --max-drop allows: its drop has no bound", None
+    needed = math.ceil(drop * 1000) / 1000
+    if needed >= 1:
+        return f"more than --max-drop allows: it may drop by {share(drop)}", None
+    return f"--max-drop {share(needed)}", needed
+
+
 def duration(value: float) -> str:
     """Seconds in s, ms or µs."""
     if not value < 60:

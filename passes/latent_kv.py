@@ -62,8 +62,10 @@ class LatentKv(Pass):
 
     @classmethod
     def caching(cls, program: Program, share: float) -> tuple[Pass, ...]:
-        """A latent of this share, with more and with less of it rotary where there is rotary."""
-        keep = math.floor(1e4 * share + 1e-6) / 1e4
+        """A latent of this share, with more and with less of it rotary where there is rotary; of
+        whole numbers, and no more at any site."""
+        sizes = {site.kv_heads * (site.spec.head_dim + site.spec.v_dim) for site in program.sites}
+        keep = min((math.floor(share * size + 1e-9) / size for size in sizes), default=0.0)
         if not 0 < keep < 1:
             return ()
         turned = any(site.rotary is not None for site in program.sites)
