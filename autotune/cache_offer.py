@@ -85,9 +85,7 @@ class Offers:
         beside = found.get(GROUPED)
         if other is None or beside is None or beside.high is None or beside.high >= 1:
             return ""
-        return (
-            f"a decoding step of it, uncompiled, runs at {_said(beside)} of that of {other.form}"
-        )
+        return f"a decoding step of it, uncompiled, runs at {_said(beside)} of that of {other.form}"
 
     def _judged(self, kept: Kept) -> str:
         if kept.steps not in self.beyond:

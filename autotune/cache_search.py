@@ -109,7 +109,10 @@ class CacheSearch:
         return self.limits.bytes / self.whole.bytes_per_token()
 
     def _each(
-        self, forms: Sequence[Pass], part: float, enough: Callable[[Kept], bool] = lambda kept: False
+        self,
+        forms: Sequence[Pass],
+        part: float,
+        enough: Callable[[Kept], bool] = lambda kept: False,
     ) -> None:
         """Try one form after the other, until one is `enough` or this part of plans and time is
         used up; what is left then is told."""

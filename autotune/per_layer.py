@@ -48,7 +48,11 @@ def vary(search: CacheSearch, uniform: Kept) -> list[Varied]:
     form = uniform.steps[0].rewrite
     base = {site: at for site, found in levels.items() for at in found if at.form == form}
     if len(base) < max(2, len(levels)):
-        few = "there is one layer" if len(levels) == 1 else "it does not say of every layer what is lost there"
+        few = (
+            "there is one layer"
+            if len(levels) == 1
+            else "it does not say of every layer what is lost there"
+        )
         search.untold.append(f"sizes per layer were not tried for {form}: {few}")
         return []
     made: list[Varied] = []

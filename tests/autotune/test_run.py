@@ -161,6 +161,7 @@ class Plans:
     [
         (Plans(()), 1.5, 20, "--budget 1.50x is met at --max-drop 0.04%", "no plan"),
         (Plans(((1.4, 0.03, False),)), 1.5, 20, "2x would take --max-drop 3%", "no plan"),
+        (Plans(((1.4, 3.2, False),)), 1.5, 20, "it may drop by 320%", "--max-drop 320%"),
         (Plans(((1.1, 0.03, False),)), 1.5, 20, "no plan tried reaches 2x", "would take"),
         (Plans(((1.4, 0.0001, False),)), 1.5, 20, "the data too little", "would take"),
         (Plans(()), 2.5, 3, "3 sequences are too few", "is met"),
