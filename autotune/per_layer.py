@@ -73,10 +73,10 @@ def _tried(
 ) -> Varied | str:  # fmt: skip
     """The plan that these levels lead to, or why there is none to try."""
     chosen = allot(levels, sum(level.bytes for level in base.values()))
+    if not search.goes_on():  # the levels may then lack sizes
+        return search.spent()
     if all(level.form == base[site].form for site, level in chosen.items()):
         return "no others are predicted to lose less"
-    if not search.goes_on():
-        return search.spent()
     full = {site: at.bytes for site, found in levels.items() for at in found if not at.form}
     shares = {site: at.bytes / full[site] for site, at in chosen.items()}
     return Varied(uniform, search.look(_steps(chosen)), by, shares)
