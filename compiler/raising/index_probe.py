@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch.utils._sympy.functions import FloorDiv
 
 from attnopt.compiler.layout import same_size
-from attnopt.compiler.program import Program
+from attnopt.compiler.program import Program, attribute
 from attnopt.compiler.raising.evaluate import Evaluator, Unknown, concrete, example_sizes
 from attnopt.compiler.raising.projections import Projection
 
@@ -36,6 +36,8 @@ _NORMS = (aten.rms_norm.default, aten.layer_norm.default)
 
 class Linearised:
     """The graph downstream of one projection, in float64, with every norm held at fixed statistics.
+    What is computed without weights, as tables of a rotary embedding are, is not rounded to 16
+    bits.
 
     `at(y)` answers an evaluator in which the projection gives `y` (the projection node's own shape
     at `sizes`). `normed` turns True once a norm was met between the projection and what was
@@ -48,6 +50,25 @@ class Linearised:
         self.program, self.source, self.between = program, source, between
         self.sizes = {**example_sizes(program), **sizes}
         self.normed = False
+        self._weightless: dict[fx.Node, bool] = {}
+
+    def weightless(self, node: fx.Node) -> bool:
+        """Whether a node's value depends on no parameter."""
+        stack = [node]
+        while stack:
+            top = stack[-1]
+            waiting = [n for n in top.all_input_nodes if n not in self._weightless]
+            stack.extend(waiting)
+            if not waiting:
+                stack.pop()
+                self._weightless[top] = not self._is_parameter(top) and all(
+                    self._weightless[n] for n in top.all_input_nodes
+                )
+        return self._weightless[node]
+
+    def _is_parameter(self, node: fx.Node) -> bool:
+        held = node.op == "get_attr" and attribute(self.program.module, str(node.target))
+        return isinstance(held, torch.nn.Parameter)
 
     def shape(self) -> list[int]:
         """The shape of the projection's output. Raises Unknown where nothing is left of it."""
@@ -76,7 +97,8 @@ class _Held(Evaluator):
 
     def _run(self, node: fx.Node) -> Any:
         if node not in self.owner.between:
-            return super()._run(node)
+            wide = self._unrounded(node)
+            return wide if wide is not None else super()._run(node)
         if node.target in _CONVOLUTIONS:
             raise Unknown(f"the convolution `{node.name}` stands behind the projection")
         source = self.values.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
@@ -90,6 +112,16 @@ class _Held(Evaluator):
             weight = node.args[2] if len(node.args) > 2 else None
             return source * self.values[weight].double() if isinstance(weight, fx.Node) else source
         return super()._run(node)
+
+    def _unrounded(self, node: fx.Node) -> Tensor | None:
+        """What a cast to 16 bits is given, where it was computed without weights."""
+        made = node.meta.get("val")
+        narrow = isinstance(made, Tensor) and made.dtype in (torch.float16, torch.bfloat16)
+        if node.target not in CASTS or not narrow or not self.owner.weightless(node):
+            return None
+        source = self.values.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
+        wide = isinstance(source, Tensor) and source.is_floating_point()
+        return source if wide else None
 
 
 @dataclass(frozen=True)

@@ -124,3 +124,44 @@ def _masked(convolution: bool) -> Program:
 def test_a_float_mask_is_no_image() -> None:
     assert set(_masked(False).dynamic["mask"]) == {0, 2, 3}
     assert set(_masked(True).dynamic["mask"]) == {0}
+
+
+class Rotated(nn.Module):
+    """A causal attention whose table of angles is rounded to the dtype of its inputs."""
+
+    def __init__(self, stored: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.embed, self.qkv = nn.Embedding(50, 32), nn.Linear(32, 96)
+        angles = torch.arange(24)[:, None] * _FREQUENCIES.float()
+        self.register_buffer("turns", torch.cat((angles, angles), -1).cos().to(stored))
+        self.register_buffer("more", torch.cat((angles, angles), -1).sin().to(stored))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        cos, sin = (t[: x.shape[1]].to(x.dtype) for t in (self.turns, self.more))
+        q, k = (t * cos + torch.cat((-t[..., 8:], t[..., :8]), -1) * sin for t in (q, k))
+        made = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return made.transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_table_that_is_rounded_at_run_time_is_read_before_it_is(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = Rotated().eval()
+    for part in (model.embed, model.qkv):
+        part.to(dtype)
+    ids = {"input_ids": torch.randint(0, 50, (2, 12))}
+    (site,) = raise_program(trace(Loaded(model, None, (), ids, "m", "callable"))).sites
+    assert site.rotary is not None, site.missing
+    found = site.rotary.frequencies.sort().values
+    assert torch.allclose(found, _FREQUENCIES.sort().values, rtol=1e-3)
+
+
+def test_a_table_that_is_stored_rounded_is_none() -> None:
+    """Its pairs do not turn: their lengths change from position to position."""
+    torch.manual_seed(0)
+    ids = {"input_ids": torch.randint(0, 50, (2, 12))}
+    model = Rotated(torch.bfloat16).eval()
+    (site,) = raise_program(trace(Loaded(model, None, (), ids, "m", "callable"))).sites
+    assert site.rotary is None and "rotary" in site.missing
