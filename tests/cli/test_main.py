@@ -155,8 +155,10 @@ def test_every_option_arrives(command: Command, tmp_path: Path, monkeypatch: Any
         "trials": 7, "timeout": 90.0, "out": Path("there"), "seed": 3, "resume": True,
         "metric": "mine:score", "text": text, "calibration": text, "inputs": text, "batch": 8,
         "length": 64, "allow_globals": ("a.B", "c.D"), "trust": True, "attention": "eager",
-        "dtype": "float32", "heal": HealBudget(tokens=200_000, rank=8),
+        "dtype": "float32", "heal": HealBudget(tokens=200_000, rank=8), "kv_bytes": None,
     }  # fmt: skip
+    assert command("optimize", "m.pt", "--kv-bytes", "50%").code == 0
+    assert asked[1]["kv_bytes"] == 0.5
 
 
 @pytest.mark.parametrize("metric", ["nowhere:score", "mine", "math:pi"])
