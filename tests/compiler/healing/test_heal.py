@@ -13,10 +13,11 @@ from torch import Tensor
 
 from attnopt.compiler.contract import Miss, Notes, read_pass
 from attnopt.compiler.errors import Problem
+from attnopt.compiler.healing import pace
 from attnopt.compiler.healing.checkpoint import Checkpoint, key_of
 from attnopt.compiler.healing.draw import Draw, tokens
 from attnopt.compiler.healing.factors import Factors
-from attnopt.compiler.healing.heal import Healed, heal
+from attnopt.compiler.healing.heal import Healed, heal, start
 from attnopt.compiler.healing.loss import distance
 from attnopt.compiler.healing.schedule import share
 from attnopt.compiler.healing.settings import Settings
@@ -312,3 +313,23 @@ def test_settings_that_mean_nothing_are_refused(options: dict[str, float], said:
     with pytest.raises(Problem, match=said) as caught:
         Settings(**options)  # type: ignore[arg-type]
     assert caught.value.code == "A304"
+
+
+def test_a_stall_while_timing_leaves_time_to_heal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of everything that is timed takes a minute, as if the machine had stood still."""
+    begun = start(merged(), decoder(), TRAINING, HELDOUT, QUICK)
+    assert not isinstance(begun, Miss)
+    before = begun.factors.state()
+    clock = {"now": 0.0, "calls": 0.0}
+
+    def now() -> float:
+        clock["calls"] += 1
+        clock["now"] += 60.0 if clock["calls"] % 4 == 2 else 0.1
+        return clock["now"]
+
+    monkeypatch.setattr(pace.time, "perf_counter", now)
+    found = pace.by_time(begun, 60.0)
+    # 60 s less six checks of 0.1 s, in steps of 0.1 s: some hundred batches
+    assert found.tokens > 100 * ROWS * LENGTH and found.local > 0
+    for name, value in begun.factors.state().items():
+        assert torch.equal(value, before[name])
