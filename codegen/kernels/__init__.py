@@ -1,0 +1,1 @@
+"""One file per kernel: `@triton.jit` functions, the launcher, and its `Kernel`."""

@@ -1,0 +1,371 @@
+"""Exact attention of many queries (FlashAttention-2, Dao 2023, algorithm 1).
+
+One program holds a tile of queries of one key/value head: BLOCK_M rows, which are positions or,
+`packed`, positions times the query heads that share the head, so that short prompts of grouped
+models fill their tiles. It runs through the keys that the tile can read in up to four sweeps: sink
+tokens, the left edge of the window, tiles that every row reads whole (no mask is computed there),
+and the rest. Rows of the largest index are launched first, because under a causal mask they take
+longest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Self
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attnopt.codegen.kernel import Inputs, Kernel, Load, Outputs, Work
+from attnopt.codegen.kernels.references import flash_prefill as plain
+from attnopt.codegen.pieces.masks import scored, within
+from attnopt.codegen.pieces.online_softmax import FLOOR, LOG2E, absorb, finish
+from attnopt.codegen.pieces.sizes import padded_size, with_strides
+from attnopt.codegen.pieces.tiles import load_tile
+from attnopt.codegen.shared_memory import stages_that_fit
+from attnopt.codegen.target import Target
+from attnopt.compiler.contract import Miss, choice
+from attnopt.compiler.spec import CAUSAL, AttentionSpec, Mask
+
+
+@triton.jit
+def _sweep(
+    top, total, out, q, k, v, first, last, keys, k_stride, v_stride, b, h, i, row, rows,
+    bias, keep, padding, scale, cap, left, sink, data,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr,
+    CAPPED: tl.constexpr, KEEP_HOOK: tl.constexpr, SCORE_HOOK: tl.constexpr,
+    D: tl.constexpr, V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Absorb the keys [first, last), `first` a multiple of the tile; MASKED where a row of the tile
+    may not read them all."""
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_V)
+    for start in tl.range(first, last, BLOCK_N):
+        j = start + n
+        k_tile = load_tile(
+            k + tl.cast(start, tl.int64) * k_stride + n[None, :] * k_stride + d[:, None],
+            (j < keys)[None, :], (d < D)[:, None], MASKED, D != BLOCK_D,
+        )  # fmt: skip
+        raw = tl.dot(q, k_tile, input_precision=PRECISION)
+        logits, factor = scored(
+            raw, b, h, i, j[None, :], row, rows, bias, keep, padding, keys, scale, cap, data,
+            CAPPED, SCORE_HOOK, KEEP_HOOK,
+        )  # fmt: skip
+        if MASKED:
+            read = within(i, j[None, :], keys, left, sink, CAUSAL, WINDOW, SINK)
+            logits = tl.where(read, logits, float("-inf"))
+        v_tile = load_tile(
+            v + tl.cast(start, tl.int64) * v_stride + n[:, None] * v_stride + e[None, :],
+            (j < keys)[:, None], (e < V)[None, :], MASKED, V != BLOCK_V,
+        )  # fmt: skip
+        top, total, out = absorb(top, total, out, logits, factor, v_tile, PRECISION)
+    return top, total, out
+
+
+@triton.jit
+def _mean_values(
+    v, keys, v_stride, V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """The mean of all values [1, BLOCK_V]: what a row gets whose every logit is the same."""
+    n = tl.arange(0, BLOCK_N)
+    e = tl.arange(0, BLOCK_V)
+    total = tl.zeros([BLOCK_V], tl.float32)
+    for start in tl.range(0, keys, BLOCK_N):
+        at = v + tl.cast(start, tl.int64) * v_stride + n[:, None] * v_stride + e[None, :]
+        there = (start + n < keys)[:, None] & (e < V)[None, :]
+        total += tl.sum(tl.load(at, mask=there, other=0.0).to(tl.float32), 0)
+    return (total / keys)[None, :]
+
+
+@triton.jit
+def _flash_prefill(
+    q, k, v, out, lse,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
+    out_batch, out_head, out_token, lse_batch, lse_head,
+    q_starts, k_starts, queries, keys, offset,
+    bias, keep, padding, sinks, scale, cap, left, sink, data,
+    GROUP: tl.constexpr, PACK: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, CAPPED: tl.constexpr,
+    MEAN: tl.constexpr, KEEP_HOOK: tl.constexpr, SCORE_HOOK: tl.constexpr,
+    D: tl.constexpr, V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    b = tl.program_id(2).to(tl.int64)
+    base = b  # of the packed tensors of sequences of various lengths there is one row
+    if q_starts is not None:
+        first_query = tl.load(q_starts + b)
+        queries = tl.load(q_starts + b + 1) - first_query
+        first_key = tl.load(k_starts + b)
+        keys = tl.load(k_starts + b + 1) - first_key
+        offset = keys - queries
+        base = b * 0
+        q += first_query.to(tl.int64) * q_token
+        out += first_query.to(tl.int64) * out_token
+        k += first_key.to(tl.int64) * k_token
+        v += first_key.to(tl.int64) * v_token
+        if lse is not None:
+            lse += first_query
+    if block * BLOCK_M >= queries * PACK:
+        return
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    position = row // PACK
+    head = tl.program_id(1) * PACK + row % PACK  # the tile's rows share one key/value head
+    kv_head = (tl.program_id(1) * PACK // GROUP).to(tl.int64)
+    i = (offset + position)[:, None]
+    h = head.to(tl.int64)[:, None]
+    d = tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_V)
+    there = (position < queries)[:, None]
+    q_at = base * q_batch + h * q_head + position.to(tl.int64)[:, None] * q_token
+    q_tile = load_tile(q + q_at + d[None, :], there, (d < D)[None, :], True, D != BLOCK_D)
+    k += base * k_batch + kv_head * k_head
+    v += base * v_batch + kv_head * v_head
+
+    top = tl.full([BLOCK_M], FLOOR, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    if sinks is not None:  # one more logit per row, of no key
+        at = b * sinks[1] + h * sinks[2] + position.to(tl.int64)[:, None] * sinks[3]
+        top = tl.load(sinks[0] + at, mask=there, other=0.0).to(tl.float32) * LOG2E
+        top = tl.reshape(top, [BLOCK_M])
+        total += 1.0
+
+    lowest = offset + block * BLOCK_M // PACK
+    highest = offset + tl.minimum((block * BLOCK_M + BLOCK_M - 1) // PACK, queries - 1)
+    begin = 0
+    end = keys
+    whole = keys  # keys that every row may read, from `inner` on
+    if CAUSAL:
+        end = tl.minimum(keys, highest + 1)
+        whole = tl.minimum(keys, lowest + 1)
+    inner = 0
+    if WINDOW:
+        if not CAUSAL:
+            end = tl.minimum(keys, highest + left)
+            whole = tl.minimum(keys, lowest + left)
+        begin = tl.maximum(lowest - left + 1, 0) // BLOCK_N * BLOCK_N
+        inner = tl.cdiv(tl.maximum(highest - left + 1, 0), BLOCK_N) * BLOCK_N
+        inner = tl.minimum(tl.maximum(inner, begin), tl.cdiv(end, BLOCK_N) * BLOCK_N)
+        sink_end = tl.minimum(tl.cdiv(sink, BLOCK_N) * BLOCK_N, begin)
+        if SINK:
+            top, total, acc = _sweep(
+                top, total, acc, q_tile, k, v, 0, sink_end, keys, k_token, v_token, b, h, i,
+                position[:, None], queries, bias, keep, padding, scale, cap, left, sink, data,
+                True, CAUSAL, WINDOW, SINK, CAPPED, KEEP_HOOK, SCORE_HOOK, D, V, BLOCK_D, BLOCK_V, BLOCK_N, PRECISION,
+            )  # fmt: skip
+        top, total, acc = _sweep(
+            top, total, acc, q_tile, k, v, begin, inner, keys, k_token, v_token, b, h, i,
+            position[:, None], queries, bias, keep, padding, scale, cap, left, sink, data,
+            True, CAUSAL, WINDOW, SINK, CAPPED, KEEP_HOOK, SCORE_HOOK, D, V, BLOCK_D, BLOCK_V, BLOCK_N, PRECISION,
+        )  # fmt: skip
+    whole = tl.maximum(tl.maximum(whole, 0) // BLOCK_N * BLOCK_N, inner)
+    top, total, acc = _sweep(
+        top, total, acc, q_tile, k, v, inner, whole, keys, k_token, v_token, b, h, i,
+        position[:, None], queries, bias, keep, padding, scale, cap, left, sink, data,
+        False, CAUSAL, WINDOW, SINK, CAPPED, KEEP_HOOK, SCORE_HOOK, D, V, BLOCK_D, BLOCK_V, BLOCK_N, PRECISION,
+    )  # fmt: skip
+    top, total, acc = _sweep(
+        top, total, acc, q_tile, k, v, whole, end, keys, k_token, v_token, b, h, i,
+        position[:, None], queries, bias, keep, padding, scale, cap, left, sink, data,
+        True, CAUSAL, WINDOW, SINK, CAPPED, KEEP_HOOK, SCORE_HOOK, D, V, BLOCK_D, BLOCK_V, BLOCK_N, PRECISION,
+    )  # fmt: skip
+
+    if MEAN:
+        empty = (total == 0) & (position < queries)
+        if tl.max(empty.to(tl.int32), 0) > 0:
+            mean = _mean_values(v, keys, v_token, V, BLOCK_V, BLOCK_N)
+            acc = tl.where(empty[:, None], mean, acc)
+            total = tl.where(empty, 1.0, total)
+    result, ended = finish(top, total, acc)
+    out_at = base * out_batch + h * out_head + position.to(tl.int64)[:, None] * out_token
+    tl.store(
+        out + out_at + e[None, :], result.to(out.dtype.element_ty), mask=there & (e < V)[None, :]
+    )
+    if lse is not None:
+        tl.store(
+            lse + base * lse_batch + head * lse_head + position, ended, mask=position < queries
+        )
+
+
+def flash_prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    keep: Tensor | None = None,
+    padding: Tensor | None = None,
+    sinks: Tensor | None = None,
+    q_starts: Tensor | None = None,
+    k_starts: Tensor | None = None,
+    longest: int = 0,
+    offset: int = 0,
+    *,
+    scale: float,
+    causal: bool = True,
+    window: bool = False,
+    left: int = 0,
+    sink: int = 0,
+    softcap: float = 0.0,
+    mean_of_none: bool = False,
+    keep_hook: Any = None,
+    score_hook: Any = None,
+    data: Any = None,
+    with_lse: bool = False,
+    precision: str = "ieee",
+    block_m: int = 128,
+    block_n: int = 64,
+    packed: bool = False,
+    warps: int = 4,
+    stages: int = 2,
+) -> Any:
+    """softmax(scale q k^T + bias) v over the keys that each query may read.
+
+    q `[batch, heads, S, D]`, k `[batch, kv_heads, T, D]`, v `[batch, kv_heads, T, V]` in fp16, bf16
+    or fp32, their last dimension dense; the result is `[batch, heads, S, V]`, in memory
+    `[batch, S, heads, V]`, with the log-sum-exps `[batch, heads, S]` in float32 where `with_lse`.
+    Query i stands at position `offset` + i and reads key j <= i where `causal`, i - j < `left` or
+    j < `sink` where `window`. `bias` is added to the logits, `keep` (bool) drops keys, both
+    broadcast to [batch, heads, S, T]; `padding` [batch, T] is true at real keys; `sinks` broadcasts
+    to [batch, heads, S, 1]. A query without a key gives zeros, or the mean of all values.
+
+    Sequences of various lengths: q `[1, heads, all of S, D]` and so on, `q_starts` and `k_starts`
+    int32 `[sequences + 1]`, and `longest` the most queries of one; the last queries then stand at
+    the last keys.
+
+    Hooks are `@triton.jit` functions of scalars and broadcasting tiles:
+    `keep_hook(batch, head, i, j, data)` and `score_hook(logits, batch, head, i, j, data)`, with
+    `data` a tuple of tensors and numbers.
+    """
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    heads, kv_heads, depth, width = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
+    sequences = q.shape[0] if q_starts is None else q_starts.shape[0] - 1
+    queries = longest if q_starts is not None else q.shape[2]
+    shape = (sequences, heads, q.shape[2], k.shape[2])
+    rows = torch.empty(q.shape[0], q.shape[2], heads, width, dtype=q.dtype, device=q.device)
+    out = rows.transpose(1, 2)
+    lse = None
+    if with_lse:
+        lse = torch.empty(q.shape[0], heads, q.shape[2], dtype=torch.float32, device=q.device)
+    group = heads // kv_heads
+    pack = group if packed else 1
+    grid = (triton.cdiv(queries * pack, block_m), heads // pack, sequences)
+    _flash_prefill[grid](
+        q, k, v, out, lse,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+        *((0, 0) if lse is None else lse.stride()[:2]),
+        q_starts, k_starts, q.shape[2], k.shape[2], offset,
+        with_strides(bias, *shape), with_strides(keep, *shape),
+        with_strides(padding, sequences, k.shape[2]), with_strides(sinks, *shape[:3], 1),
+        scale, softcap, left, sink, data,
+        GROUP=group, PACK=pack, CAUSAL=causal, WINDOW=window, SINK=sink > 0,
+        CAPPED=softcap > 0, MEAN=mean_of_none, KEEP_HOOK=keep_hook, SCORE_HOOK=score_hook,
+        D=depth, V=width, BLOCK_D=padded_size(depth), BLOCK_V=padded_size(width),
+        BLOCK_M=block_m, BLOCK_N=block_n, PRECISION=precision,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return (out, lse) if with_lse else out
+
+
+@dataclass(frozen=True)
+class FlashPrefill(Kernel[AttentionSpec]):
+    """`flash_prefill` with its tile sizes."""
+
+    name: ClassVar[str] = "flash_prefill"
+    source: ClassVar[str] = "FlashAttention-2 (Dao 2023)"
+    launcher = staticmethod(flash_prefill)
+
+    block_m: int = choice(16, 32, 64, 128, 256, default=128)
+    block_n: int = choice(16, 32, 64, 128, default=64)
+    packed: bool = choice(False, True, default=False)
+    warps: int = choice(1, 2, 4, 8, default=4)
+    stages: int = choice(1, 2, 3, 4, default=2)
+
+    @classmethod
+    def supports(cls, spec: AttentionSpec, target: Target) -> Miss | None:
+        if max(spec.head_dim, spec.v_dim) > 256:
+            return Miss(f"head_dim {max(spec.head_dim, spec.v_dim)} is more than 256")
+        if spec.scale <= 0:
+            return Miss(f"the softmax scale {spec.scale} is not positive")
+        if len(set(spec.extras)) < len(spec.extras):
+            return Miss(f"an extra is given twice: {', '.join(spec.extras)}")
+        return None
+
+    @classmethod
+    def default(cls, spec: AttentionSpec, target: Target, load: Load) -> Self:
+        wide = padded_size(spec.head_dim) + padded_size(spec.v_dim)
+        item = load.torch_dtype.itemsize
+        group = spec.group if spec.group & (spec.group - 1) == 0 else 1
+        packed = group > 1 and load.queries * group <= 128
+        rows = min(128, max(16, triton.next_power_of_2(load.queries * (group if packed else 1))))
+        for block_m, block_n in ((rows, 128), (rows, 64), (min(rows, 64), 64), (min(rows, 64), 32)):
+            if wide * block_n > 256 * 64 and block_n > 32:
+                continue
+            kept = block_m * padded_size(spec.head_dim) * item
+            stages = stages_that_fit(target, kept, block_n * wide * item, 2)
+            if stages:
+                warps = 8 if block_m * wide >= 128 * 256 else 4
+                return cls(block_m, block_n, packed, warps, stages)
+        return cls(16, 16, packed, 4, 1)
+
+    @classmethod
+    def inputs(cls, spec: AttentionSpec, load: Load, device: str = "cpu") -> Inputs:
+        made = partial(torch.randn, dtype=load.torch_dtype, device=device)
+        queries, keys = (load.batch, spec.heads, load.queries), (load.batch, 1, 1, load.keys)
+        given = {
+            "q": made(*queries, spec.head_dim),
+            "k": made(load.batch, spec.kv_heads, load.keys, spec.head_dim),
+            "v": made(load.batch, spec.kv_heads, load.keys, spec.v_dim),
+        }
+        extras = {
+            "bias": lambda: made(1, spec.heads, load.queries, load.keys),
+            "keep": lambda: torch.rand(load.batch, 1, load.queries, load.keys, device=device) < 0.8,
+            "padding": lambda: torch.rand(keys, device=device)[:, 0, 0] < 0.8,
+            "sinks": lambda: made(1, spec.heads, 1, 1),
+        }
+        return {**given, **{name: extras[name]() for name in spec.extras}}
+
+    def constants(self, spec: AttentionSpec) -> Mapping[str, Any]:
+        return {
+            **mask_arguments(spec.mask), "scale": spec.scale, "softcap": spec.softcap,
+            "mean_of_none": spec.fill == "min", "block_m": self.block_m, "block_n": self.block_n,
+            "packed": self.packed, "warps": self.warps, "stages": self.stages,
+        }  # fmt: skip
+
+    @classmethod
+    def reference(cls, spec: AttentionSpec, inputs: Inputs) -> Outputs:
+        return plain.flash_prefill(
+            **inputs, **mask_arguments(spec.mask), scale=spec.scale, softcap=spec.softcap,
+            mean_of_none=spec.fill == "min",
+        )[0]  # fmt: skip
+
+    @classmethod
+    def work(cls, spec: AttentionSpec, load: Load) -> Work:
+        density = spec.mask.density(load.keys) if load.queries == load.keys else 1.0
+        scores = load.batch * spec.heads * load.queries * load.keys * density
+        wide = spec.head_dim + spec.v_dim
+        tokens = load.batch * (load.queries * spec.heads + load.keys * spec.kv_heads)
+        return Work(2.0 * scores * wide, float(tokens * wide * load.torch_dtype.itemsize))
+
+    @classmethod
+    def examples(cls) -> tuple[tuple[AttentionSpec, Load], ...]:
+        load = Load(1, 8192, 8192)
+        return tuple(
+            (AttentionSpec(32, 8, depth, depth, depth**-0.5, mask), load)
+            for depth in (64, 128)
+            for mask in (CAUSAL, Mask("window", left=1024, sink=4))
+        )
+
+
+def mask_arguments(mask: Mask) -> dict[str, Any]:
+    """The launcher's arguments for a mask of a spec."""
+    causal = mask.kind == "causal" or (mask.kind == "window" and mask.causal)
+    return {
+        "causal": causal, "window": mask.kind == "window", "left": mask.left, "sink": mask.sink,
+    }  # fmt: skip

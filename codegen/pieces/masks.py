@@ -1,0 +1,66 @@
+"""Which keys a query reads, and what is done to a tile of logits before the softmax."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from attnopt.codegen.pieces.online_softmax import LOG2E, soft_cap
+
+
+@triton.jit
+def within(i, j, keys, left, sink, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr):
+    """Whether query `i` reads key `j`, of `keys`: tiles of positions that broadcast.
+
+    WINDOW keeps i - j < left (and j - i < left where not CAUSAL), or j < sink where SINK.
+    """
+    kept = j < keys
+    if CAUSAL:
+        kept = kept & (j <= i)
+    if WINDOW:
+        near = i - j < left
+        if not CAUSAL:
+            near = near & (j - i < left)
+        if SINK:
+            near = near | (j < sink)
+        kept = kept & near
+    return kept
+
+
+@triton.jit
+def scored(
+    raw, b, h, i, j, row, rows, bias, keep, padding, keys, scale, cap, data,
+    CAPPED: tl.constexpr, SCORE_HOOK: tl.constexpr, KEEP_HOOK: tl.constexpr,
+):  # fmt: skip
+    """A tile of q k^T as logits in base 2 over a factor, and that factor.
+
+    `b` is a scalar; `h`, the position `i` and the query's index `row` are [M, 1] (`row` < `rows`
+    where there is one), `j` [1, N]. `bias` and `keep` are (pointer, batch, head,
+    query and key stride), `padding` (pointer, batch and key stride), each None where there is none.
+    Where nothing is added, the factor holds the scale, so that the softmax multiplies and subtracts
+    in one instruction.
+    """
+    plain: tl.constexpr = (not CAPPED) and SCORE_HOOK is None and bias is None
+    factor = scale * LOG2E if plain else 1.0
+    logits = raw
+    if not plain:
+        logits = raw * scale
+        if CAPPED:
+            logits = soft_cap(logits, cap)
+        if SCORE_HOOK is not None:
+            logits = SCORE_HOOK(logits, b, h, i, j, data)
+        if bias is not None:
+            at = bias[0] + b * bias[1] + h * bias[2] + row.to(tl.int64) * bias[3] + j * bias[4]
+            logits += tl.load(at, mask=(row < rows) & (j < keys), other=0.0).to(tl.float32)
+        logits *= LOG2E
+    if keep is not None:
+        at = keep[0] + b * keep[1] + h * keep[2] + row.to(tl.int64) * keep[3] + j * keep[4]
+        logits = tl.where(
+            tl.load(at, mask=(row < rows) & (j < keys), other=0) != 0, logits, float("-inf")
+        )
+    if padding is not None:
+        real = tl.load(padding[0] + b * padding[1] + j * padding[2], mask=j < keys, other=0)
+        logits = tl.where(real != 0, logits, float("-inf"))
+    if KEEP_HOOK is not None:
+        logits = tl.where(KEEP_HOOK(b, h, i, j, data), logits, float("-inf"))
+    return logits, factor

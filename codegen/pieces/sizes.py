@@ -1,0 +1,16 @@
+"""Sizes that launchers work out on the host."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def padded_size(size: int) -> int:
+    """The size of the tile that holds `size` channels: a power of two, at least 16, which is what
+    matrix instructions take."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def with_strides(tensor: Tensor | None, *shape: int) -> tuple[Tensor | int, ...] | None:
+    """The tensor and its strides once broadcast to the shape, as kernels take optional tensors."""
+    return None if tensor is None else (tensor, *tensor.expand(shape).stride())
