@@ -177,7 +177,9 @@ class _Linker:
 def _meaning(module: str, name: str, reader: str) -> _Import | _Definition:
     """What a name stands for in a module, imports followed to where they lead."""
     home = _module(module)
-    found = [*home.definitions.get(name, []), *home.imports.get(name, [])]
+    found: list[_Definition | _Import] = []
+    found += home.definitions.get(name, [])
+    found += home.imports.get(name, [])
     if len(found) > 1:
         raise CannotLink(f"`{name}` is bound more than once in {module}")
     if not found:
