@@ -123,8 +123,9 @@ def _module(name: str) -> _Module:
     return _Module(name)
 
 
-def link(functions: Iterable[Callable[..., Any]]) -> Linked:
-    """The functions, plain or `triton.jit`, as a module of their own.
+def link(functions: Iterable[Callable[..., Any]], imports: str = "") -> Linked:
+    """The functions, plain or `triton.jit`, as a module of their own. `imports` are import
+    statements for what is written behind them.
 
     Raises `CannotLink` where a function is not at the top of a file, a name is read that nothing
     defines, or one name would have two meanings.
@@ -134,7 +135,9 @@ def link(functions: Iterable[Callable[..., Any]]) -> Linked:
         plain = getattr(function, "fn", function)  # what triton.jit wraps
         if plain.__qualname__ != plain.__name__:
             raise CannotLink(f"{plain.__qualname__} is not at the top of its file")
-        linker.reach(plain.__module__, plain.__name__, f"{plain.__module__}")
+        linker.reach(plain.__module__, plain.__name__, plain.__module__)
+    for found in _imports(ast.parse(imports).body):
+        linker.take(found.name, found)
     return linker.linked()
 
 
@@ -147,11 +150,7 @@ class _Linker:
     def reach(self, module: str, name: str, reader: str) -> None:
         """Take in what `name` means in the module, after all that it needs."""
         meaning = _meaning(module, name, reader)
-        known = self.meanings.get(name)
-        if known is not None and known != meaning:
-            raise CannotLink(f"`{name}` has two meanings: {_said(known)} and {_said(meaning)}")
-        self.meanings[name] = meaning
-        if known is not None or isinstance(meaning, _Import):
+        if not self.take(name, meaning) or isinstance(meaning, _Import):
             return
         home = _module(meaning.module)
         self.postponed = self.postponed or home.postponed
@@ -159,6 +158,14 @@ class _Linker:
             if needed in home.definitions or needed in home.imports or needed not in _BUILTIN:
                 self.reach(meaning.module, needed, f"{meaning.module}.{name}")
         self.ordered.append(meaning)
+
+    def take(self, name: str, meaning: _Import | _Definition) -> bool:
+        """Note what a name means; whether it is new."""
+        known = self.meanings.get(name)
+        if known is not None and known != meaning:
+            raise CannotLink(f"`{name}` has two meanings: {_said(known)} and {_said(meaning)}")
+        self.meanings[name] = meaning
+        return known is None
 
     def linked(self) -> Linked:
         """The text of all that was reached."""
