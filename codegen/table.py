@@ -1,0 +1,207 @@
+"""What every kernel takes of every GPU at its defaults, and how fast it would be: docs/kernels.md.
+
+    python -m attnopt.codegen.table [--kernels a,b] [--targets h100,a100] [--out docs/kernels.md]
+
+Compiles each kernel's examples ahead of time, in two processes. Times are estimated by the
+roofline of each launch; nothing is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import groupby
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from attnopt.codegen.kernel import Kernel, Load, Work, kernels
+from attnopt.codegen.roofline import ASSUMED
+from attnopt.codegen.target import Target, known, target
+from attnopt.compiler.errors import Problem
+
+JOBS = 2
+_HEAD = """# Kernels on every target
+
+Written by `python -m attnopt.codegen.table`: each kernel's examples at the default tile sizes,
+compiled ahead of time with triton {version}. Nothing here was run on a device.
+
+Registers and spilled bytes are those of a thread; shared memory is that of a block, and what a
+block may have. On AMD, registers count those of matrix instructions too. *Serialized* are Hopper's
+matrix instructions that could not overlap. Times are **estimated**: the least arithmetic and memory
+traffic of the example over the target's peaks, at the shares that good kernels reach
+(`codegen/roofline.py`); launch times are left out.
+
+{good} of {here} fit their target and spill nothing.
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example of a kernel on one target at its default tile sizes: `parts` has the resources of
+    each launch, `why_not` says why there are none, `bad` what is wrong with them."""
+
+    kernel: str
+    example: int
+    target: str
+    tiles: str = ""
+    parts: tuple[Any, ...] = ()
+    estimated_s: float = 0.0
+    why_not: str = ""
+    bad: str = ""
+
+
+def rows(names: Iterable[str], targets: Iterable[str]) -> list[Row]:
+    """Compile the examples of these kernels for these targets; in the order of kernels, examples
+    and targets.
+
+    Raises `Problem` A804 in triton's interpreter.
+    """
+    from attnopt.codegen.aot import require_compiler
+
+    require_compiler()
+    wanted = list(targets)
+    known_kernels = kernels()
+    tasks = [
+        (name, at, tuple(group))
+        for name in names
+        for at in range(len(known_kernels[name].examples()))
+        for _, group in groupby(sorted(wanted, key=_code), key=_code)
+    ]
+    if len(tasks) < 2:
+        made = [_compile(*task) for task in tasks]
+    else:
+        with ProcessPoolExecutor(JOBS, mp_context=get_context("spawn")) as pool:
+            made = list(pool.map(_compile, *zip(*tasks, strict=True)))
+    found = [row for part in made for row in part]
+    names = list(known_kernels)
+    return sorted(
+        found, key=lambda r: (names.index(r.kernel), r.example, wanted.index(r.target))
+    )  # fmt: skip
+
+
+def _code(name: str) -> str:
+    """What decides the code: targets that share it are compiled one after the other, and found in
+    triton's cache."""
+    return target(name).capability
+
+
+def _compile(name: str, at: int, targets: Sequence[str]) -> list[Row]:
+    kernel = kernels()[name]
+    return [_row(kernel, at, target(each)) for each in targets]
+
+
+def _row(kernel: type[Kernel[Any]], at: int, on: Target) -> Row:
+    from attnopt.codegen.aot import compiled, launches, resources
+
+    spec, load = kernel.examples()[at]
+    load = load_on(load, on)
+    row = Row(kernel.name, at, on.name, estimated_s=estimated(kernel.work(spec, load), load, on))
+    miss = kernel.supports(spec, on)
+    if miss is not None:
+        return replace(row, why_not=miss.reason)
+    chosen = kernel.default(spec, on, load)
+    row = replace(row, tiles=chosen.text)
+    try:
+        parts = tuple(resources(compiled(one, on), on) for one in launches(chosen, spec, load))
+    except Problem as problem:
+        return replace(row, bad=f"{problem.what}: {problem.why}")
+    bad = [f"{part.kernel} {part.misfit(on)}" for part in parts if part.misfit(on)]
+    return replace(row, parts=parts, bad="; ".join(bad))
+
+
+def load_on(load: Load, on: Target) -> Load:
+    """The load in float16 where the target has no arithmetic in its dtype."""
+    return load if load.dtype in on.peak else replace(load, dtype="float16")
+
+
+def estimated(work: Work, load: Load, on: Target) -> float:
+    """Seconds by the roofline: the longer of arithmetic and memory traffic, at the shares of the
+    peaks that good kernels reach. Raises `Problem` A405 where the target has no peak for the dtype.
+    """
+    if load.dtype not in on.peak:
+        raise Problem(
+            "A405", f"{on.title} has no peak for {load.dtype}",
+            why=f"its datasheet has {', '.join(sorted(on.peak))}",
+        )  # fmt: skip
+    shares = {**ASSUMED, **on.achievable}
+    arithmetic = work.flops / (on.peak[load.dtype] * shares["attention"])
+    return max(arithmetic, work.bytes / (on.bandwidth * shares["bandwidth"]))
+
+
+def page(found: Sequence[Row]) -> str:
+    """The rows as a document."""
+    import triton
+
+    here, bad = [row for row in found if not row.why_not], [row for row in found if row.bad]
+    lines = [
+        _HEAD.format(version=triton.__version__, good=len(here) - len(bad), here=len(here)),
+        *(f"- `{row.kernel}`, example {row.example + 1}, {row.target}: {row.bad}" for row in bad),
+        *([""] if bad else []),
+    ]  # fmt: skip
+    for (name, at), group in groupby(found, key=lambda row: (row.kernel, row.example)):
+        lines += _section(name, at, list(group))
+    return "\n".join(lines)
+
+
+def _section(name: str, at: int, found: Sequence[Row]) -> Iterator[str]:
+    kernel = kernels()[name]
+    spec, load = kernel.examples()[at]
+    if at == 0:
+        yield from (f"## {name}", "")
+    sizes = f"batch {load.batch}, {load.queries} queries, {load.keys} keys, {load.dtype}"
+    yield from (f"**{at + 1}.** `{getattr(spec, 'text', spec)}`, {sizes}", "")
+    yield "| target | tiles | registers | spills | shared memory | estimated |"
+    yield "|---|---|---|---|---|---|"
+    for row in found:
+        on = target(row.target)
+        if row.why_not:
+            yield f"| {row.target} | not here: {row.why_not} | | | | |"
+            continue
+        each = [
+            " + ".join(str(part) for part in column)
+            for column in (
+                [f"{part.registers}{', serialized' * part.serialized}" for part in row.parts],
+                [part.spills for part in row.parts],
+                [_kib(part.shared) for part in row.parts],
+            )
+        ]  # fmt: skip
+        tiles = row.tiles.removeprefix(name).strip("{}") or "as declared"
+        other = "" if load_on(load, on) == load else " in float16"
+        yield (
+            f"| {row.target} | {tiles}{other} | {each[0] or '–'} | {each[1] or '–'} | "
+            f"{each[2] or '–'} of {_kib(on.shared_per_block)} | {_time(row.estimated_s)} |"
+        )
+    yield ""
+
+
+def _kib(size: int) -> str:
+    return f"{size / 1024:.4g} KiB" if size else "0"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command; gives 1 where a kernel spills or does not fit."""
+    gpus = [name for name in known() if not target(name).measured]
+    parser = argparse.ArgumentParser(prog="attnopt.codegen.table", description=__doc__)
+    parser.add_argument("--kernels", default=",".join(kernels()), help="names, with commas")
+    parser.add_argument("--targets", default=",".join(gpus), help="names, with commas")
+    parser.add_argument("--out", type=Path, help="the file to write (default: stdout)")
+    asked = parser.parse_args(argv)
+    found = rows(asked.kernels.split(","), asked.targets.split(","))
+    text = page(found)
+    if asked.out is None:
+        print(text)
+    else:
+        asked.out.write_text(text, encoding="utf-8")
+    return int(any(row.bad for row in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
