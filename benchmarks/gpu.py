@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent
-sys.path.insert(0, str(ROOT.parent))
+if not __package__:  # run as a file
+    sys.path.insert(0, str(ROOT.parent))
 
 import torch  # noqa: E402
 
