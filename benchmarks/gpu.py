@@ -26,6 +26,7 @@ if not __package__:  # run as a file
 import torch  # noqa: E402
 
 from attnopt.autotune.environment import environment  # noqa: E402
+from attnopt.codegen.shipped import chosen  # noqa: E402
 from attnopt.codegen.target import Target, at_hand, target  # noqa: E402
 from benchmarks.gpu_case import Case, Outcome, measure  # noqa: E402
 from benchmarks.gpu_cases import cases  # noqa: E402
@@ -112,7 +113,7 @@ def _row(
     case: Case, device: Target, taken: Times, outcomes: list[Outcome], absent: dict[str, str]
 ) -> dict[str, Any]:
     return {
-        "case": case.name, "kernel": case.cls.default(case.spec, device, case.load).text,
+        "case": case.name, "kernel": chosen(case.cls, case.spec, device, case.load).text,
         "spec": case.spec.text, "load": asdict(case.load), "work": asdict(case.work()),
         "estimated_seconds": case.estimate(device),
         "median_seconds": {name: taken.median(name) for name in taken.samples},

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from attnopt.codegen.kernel import Kernel, Load, Work, kernels
 from attnopt.codegen.roofline import ASSUMED
+from attnopt.codegen.shipped import chosen
 from attnopt.codegen.target import Target
 from benchmarks.gpu_peers import Peer
 from benchmarks.gpu_timing import Clock, Times, cuda_clock, sets_beyond, times
@@ -88,7 +89,7 @@ class Case:
             cls = kernels()[kernel]
             missed = cls.supports(spec, target)
             if missed is None:
-                running[name] = _running(cls.default(spec, target, self.load), spec)
+                running[name] = _running(chosen(cls, spec, target, self.load), spec)
             else:
                 absent[name] = missed.reason
         for name, compose in self.composed.items():

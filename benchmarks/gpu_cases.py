@@ -14,6 +14,7 @@ from attnopt.codegen.decode_spec import DecodeSpec
 from attnopt.codegen.dispatch import Dispatch
 from attnopt.codegen.kernel import Load, kernels
 from attnopt.codegen.latent_spec import LatentSpec
+from attnopt.codegen.shipped import chosen
 from attnopt.codegen.target import Target
 from attnopt.compiler.linear_spec import LinearSpec
 from attnopt.compiler.spec import CAUSAL, FULL, AttentionSpec, Mask
@@ -183,7 +184,7 @@ def _dispatched(spec: AttentionSpec, target: Target) -> Contender:
 
 def _launched(spec: Any, target: Target, load: Load, kernel: str = "split_decode") -> Contender:
     cls = kernels()[kernel]
-    made = cls.default(spec, target, load)
+    made = chosen(cls, spec, target, load)
     return lambda given: made.run(spec, given)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from attnopt.codegen.kernel import Kernel, Load, kernels
+from attnopt.codegen.shipped import chosen
 from attnopt.codegen.target import Target
 from attnopt.compiler.contract import Miss
 
@@ -59,7 +60,7 @@ def check(cls: type[Kernel[Any]], spec: Any, load: Load, target: Target, device:
     missed = cls.supports(spec, target)
     if isinstance(missed, Miss):
         return Checked(cls.name, said, load, 0.0)
-    kernel = cls.default(spec, target, load)
+    kernel = chosen(cls, spec, target, load)
     inputs = cls.inputs(spec, load, device)
     with poisoned():
         runs = [_flat(kernel.run(spec, _copied(inputs))) for _ in range(REPEATS)]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from attnopt.codegen.flex import flex, runs_on_flex
 from attnopt.codegen.kernel import Kernel, Load, kernels
+from attnopt.codegen.shipped import chosen
 from attnopt.codegen.target import Target, at_hand
 from attnopt.compiler import attend
 from attnopt.compiler.contract import Miss
@@ -130,7 +131,7 @@ def _generated(cls: type[Kernel[Any]], spec: AttentionSpec, target: Target, load
     missed = cls.supports(spec, target)
     if missed is not None:
         return missed
-    constants = cls.default(spec, target, load).constants(spec)
+    constants = chosen(cls, spec, target, load).constants(spec)
     launcher, names = cls.launcher, spec.extras
 
     def run(q: Tensor, k: Tensor, v: Tensor, *extras: Tensor) -> Any:
