@@ -265,7 +265,8 @@ def chunked_recurrence(
             per_token(factor, holders) if reverse else None,
             per_token(extra, holders) if reverse else None, per_token(decay, holders),
             None, None, None, None, (states, *states.stride(), 1),
-            None if sums == "none" else (summed, *summed.stride(), 1), logs_out, *numbers, READ=False, **shared,
+            None if sums == "none" else (summed, *summed.stride(), 1), logs_out, *numbers,
+            READ=False, **shared,
         )  # fmt: skip
         state_in = _scanned(states, initial, logs_out, causal, reverse, heads)
         if sums != "none":
