@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _estimated(lines: list[Case], device: Target) -> int:
     print(f"estimated by the roofline of {device.title}, not measured")
     for case in lines:
-        work, seconds = case.work(), case.estimate(device)
+        work, seconds = case.estimate(device)
         rates = f"{work.flops / seconds / 1e12:7.1f} TFLOP/s {work.bytes / seconds / 1e9:7.0f} GB/s"
         print(f"  {case.name:45} {seconds * 1e3:9.3f} ms {rates}  estimated")
     return 0
@@ -115,7 +115,7 @@ def _row(
     return {
         "case": case.name, "kernel": chosen(case.cls, case.spec, device, case.load).text,
         "spec": case.spec.text, "load": asdict(case.load), "work": asdict(case.work()),
-        "estimated_seconds": case.estimate(device),
+        "estimated_seconds": case.estimate(device)[1],
         "median_seconds": {name: taken.median(name) for name in taken.samples},
         "samples": {name: list(samples) for name, samples in taken.samples.items()},
         "bars": [

@@ -44,7 +44,8 @@ class Case:
 
     `peers` are made on the device: each gives a function of the inputs, or the reason why it is not
     here. `own` are further kernels of ours on the same inputs, by name: (kernel, spec). `composed`
-    are made of several launches for a target.
+    are made of several launches for a target; `parts` are what is estimated where the line is about
+    such launches, one after the other.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Case:
     peers: Mapping[str, Callable[[], Peer | str]] = field(default_factory=dict)
     own: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
     composed: Mapping[str, Callable[[Target, Load], Contender]] = field(default_factory=dict)
+    parts: tuple[tuple[str, Any], ...] = ()
     prepare: Callable[[Given, Load], Given] | None = None
 
     @property
@@ -71,15 +73,14 @@ class Case:
         given = self.cls.inputs(self.spec, self.load, device)
         return self.prepare(given, self.load) if self.prepare else given
 
-    def estimate(self, target: Target) -> float:
-        """Seconds by the roofline of the target. Estimated, never measured."""
+    def estimate(self, target: Target) -> tuple[Work, float]:
+        """The least work, and seconds by the roofline of the target. Estimated, never measured."""
         shares = {**ASSUMED, **target.achievable}
-        work = self.work()
-        peak = target.peak.get(self.load.dtype, target.peak["float16"])
-        return max(
-            work.flops / (peak * shares["attention"]),
-            work.bytes / (target.bandwidth * shares["bandwidth"]),
-        )
+        peak = target.peak.get(self.load.dtype, target.peak["float16"]) * shares["attention"]
+        bandwidth = target.bandwidth * shares["bandwidth"]
+        done = [kernels()[k].work(spec, self.load) for k, spec in self.parts] or [self.work()]
+        seconds = sum(max(work.flops / peak, work.bytes / bandwidth) for work in done)
+        return Work(sum(w.flops for w in done), sum(w.bytes for w in done)), seconds
 
     def contenders(self, target: Target) -> tuple[dict[str, Contender], dict[str, str]]:
         """All that run, and why the others do not."""

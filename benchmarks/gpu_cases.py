@@ -135,6 +135,7 @@ def mixed_decode(kv_heads: int, full: int) -> Case:
         (Bar(2.18 if kv_heads == 32 else 1.5, (OURS, FLASH), contender="mixed"),),
         {FLASH: lambda: sdpa("FLASH_ATTENTION", causal=False)},
         composed={"mixed": lambda target, load: _mixed(spec, full, target, load)},
+        parts=tuple(("split_decode", part) for part in _whole_and_streaming(spec, full)),
     )  # fmt: skip
 
 
@@ -157,7 +158,7 @@ def latent_decode(heads: int) -> Case:
     batch = 8 if heads == 16 else 4
     return Case(
         f"latent decode 512+64, {heads} heads, 32k", "latent_decode",
-        LatentSpec(heads=heads, rank=512, rope=64, scale=192**-0.5), Load(batch, 1, 32 * K),
+        LatentSpec(heads, 512, 64, 128, 128, 192**-0.5), Load(batch, 1, 32 * K),
         (bar, Bar(4.0, ("uncompressed",))),
         composed={"uncompressed": lambda target, load: _uncompressed(plain, target, load)},
     )  # fmt: skip
@@ -212,22 +213,23 @@ def _with_pages(given: Given, load: Load) -> Given:
     return {**given, "pages": pages, "table": table}
 
 
+def _whole_and_streaming(spec: DecodeSpec, full: int) -> tuple[DecodeSpec, DecodeSpec]:
+    """The specs of the heads that read everything, and of the others, which read a ring."""
+    of, group = spec.attention, spec.attention.group
+    rest = of.kv_heads - full
+    near = of.with_(heads=rest * group, kv_heads=rest, mask=Mask("window", left=256, sink=64))
+    return DecodeSpec(of.with_(heads=full * group, kv_heads=full)), DecodeSpec(near, "ring")
+
+
 def _mixed(spec: DecodeSpec, full: int, target: Target, load: Load) -> Contender:
     """Two launches on parts of the same cache; a ring is the front of the streaming heads' part."""
-    group, of = spec.attention.group, spec.attention
-    left, sink = 256, 64
-    whole = DecodeSpec(of.with_(heads=full * group, kv_heads=full))
-    rest = of.kv_heads - full
-    streaming = DecodeSpec(
-        of.with_(heads=rest * group, kv_heads=rest, mask=Mask("window", left=left, sink=sink)),
-        "ring",
-    )
+    whole, streaming = _whole_and_streaming(spec, full)
     first, second = (_launched(part, target, load) for part in (whole, streaming))
+    cut, slots = whole.attention.heads, 256 + 64
 
     def run(given: Given) -> Any:
         q, k, v, lengths = (given[key] for key in ("q", "k", "v", "lengths"))
-        cut = full * group
-        near = {"k": k[:, full:, : left + sink], "v": v[:, full:, : left + sink]}
+        near = {"k": k[:, full:, :slots], "v": v[:, full:, :slots]}
         return (
             first({"q": q[:, :cut], "k": k[:, :full], "v": v[:, :full], "lengths": lengths}),
             second({"q": q[:, cut:], **near, "lengths": lengths}),

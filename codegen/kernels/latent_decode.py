@@ -319,8 +319,8 @@ class LatentDecode(Kernel[LatentSpec]):
     @classmethod
     def examples(cls) -> tuple[tuple[LatentSpec, Load], ...]:
         def latent(heads: int, page: int = 0) -> LatentSpec:
-            cache = "paged" if page else "contiguous"
-            return LatentSpec(heads, 512, 64, 128, 128, 192**-0.5, True, cache, page)
+            sizes = (heads, 512, 64, 128, 128, 192**-0.5, True)
+            return LatentSpec(*sizes, "paged" if page else "contiguous", page)
 
         return (
             (latent(16), Load(8, 1, 32768)),

@@ -103,7 +103,8 @@ def test_a_peer_that_fails_is_left_out_with_its_error() -> None:
 def test_kernels_are_checked_against_float64(length: int) -> None:
     load = Load(2, length, length, "float32")
     found = gpu_check.check(FlashPrefill, SPEC, load, H100, "cpu")
-    assert not found.wrong and 0 < found.error < 1e-5
+    assert not found.wrong and found.error < 1e-5
+    assert length == 1 or found.error > 0
 
 
 def test_the_check_finds_wrong_missing_and_moving_results(monkeypatch: pytest.MonkeyPatch) -> None:
