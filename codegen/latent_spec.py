@@ -3,10 +3,10 @@
     latent{heads=128 rank=512 rope=64 head_dim=128 v_dim=128 scale=0.1147 cache=paged page=64}
 
 Head h reads k_h = [W_uk^h c, r] and v_h = W_uv^h c, with one latent c `[rank]` and one rotary
-key r `[rope]` per token for all heads. There are two ways to compute it. Expanded (`latent_prefill`): keys
-of `head_dim` channels and values of `v_dim` are made of the latents first. Absorbed
-(`latent_decode`): q^T W_uk^h is made instead, `rank` wide, and W_uv^h is applied to the result, so
-that the cache holds `rank + rope` numbers per token and is read once for all heads.
+key r `[rope]` per token for all heads. There are two ways to compute it. Expanded
+(`latent_prefill`): keys of `head_dim` channels and values of `v_dim` are made of the latents first.
+Absorbed (`latent_decode`): q^T W_uk^h is made instead, `rank` wide, and W_uv^h is applied to the
+result, so that the cache holds `rank + rope` numbers per token and is read once for all heads.
 """
 
 from __future__ import annotations
