@@ -107,5 +107,5 @@ def estimated(bench: Workbench, built: Built, target: Target) -> Pace:
     )
     optimized = Timed("optimized", "estimated", Number(after, "estimated", unit="s", note=note))
     speed = Speed({"eager": ratio}, "eager", verdict)  # type: ignore[arg-type]
-    warning = f"speeds are {note}: no kernel for it exists yet and nothing was measured on it"
+    warning = f"speeds are {note}: nothing was measured on it"
     return Pace(built, built.plan, speed, (timed, left), optimized, "estimated", (warning,))

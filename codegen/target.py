@@ -6,6 +6,7 @@ The files of `codegen/targets/` are the known names; `--target path.toml` reads 
 from __future__ import annotations
 
 import math
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -83,6 +84,30 @@ def target(name: str) -> Target:
         )
     text = (files("attnopt.codegen.targets") / f"{plain}.toml").read_text(encoding="utf-8")
     return _read(plain, text, f"{plain}.toml")
+
+
+def at_hand(device: int = 0) -> Target:
+    """The GPU of this number: the known target whose title its name holds, else one with the
+    figures that its driver tells, and no peaks. Raises `Problem` A401 without a GPU."""
+    import torch  # reading a file of figures does not need it
+
+    if not torch.cuda.is_available():
+        raise Problem("A401", "there is no GPU here that torch can use", help=_HOW)
+    facts = torch.cuda.get_device_properties(device)
+    plain = facts.name.lower().replace("rtx ", "rtx")
+    for name in known():
+        if re.search(rf"(?<![a-z0-9]){name}(?![a-z0-9])", plain):
+            return target(name)
+    amd = torch.version.hip is not None
+    return Target(
+        name=plain, title=facts.name, vendor="amd" if amd else "nvidia", architecture="unknown",
+        capability=facts.gcnArchName.split(":")[0] if amd else f"{facts.major}.{facts.minor}",
+        source="its driver", units=facts.multi_processor_count,
+        shared_per_block=getattr(facts, "shared_memory_per_block_optin", 49152),
+        shared_per_unit=getattr(facts, "shared_memory_per_multiprocessor", 65536),
+        registers_per_unit=getattr(facts, "regs_per_multiprocessor", 65536),
+        l2=getattr(facts, "L2_cache_size", 0), memory=facts.total_memory,
+    )  # fmt: skip
 
 
 def _from_file(path: Path) -> Target:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -192,6 +193,14 @@ def _column(
     return column(q, k, v, extras, spec)
 
 
+def _triton(
+    q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: AttentionSpec
+) -> Tensor:
+    dispatched: Backend = import_module("attnopt.codegen.dispatch").attention  # it builds on this
+    return dispatched(q, k, v, extras, spec)
+
+
 BACKENDS: dict[str, Backend] = {
     "reference": reference, "sdpa": sdpa, "chunked": _chunked, "column": _column,
+    "triton": _triton,
 }  # fmt: skip

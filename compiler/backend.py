@@ -25,6 +25,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from attnopt.codegen.target import at_hand
 from attnopt.compiler.backend_plan import GraphInputs, SavedPlan, of_module
 from attnopt.compiler.contract import Notes, read_pass
 from attnopt.compiler.errors import Problem
@@ -37,6 +38,7 @@ from attnopt.compiler.trace import normalise, without_own_writes, writes
 from attnopt.compiler.verify import RUN_ERRORS, difference
 
 PASSES = ("simplify_mask", "fold_repeated_kv", "toeplitz_bias", "fuse_attention")
+ON_A_GPU = ("generate_kernel",)
 # What another order of sums may do; another function does more.
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.25}
 _log = logging.getLogger("attnopt.backend")
@@ -235,13 +237,22 @@ def _read_by_masks(program: Program, graph: fx.GraphModule, lifted: Mapping[str,
 
 
 def _applied(program: Program) -> Program:
-    notes = Notes(program)
-    for name in PASSES:
+    notes = Notes(program, device=_device(program))
+    for name in (*PASSES, *(() if notes.device == "cpu" else ON_A_GPU)):
         program, outcomes = apply_pass(program, read_pass(name), ("*",), notes, verify=False)
         for outcome in outcomes:
             said = outcome.note if outcome.applied else f"left alone: {outcome.reason}"
             _log.info("%s at %s: %s", outcome.rewrite, outcome.target, said)
     return program
+
+
+def _device(program: Program) -> str:
+    """The name of the GPU that the graph's inputs lie on, or "cpu"."""
+    for node in program.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and value.device.type == "cuda":
+            return at_hand(value.device.index or 0).name
+    return "cpu"
 
 
 def _holders(graph: fx.GraphModule) -> list[str]:

@@ -1,5 +1,5 @@
 """Lowering: the canonical op becomes a plain call of its backend, so that what is timed, compiled
-and saved is aten alone."""
+and saved is aten alone. (What is dispatched to kernels on a GPU stays the op when it is saved.)"""
 
 from __future__ import annotations
 
@@ -45,11 +45,31 @@ def lower(program: Program, bind: Bind | None = None) -> fx.GraphModule:
 
 def _bound(spec: AttentionSpec) -> Callable[..., Tensor]:
     backend = attend.BACKENDS[spec.backend]
+    if spec.backend == "triton":
+        return _dispatched(backend, spec)
 
     def attention(q: Tensor, k: Tensor, v: Tensor, *extras: Tensor) -> Tensor:
         return backend(q, k, v, extras, spec)
 
     return attention
+
+
+def _dispatched(backend: attend.Backend, spec: AttentionSpec) -> Callable[..., Tensor]:
+    """The canonical op where a compiler looks on or gradients are wanted, which it has; otherwise
+    the backend itself, without the op's own time."""
+    line = spec.text
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, *extras: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or _wants_gradients(q, k, v, *extras):
+            made: Tensor = ATTENTION(q, k, v, extras, line)
+            return made
+        return backend(q, k, v, extras, spec)
+
+    return attention
+
+
+def _wants_gradients(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def export(program: Program, bind: Bind | None = None) -> torch.export.ExportedProgram:

@@ -1,8 +1,8 @@
 """The canonical op `attnopt::attention(q, k, v, extras, spec)`: kernels and gradient.
 
 The implementation runs the backend that the spec names (`attend.run`), beside it stands the shape
-kernel; the gradient recomputes the reference and differentiates it, so every raised or rewritten
-graph runs, exports, compiles and trains.
+kernel; the gradient recomputes the reference (what is dispatched on a GPU: the fused attention) and
+differentiates it, so every raised or rewritten graph runs, exports, compiles and trains.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     for tensor in saved:
         tensor.requires_grad_(tensor.is_floating_point())
     with torch.enable_grad():
-        out = attend.reference(saved[0], saved[1], saved[2], saved[3:], parse_spec(ctx.spec))
+        spec = parse_spec(ctx.spec)
+        dense = spec.backend != "triton" or attend.runs_on_sdpa(spec)
+        form = attend.reference if dense else attend.sdpa
+        out = form(saved[0], saved[1], saved[2], saved[3:], spec)
     wanted = [tensor for tensor in saved if tensor.requires_grad]
     grads = iter(torch.autograd.grad(out, wanted, grad, allow_unused=True))
     found = [next(grads) if tensor.requires_grad else None for tensor in saved]

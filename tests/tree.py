@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import tomllib
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,16 @@ def installed_files(root: Path = ROOT) -> dict[str, Path]:
             if path.is_file() and not set(path.parts) & set(_LEFT_OUT):
                 files[f"attnopt/{path.relative_to(root).as_posix()}"] = path
     return files
+
+
+def benchmarks() -> None:
+    """Make the package `benchmarks` importable, without the root on `sys.path`."""
+    place = ROOT / "benchmarks"
+    found = spec_from_file_location(
+        "benchmarks", place / "__init__.py", submodule_search_locations=[str(place)]
+    )
+    assert found is not None and found.loader is not None
+    sys.modules.setdefault("benchmarks", module_from_spec(found))
 
 
 def modules() -> dict[str, Path]:

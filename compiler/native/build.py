@@ -66,7 +66,8 @@ def _built() -> Path:
     command = [*compiler, *_flags(), *(f"-I{path}" for path in cpp_extension.include_paths())]
     links = [*(f"-L{path}" for path in cpp_extension.library_paths()), "-lc10", "-ltorch_cpu"]
     texts = [(folder / name).read_text(encoding="utf-8") for name in (*SOURCES, *HEADERS)]
-    about = "\n".join((torch.__version__, *command, *links, *texts))
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
+    about = "\n".join((torch.__version__, version, *command, *links, *texts))
     root = Path(cpp_extension.get_default_build_root()) / "attnopt"
     made = root / f"{hashlib.sha256(about.encode()).hexdigest()[:24]}.so"
     if made.exists():

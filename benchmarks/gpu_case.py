@@ -1,0 +1,172 @@
+"""One line of the GPU table: contenders on the same inputs, and the bars that they are held to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from attnopt.codegen.kernel import Kernel, Load, Work, kernels
+from attnopt.codegen.roofline import ASSUMED
+from attnopt.codegen.shipped import chosen
+from attnopt.codegen.target import Target
+from benchmarks.gpu_peers import Peer
+from benchmarks.gpu_timing import Clock, Times, cuda_clock, sets_beyond, times
+
+OURS = "attnopt"
+Given = dict[str, Any]
+Contender = Callable[[Given], Any]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What is asked: `contender` at least `least` times as fast as the fastest of `over`, or at
+    least that share of the copy bandwidth, or that many operations per second."""
+
+    least: float
+    over: tuple[str, ...] = ()
+    of: Literal["speed", "bandwidth", "flops"] = "speed"
+    contender: str = OURS
+
+    @property
+    def words(self) -> str:
+        """The bar as the table says it."""
+        if self.of == "bandwidth":
+            return f"at least {self.least:.0%} of the copy bandwidth"
+        if self.of == "flops":
+            return f"at least {self.least / 1e12:.0f} TFLOP/s"
+        return f"{self.contender} at least {self.least:g}x {' or '.join(self.over)}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel at a size with its bars.
+
+    `peers` are made on the device: each gives a function of the inputs, or the reason why it is not
+    here. `own` are further kernels of ours on the same inputs, by name: (kernel, spec). `composed`
+    are made of several launches for a target.
+    """
+
+    name: str
+    kernel: str
+    spec: Any
+    load: Load
+    bars: tuple[Bar, ...]
+    peers: Mapping[str, Callable[[], Peer | str]] = field(default_factory=dict)
+    own: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
+    composed: Mapping[str, Callable[[Target, Load], Contender]] = field(default_factory=dict)
+    prepare: Callable[[Given, Load], Given] | None = None
+
+    @property
+    def cls(self) -> type[Kernel[Any]]:
+        """The kernel's class."""
+        return kernels()[self.kernel]
+
+    def work(self) -> Work:
+        """The least work."""
+        return self.cls.work(self.spec, self.load)
+
+    def inputs(self, device: str) -> Given:
+        """One set of inputs."""
+        given = self.cls.inputs(self.spec, self.load, device)
+        return self.prepare(given, self.load) if self.prepare else given
+
+    def estimate(self, target: Target) -> float:
+        """Seconds by the roofline of the target. Estimated, never measured."""
+        shares = {**ASSUMED, **target.achievable}
+        work = self.work()
+        peak = target.peak.get(self.load.dtype, target.peak["float16"])
+        return max(
+            work.flops / (peak * shares["attention"]),
+            work.bytes / (target.bandwidth * shares["bandwidth"]),
+        )
+
+    def contenders(self, target: Target) -> tuple[dict[str, Contender], dict[str, str]]:
+        """All that run, and why the others do not."""
+        running: dict[str, Contender] = {}
+        absent: dict[str, str] = {}
+        for name, (kernel, spec) in {OURS: (self.kernel, self.spec), **self.own}.items():
+            cls = kernels()[kernel]
+            missed = cls.supports(spec, target)
+            if missed is None:
+                running[name] = _running(chosen(cls, spec, target, self.load), spec)
+            else:
+                absent[name] = missed.reason
+        for name, compose in self.composed.items():
+            running[name] = compose(target, self.load)
+        for name, make in self.peers.items():
+            try:
+                peer = make()
+            except (ImportError, RuntimeError, NotImplementedError) as error:
+                peer = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            if isinstance(peer, str):
+                absent[name] = peer
+            else:
+                running[name] = peer
+        return running, absent
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A bar with the figure that was reached; None where what it compares with is absent."""
+
+    bar: Bar
+    value: float | None
+    spread: tuple[float, float] | None = None
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the bar is met, as far as can be said."""
+        return None if self.value is None else self.value >= self.bar.least
+
+
+def measure(
+    case: Case,
+    target: Target,
+    bandwidth: float,
+    device: str = "cuda",
+    rounds: int = 30,
+    clock: Clock = cuda_clock,
+) -> tuple[Times, list[Outcome], dict[str, str]]:
+    """Time a case. A peer that fails on its first call is left out, with its error."""
+    running, absent = case.contenders(target)
+    first = case.inputs(device)
+    for name in list(running):
+        try:
+            running[name](first)
+        except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+            if name == OURS:
+                raise
+            absent[name] = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+            del running[name]
+    count = sets_beyond(target.l2, case.work().bytes)
+    sets: Sequence[Given] = [first, *(case.inputs(device) for _ in range(count - 1))]
+    taken = times(running, sets, rounds, clock)
+    return taken, [_outcome(case, bar, taken, bandwidth) for bar in case.bars], absent
+
+
+def _running(kernel: Kernel[Any], spec: Any) -> Contender:
+    names: set[str] = set()
+
+    def run(given: Given) -> Any:
+        if not names:
+            code = type(kernel).launcher.__code__
+            names.update(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
+        return kernel.run(spec, {k: v for k, v in given.items() if k in names})
+
+    return run
+
+
+def _outcome(case: Case, bar: Bar, taken: Times, bandwidth: float) -> Outcome:
+    if bar.contender not in taken.samples:
+        return Outcome(bar, None)
+    seconds = taken.median(bar.contender)
+    if bar.of == "bandwidth":
+        return Outcome(bar, case.work().bytes / seconds / bandwidth)
+    if bar.of == "flops":
+        return Outcome(bar, case.work().flops / seconds)
+    there = [name for name in bar.over if name in taken.samples]
+    if not there:
+        return Outcome(bar, None)
+    value, low, high = taken.ratio(bar.contender, taken.fastest(there))
+    return Outcome(bar, value, (low, high))

@@ -1,0 +1,113 @@
+"""Every kernel against its reference in float64, on random sizes, before anything is timed.
+
+Outputs are poisoned: torch fills new memory with NaN, so that what a kernel leaves unwritten shows.
+Each launch is repeated, and has to give the same bits: what moves between runs is a race.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnopt.codegen.kernel import Kernel, Load, kernels
+from attnopt.codegen.shipped import chosen
+from attnopt.codegen.target import Target
+from attnopt.compiler.contract import Miss
+
+LENGTHS = (1, 63, 100, 128, 257, 1000)
+REPEATS = 5
+ALLOWED = {"float32": 1e-3, "float16": 5e-3, "bfloat16": 2e-2}
+"""Norm of the error over the norm of the reference, in the operands' dtype."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One comparison: the relative error, and what is wrong, empty where nothing is."""
+
+    kernel: str
+    spec: str
+    load: Load
+    error: float
+    wrong: str = ""
+
+
+def check_all(
+    target: Target,
+    device: str = "cuda",
+    lengths: tuple[int, ...] = LENGTHS,
+    names: tuple[str, ...] = (),
+) -> Iterator[Checked]:
+    """All kernels (or the named ones) on all of their examples, at other sizes."""
+    for name, cls in kernels().items():
+        if names and name not in names:
+            continue
+        for spec, load in cls.examples():
+            for length in lengths:
+                dtype = load.dtype
+                queries = length if load.queries > 8 else load.queries
+                small = replace(load, batch=2, queries=queries, keys=length, dtype=dtype)
+                yield check(cls, spec, small, target, device)
+
+
+def check(cls: type[Kernel[Any]], spec: Any, load: Load, target: Target, device: str) -> Checked:
+    """Launch several times on poisoned memory and compare."""
+    said = getattr(spec, "text", str(spec))
+    missed = cls.supports(spec, target)
+    if isinstance(missed, Miss):
+        return Checked(cls.name, said, load, 0.0)
+    kernel = chosen(cls, spec, target, load)
+    inputs = cls.inputs(spec, load, device)
+    with poisoned():
+        runs = [_flat(kernel.run(spec, _copied(inputs))) for _ in range(REPEATS)]
+    expected = _flat(cls.reference(spec, _wide(inputs)))
+    error = max(_error(got, want) for got, want in zip(runs[0], expected, strict=False))
+    moved = any(
+        not torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True)
+    )
+    wrong = "" if error <= ALLOWED[load.dtype] else f"an error of {error:.1e}"
+    return Checked(cls.name, said, load, error, wrong or ("moves between runs" if moved else ""))
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Within it, new memory of torch is filled with NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _flat(outputs: Any) -> list[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else [x for x in outputs if x is not None]
+
+
+def _copied(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Kernels that write into a state or a cache get their own."""
+    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+
+
+def _wide(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs on the CPU, in float64."""
+
+    def wide(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        return x.detach().cpu().to(torch.float64 if x.is_floating_point() else x.dtype)
+
+    return {key: wide(value) for key, value in inputs.items()}
+
+
+def _error(got: Tensor, want: Tensor) -> float:
+    """Norm of the difference over the norm; infinite where a number is missing."""
+    got = got.detach().cpu().to(torch.float64)
+    if got.shape != want.shape or not torch.isfinite(got[torch.isfinite(want)]).all():
+        return float("inf")
+    there = torch.isfinite(want)
+    return float((got[there] - want[there]).norm() / want[there].norm().clamp_min(1e-30))

@@ -1,0 +1,146 @@
+"""Which way runs an attention: the best that fits, the next where one fails, with one warning."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from attnopt.codegen import dispatch
+from attnopt.codegen.dispatch import Dispatch
+from attnopt.codegen.target import target
+from attnopt.compiler import attend
+from attnopt.compiler.spec import CAUSAL, FULL, AttentionSpec, Mask
+from tests.tolerance import assert_close
+
+H100 = target("h100")
+CAPPED = AttentionSpec(4, 2, 32, 32, 32**-0.5, CAUSAL, softcap=5.0)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_warnings() -> Iterator[None]:
+    dispatch._warn.cache_clear()
+    yield
+    dispatch._warn.cache_clear()
+
+
+def _inputs(spec: AttentionSpec, queries: int = 40, keys: int = 40) -> tuple[Tensor, ...]:
+    return (
+        torch.randn(2, spec.heads, queries, spec.head_dim),
+        torch.randn(2, spec.kv_heads, keys, spec.head_dim),
+        torch.randn(2, spec.kv_heads, keys, spec.v_dim),
+    )
+
+
+def _extras(spec: AttentionSpec, queries: int = 40) -> list[Tensor]:
+    made = {"padding": torch.rand(2, queries) < 0.8, "bias": torch.randn(1, 4, queries, queries)}
+    return [made[name] for name in spec.extras]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        CAPPED,
+        CAPPED.with_(mask=Mask("window", left=9, sink=2)),
+        CAPPED.with_(softcap=0.0, extras=("padding",), fill="min"),
+        CAPPED.with_(softcap=0.0, mask=FULL, extras=("bias", "padding")),
+    ],
+)
+def test_what_would_need_a_mask_tensor_runs_on_the_generated_kernel(spec: AttentionSpec) -> None:
+    run = Dispatch(spec, H100)
+    inputs, extras = _inputs(spec), _extras(spec)
+    got = run(*inputs, *extras)
+    wide = [x.double() if x.is_floating_point() else x for x in (*inputs, *extras)]
+    assert_close(got, attend.reference(wide[0], wide[1], wide[2], wide[3:], spec))
+    (passed,) = run.passed.values()
+    assert passed == ["scaled_dot_product_attention: it would need a mask tensor"]
+
+
+def test_plain_masks_run_on_torchs_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_generated", lambda *_: pytest.fail("not wanted", pytrace=False))
+    monkeypatch.setattr(dispatch, "_prefill_kernels", tuple)
+    for mask in (FULL, CAUSAL):
+        run = Dispatch(CAPPED.with_(softcap=0.0, mask=mask), H100)
+        run(*_inputs(run.spec))
+        assert list(run.passed.values()) == [[]]
+
+
+def test_a_causal_flag_is_not_used_for_fewer_queries_than_keys() -> None:
+    run = Dispatch(CAPPED.with_(softcap=0.0), H100)
+    q, k, v = _inputs(run.spec, queries=7)
+    assert_close(run(q, k, v), attend.reference(q, k, v, [], run.spec))
+    (passed,) = run.passed.values()
+    assert "as many queries as keys" in passed[0]
+
+
+def test_a_kernel_that_fails_on_the_device_is_passed_over_with_one_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(*_: Any) -> Any:
+        def run(*_: Any) -> Tensor:
+            raise OutOfResources(300000, 232448, "shared memory")
+
+        return run
+
+    monkeypatch.setattr(dispatch, "_generated", fails)
+    monkeypatch.setattr(dispatch, "_flexible", lambda spec: dispatch.Miss("not here"))
+    run = Dispatch(CAPPED, H100)
+    inputs = _inputs(CAPPED)
+    with pytest.warns(UserWarning, match="shared memory") as told:
+        got = run(*inputs)
+        run(*_inputs(CAPPED, 300, 300))
+    assert len(told) == 1
+    assert_close(got, attend.reference(*inputs, [], CAPPED))
+    assert any("flash_prefill: out of resource" in reason for reason in run.passed.popitem()[1])
+
+
+def test_other_errors_are_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        def run(*_: Any) -> Tensor:
+            raise KeyError("a bug")
+
+        return run
+
+    monkeypatch.setattr(dispatch, "_generated", broken)
+    with pytest.raises(KeyError):
+        Dispatch(CAPPED, H100)(*_inputs(CAPPED))
+
+
+def test_the_guard_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = dispatch._generated
+
+    def off(*given: Any) -> Any:
+        run = right(*given)
+        return lambda *inputs: run(*inputs) * 1.01
+
+    monkeypatch.setattr(dispatch, "_generated", off)
+    monkeypatch.setattr(dispatch, "_flexible", lambda spec: dispatch.Miss("not here"))
+    inputs = _inputs(CAPPED)
+    with pytest.warns(UserWarning, match="is wrong on NVIDIA H100"):
+        got = Dispatch(CAPPED, H100, check=True)(*inputs)
+    assert_close(got, attend.reference(*inputs, [], CAPPED))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Dispatch(CAPPED, H100, check=False)(*inputs)
+
+
+def test_choosing_again_takes_less_than_twenty_microseconds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The host's path of a call beyond the launch itself."""
+    q, k, v = _inputs(CAPPED)
+    monkeypatch.setattr(dispatch, "_generated", lambda *_: lambda q, k, v: q)
+    run = Dispatch(CAPPED, H100)
+    best = float("inf")
+    for _ in range(50):
+        begun = time.perf_counter()
+        for _ in range(100):
+            run(q, k, v)
+        best = min(best, (time.perf_counter() - begun) / 100)
+    assert best < 20e-6
