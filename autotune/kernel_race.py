@@ -153,7 +153,7 @@ def difference(made: Sequence[Tensor], wanted: Sequence[Tensor], allowed: float)
         close = torch.isclose(a, b, rtol=allowed, atol=allowed * scale)
         if not bool(close.all()):
             count = int((~close).sum())
-            worst = float((a - b).abs()[~close].nan_to_num(math.inf).max())
+            worst = float((a - b).abs()[~close].nan_to_num(math.inf, posinf=math.inf).max())
             return f"output {place}: {count} of {close.numel()} numbers are off, by up to {worst:g}"
     return ""
 

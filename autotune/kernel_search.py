@@ -27,6 +27,7 @@ from attnopt.codegen.target import Target
 
 Compile = Callable[[Sequence[Job]], list[Compiled]]
 TRIALS = 64
+_BEST = 4  # whose neighbours are tried where the sampler repeats itself
 _AT_ONCE = 4  # asked before any is told; not the number of processes, which must not change results
 
 
@@ -137,7 +138,7 @@ class _Whole:
 
 
 class _Sampled:
-    """Picks what Optuna's sampler suggests; where that was tried before, something at random."""
+    """Picks what Optuna's sampler suggests; where that was tried, a neighbour of the best."""
 
     def __init__(self, tries: _Tries, space: Mapping[str, Sequence[Any]], seed: int) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -177,11 +178,22 @@ class _Sampled:
         return trial, {k: trial.suggest_categorical(k, list(v)) for k, v in self.space.items()}
 
     def _untried(self, tries: _Tries) -> dict[str, Any]:
-        while True:
+        """One of the best with one field changed, where such a neighbour is left; else anything."""
+        fitting = [c for c in tries.outcomes.values() if isinstance(c, Candidate)]
+        best = sorted(fitting, key=lambda c: -c.score.value)[:_BEST]
+        near = [
+            replace(candidate.kernel, **{key: value})
+            for candidate in best
+            for key, values in self.space.items()
+            for value in values
+        ]
+        left = [k for k in near if k not in tries.outcomes and k not in self.asked]
+        while not left:
             chosen = {key: self.random.choice(values) for key, values in self.space.items()}
             kernel = replace(tries.default, **chosen)
-            if kernel not in tries.outcomes and kernel not in self.asked:
-                return chosen
+            left = [] if kernel in tries.outcomes or kernel in self.asked else [kernel]
+        picked = self.random.choice(left)
+        return {key: getattr(picked, key) for key in self.space}
 
 
 def _told(outcome: Candidate | str) -> tuple[float, float]:

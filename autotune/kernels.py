@@ -22,6 +22,7 @@ from attnopt.autotune.kernel_tuner import Tuned, told, tune
 from attnopt.autotune.timing import Progress
 from attnopt.codegen.kernel import Kernel, kernels
 from attnopt.codegen.shipped import Entry, bucket, entries, kind, written
+from attnopt.codegen.table import load_on
 from attnopt.codegen.target import Target, target
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.whole_file import write_whole
@@ -46,7 +47,8 @@ def _run(asked: argparse.Namespace) -> int:
     found: list[Entry] = []
     failed = 0
     for cls in _kernels(asked.kernel):
-        for spec, load in cls.examples():
+        for spec, example in cls.examples():
+            load = load_on(example, wanted)
             try:
                 made = tune(
                     cls, spec, load, wanted, device, trials=asked.trials, seconds=asked.seconds,

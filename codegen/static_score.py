@@ -148,8 +148,10 @@ def occupancy(static: Static, target: Target) -> float:
 
 def matrix_share(static: Static, target: Target) -> float:
     """The share of the loop's time in which a scheduler's matrix unit does useful products, 0 to 1;
-    without matrix products, the share of multiply-adds among its cycles."""
+    without matrix products, the share of multiply-adds among its cycles; 1 without either."""
     loop, vendor = static.loop, target.vendor
+    if not loop.matrix and not loop.fma:
+        return 1.0
     warps = max(1.0, resident(static, target) * static.resources.warps / _SCHEDULERS)
     products = sum(done / _per_cycle(kind, target) for kind, done in loop.matrix.items())
     other = loop.plain + loop.vector * (_VECTOR_CYCLES[vendor] - 1)
