@@ -18,6 +18,7 @@ from typer.main import get_command
 from attnopt import __version__
 from attnopt.cli.apply import apply
 from attnopt.cli.check import check
+from attnopt.cli.codegen import codegen
 from attnopt.cli.export import export
 from attnopt.cli.inspect import inspect
 from attnopt.cli.optimize import optimize
@@ -34,7 +35,7 @@ commands = typer.Typer(
     pretty_exceptions_enable=False,
     help="Make the attention of trained models fast, and prove what it cost.",
 )
-for _command in (optimize, inspect, apply, check, export):
+for _command in (optimize, inspect, apply, check, export, codegen):
     commands.command()(_command)
 
 

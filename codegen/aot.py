@@ -91,17 +91,10 @@ def compiled(launch: Launch, target: Target) -> Any:
     Raises `Problem` A803 for the CPU, A804 in the interpreter, and A805 where triton fails.
     """
     require_compiler()
-    signature: dict[str, Any] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], Any] = {}
-    for place, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments[parameter.name]
-        if parameter.is_constexpr:
-            signature[parameter.name] = "constexpr"
-            constants[(place,)] = value
-        else:
-            signature[parameter.name] = _typed(value, (place,), constants, attributes)
-    source = triton.compiler.ASTSource(launch.kernel, signature, constants, attributes)
+    told = signature(launch)
+    source = triton.compiler.ASTSource(
+        launch.kernel, told.types, told.constants, told.attributes
+    )  # fmt: skip
     name, options = launch.kernel.fn.__name__, {"enable_fp_fusion": True, **launch.options}
     try:
         with _without_lines():
@@ -112,6 +105,36 @@ def compiled(launch: Launch, target: Target) -> Any:
             why=(str(error).strip().splitlines() or [type(error).__name__])[-1],
             help="choose other tile sizes, or another target",
         ) from error  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Signature:
+    """A launch's arguments in triton's words: types by name, and by place what is compiled in and
+    what may be relied on. A place is the number of a parameter, and of an item where it is a
+    tuple."""
+
+    types: Mapping[str, Any]
+    constants: Mapping[tuple[int, ...], Any]
+    attributes: Mapping[tuple[int, ...], Any]
+
+
+def signature(launch: Launch) -> Signature:
+    """The arguments of a launch, specialised as a launch on a device would."""
+    types: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for place, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr:
+            types[parameter.name] = "constexpr"
+            constants[(place,)] = value
+            continue
+        told = {} if parameter.do_not_specialize else attributes
+        types[parameter.name] = _typed(value, (place,), constants, told)
+        if parameter.do_not_specialize and constants.get((place,)) == 1:  # one code for all
+            del constants[(place,)]
+            types[parameter.name] = "i32"
+    return Signature(types, constants, attributes)
 
 
 def resources(made: Any, target: Target) -> Resources:

@@ -66,7 +66,8 @@ def emit(
 
 def public_name(spec: Any) -> str:
     """The name of the function of an emitted module that launches the kernel."""
-    return "attention" if isinstance(spec, AttentionSpec) else "run"
+    attends = isinstance(spec, AttentionSpec) or hasattr(spec, "attention")
+    return "attention" if attends else "run"
 
 
 def _header(kernel: Kernel[Any], facts: Mapping[str, str], inputs: Inputs, call: str) -> str:
@@ -75,7 +76,7 @@ def _header(kernel: Kernel[Any], facts: Mapping[str, str], inputs: Inputs, call:
     oldest, newest = TRITON
     shapes = {name: _shape(value) for name, value in inputs.items()}
     lines = [
-        first_line(type(kernel).launcher), "",
+        summary(type(kernel).launcher), "",
         *wrap(
             f"Written by attnopt {attnopt.__version__}{source}. Needs torch and triton ({oldest} "
             f"to {newest} are known to work), and nothing of attnopt.", _WIDTH,
@@ -91,7 +92,7 @@ def _header(kernel: Kernel[Any], facts: Mapping[str, str], inputs: Inputs, call:
     return '"""' + "\n".join(lines).replace("\\", "\\\\") + '\n"""'
 
 
-def first_line(function: Callable[..., Any]) -> str:
+def summary(function: Callable[..., Any]) -> str:
     """What a function does, by its docstring."""
     return (inspect.getdoc(function) or function.__name__).splitlines()[0]
 
@@ -119,7 +120,7 @@ def _function(
     passed += [f"{key}={literal(value)}" for key, value in constants.items()]
     return "\n".join([
         f"def {name}(", *(f"    {item}," for item in takes), f") -> {returns}:",
-        f'    """{first_line(launcher)} See `{launcher.__name__}`."""',
+        f'    """{summary(launcher)} See `{launcher.__name__}`."""',
         f"    return {launcher.__name__}(", *(f"        {item}," for item in passed), "    )",
     ])  # fmt: skip
 

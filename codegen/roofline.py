@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 
+from attnopt.codegen.kernel import Work
 from attnopt.codegen.target import Target
 from attnopt.compiler.cost import Cost, NodeCost, Workload, cost
 from attnopt.compiler.errors import Problem
@@ -104,6 +105,16 @@ def estimate(
         counted.flops, used, shares, target.source, counted.load,
         tuple(key for key in ASSUMED if key not in target.achievable),
     )  # fmt: skip
+
+
+def estimated(work: Work, dtype: str, target: Target) -> float:
+    """Estimated seconds of one attention kernel: the longer of its arithmetic and its traffic.
+
+    Raises `Problem` A405 for a dtype that the target has no peak for.
+    """
+    shares = {**ASSUMED, **target.achievable}
+    arithmetic = work.flops / (_peak(target, dtype) * shares["attention"])
+    return max(arithmetic, work.bytes / (target.bandwidth * shares["bandwidth"]))
 
 
 def _kind(node: NodeCost) -> str:

@@ -18,8 +18,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from attnopt.codegen.kernel import Kernel, Load, Work, kernels
-from attnopt.codegen.roofline import ASSUMED
+from attnopt.codegen.kernel import Kernel, Load, kernels
+from attnopt.codegen.roofline import estimated
 from attnopt.codegen.target import Target, known, target
 from attnopt.compiler.errors import Problem
 
@@ -99,7 +99,9 @@ def _row(kernel: type[Kernel[Any]], at: int, on: Target) -> Row:
 
     spec, load = kernel.examples()[at]
     load = load_on(load, on)
-    row = Row(kernel.name, at, on.name, estimated_s=estimated(kernel.work(spec, load), load, on))
+    row = Row(
+        kernel.name, at, on.name, estimated_s=estimated(kernel.work(spec, load), load.dtype, on)
+    )
     miss = kernel.supports(spec, on)
     if miss is not None:
         return replace(row, why_not=miss.reason)
@@ -116,20 +118,6 @@ def _row(kernel: type[Kernel[Any]], at: int, on: Target) -> Row:
 def load_on(load: Load, on: Target) -> Load:
     """The load in float16 where the target has no arithmetic in its dtype."""
     return load if load.dtype in on.peak else replace(load, dtype="float16")
-
-
-def estimated(work: Work, load: Load, on: Target) -> float:
-    """Seconds by the roofline: the longer of arithmetic and memory traffic, at the shares of the
-    peaks that good kernels reach. Raises `Problem` A405 where the target has no peak for the dtype.
-    """
-    if load.dtype not in on.peak:
-        raise Problem(
-            "A405", f"{on.title} has no peak for {load.dtype}",
-            why=f"its datasheet has {', '.join(sorted(on.peak))}",
-        )  # fmt: skip
-    shares = {**ASSUMED, **on.achievable}
-    arithmetic = work.flops / (on.peak[load.dtype] * shares["attention"])
-    return max(arithmetic, work.bytes / (on.bandwidth * shares["bandwidth"]))
 
 
 def page(found: Sequence[Row]) -> str:

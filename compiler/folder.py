@@ -114,12 +114,13 @@ def check_writable(folder: str | Path) -> Path:
 
 def is_ours(folder: Path) -> bool:
     """Whether a folder is empty or was written by attnopt (it holds `.work/`, a plan or a report of
-    its format).
+    its format, or the manifest of emitted kernels).
     """
     names = {path.name for path in folder.iterdir()}
     if not names or (folder / WORK).is_dir():
         return True
-    return _holds(folder / "plan.json", "steps") or _holds(folder / "report.json", "schema")
+    marks = {"plan.json": "steps", "report.json": "schema", "manifest.json": "attnopt"}
+    return any(_holds(folder / name, key) for name, key in marks.items())
 
 
 @contextmanager

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from attnopt.codegen.roofline import ASSUMED, estimate
+from attnopt.codegen.kernel import Work
+from attnopt.codegen.roofline import ASSUMED, estimate, estimated
 from attnopt.codegen.target import target
 from attnopt.compiler.cost import Workload, cost
 from attnopt.compiler.errors import Problem
@@ -69,3 +70,11 @@ def test_a_dtype_that_the_target_lacks_is_said() -> None:
     with pytest.raises(Problem, match="no peak for bfloat16") as caught:
         estimate(decoder(), target("t4"), dtype="bfloat16")
     assert "float16" in caught.value.why
+
+
+def test_one_kernel_takes_the_longer_of_its_arithmetic_and_its_traffic() -> None:
+    on = target("a100")  # 312e12 at 0.6 of its own file, 2.039e12 at the 0.8 that is assumed
+    assert estimated(Work(312e12 * 0.6, 1.0), "bfloat16", on) == pytest.approx(1.0)
+    assert estimated(Work(1.0, 2.039e12 * 0.8 * 3), "bfloat16", on) == pytest.approx(3.0)
+    with pytest.raises(Problem, match="no peak for bfloat16"):
+        estimated(Work(1.0, 1.0), "bfloat16", target("t4"))

@@ -8,23 +8,14 @@ import pytest
 
 from attnopt.codegen import table
 from attnopt.codegen.aot import Resources
-from attnopt.codegen.kernel import Load, Work, kernels
-from attnopt.codegen.table import Row, estimated, load_on, page
+from attnopt.codegen.kernel import Load, kernels
+from attnopt.codegen.table import Row, load_on, page
 from attnopt.codegen.target import known, target
-from attnopt.compiler.errors import Problem
 from tests.codegen.compiling import compiling
 from tests.codegen.conftest import Golden
 from tests.codegen.doubling import Doubling
 
 GPUS = tuple(name for name in known() if not target(name).measured)
-
-
-def test_the_estimate_is_the_longer_of_arithmetic_and_traffic() -> None:
-    on, load = target("a100"), Load()  # 312e12 at 0.6, 2.039e12 at 0.8
-    assert estimated(Work(312e12 * 0.6, 1.0), load, on) == pytest.approx(1.0)
-    assert estimated(Work(1.0, 2.039e12 * 0.8 * 3), load, on) == pytest.approx(3.0)
-    with pytest.raises(Problem, match="no peak for bfloat16"):
-        estimated(Work(1.0, 1.0), load, target("t4"))
 
 
 def test_a_target_without_the_dtype_gets_float16() -> None:

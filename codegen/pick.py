@@ -1,0 +1,54 @@
+"""Which kernel computes a spec on a target: every kernel there is is asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from attnopt.codegen.kernel import Kernel, Load, kernels
+from attnopt.codegen.roofline import estimated
+from attnopt.codegen.target import Target
+from attnopt.compiler.contract import Miss
+
+
+@dataclass(frozen=True)
+class Picked:
+    """A kernel at its default tile sizes for a spec, a target and a load.
+
+    `seconds` is its estimated time, `others` are the kernels that compute the spec too.
+    """
+
+    kernel: Kernel[Any]
+    spec: Any
+    target: Target
+    load: Load
+    seconds: float
+    others: tuple[str, ...] = ()
+
+
+def pick(spec: Any, target: Target, load: Load) -> Picked | Miss:
+    """The kernel with the least estimated time of those that compute the spec, by name where they
+    tie; else why none of those that take specs of its kind does.
+
+    Raises `Problem` A405 where the target has no peak for the dtype of the load.
+    """
+    asked = {name: kernel for name, kernel in kernels().items() if _takes(kernel, spec)}
+    misses = {name: kernel.supports(spec, target) for name, kernel in asked.items()}
+    fit = {
+        name: estimated(kernel.work(spec, load), load.dtype, target)
+        for name, kernel in asked.items()
+        if misses[name] is None
+    }
+    if fit:
+        best = min(fit, key=lambda name: (fit[name], name))
+        chosen = asked[best].default(spec, target, load)
+        others = tuple(name for name in fit if name != best)
+        return Picked(chosen, spec, target, load, fit[best], others)
+    reasons = [f"{name}: {miss.reason}" for name, miss in misses.items() if miss is not None]
+    kind = type(spec).__name__
+    return Miss("; ".join(reasons) or f"no kernel computes a {kind}")
+
+
+def _takes(kernel: type[Kernel[Any]], spec: Any) -> bool:
+    """Whether the kernel's specs are of this kind, by its examples."""
+    return any(type(example) is type(spec) for example, _ in kernel.examples())
