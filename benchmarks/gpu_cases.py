@@ -52,6 +52,7 @@ def dense_prefill(length: int) -> Case:
             CUDNN: lambda: sdpa("CUDNN_ATTENTION"), FLASH: lambda: sdpa("FLASH_ATTENTION"),
             FLEX: lambda: flex(_causal, length, length),
         },
+        same=(CUDNN, FLASH, FLEX, "dispatch"),
         composed={"dispatch": lambda target, load: _dispatched(spec, target)},
     )  # fmt: skip
 
@@ -64,12 +65,13 @@ def grouped_decode() -> Case:
         "grouped decode 8:1, batch 8, 32k cache", "split_decode", spec, Load(8, 1, 32 * K),
         (
             Bar(0.8, of="bandwidth"), Bar(2.0, ("scaled_dot_product_attention",)),
-            Bar(1.0, ("FlashInfer",)),
+            Bar(1.0, ("FlashInfer",), contender="attnopt, pages"),
         ),
         {
             "scaled_dot_product_attention": lambda: sdpa("FLASH_ATTENTION", causal=False),
             "FlashInfer": flashinfer_decode,
         },
+        same=("scaled_dot_product_attention",),
         composed={"attnopt, pages": lambda target, load: _paged(paged, target, load)},
         prepare=_with_pages,
     )  # fmt: skip
@@ -86,6 +88,7 @@ def windowed_prefill() -> Case:
             FLASH: lambda: sdpa("FLASH_ATTENTION"), CUDNN: lambda: sdpa("CUDNN_ATTENTION"),
             FLEX: lambda: flex(lambda b, h, i, j: mask.keep(i, j), length, length),
         },
+        same=(FLEX,),
     )  # fmt: skip
 
 
@@ -171,6 +174,7 @@ def linear(length: int) -> Case:
         f"linear chunk, {length // K}k", "linear_chunk", spec, Load(4, length, length),
         (Bar(0.95, ("flash-linear-attention",)), Bar(0.45, of="bandwidth")),
         {"flash-linear-attention": lambda: fla_linear("chunk_retention")},
+        prepare=_tokens_first,
     )  # fmt: skip
 
 
@@ -183,8 +187,14 @@ def _dispatched(spec: AttentionSpec, target: Target) -> Contender:
     return lambda given: run(given["q"], given["k"], given["v"])
 
 
-def _launched(spec: Any, target: Target, load: Load, kernel: str = "split_decode") -> Contender:
-    cls = kernels()[kernel]
+def _tokens_first(given: Given, load: Load) -> Given:
+    """Tensors that lie in memory as [batch, tokens, heads, dim], which the peer would copy to."""
+    lying = {name: given[name].transpose(1, 2).contiguous().transpose(1, 2) for name in "qkv"}
+    return {**given, **lying}
+
+
+def _launched(spec: Any, target: Target, load: Load) -> Contender:
+    cls = kernels()["split_decode"]
     made = chosen(cls, spec, target, load)
     return lambda given: made.run(spec, given)
 
@@ -244,7 +254,7 @@ def _uncompressed(spec: DecodeSpec, target: Target, load: Load) -> Contender:
     made: dict[str, Given] = {}
 
     def step(given: Given) -> Any:
-        device = str(given["lengths"].device) if "lengths" in given else "cuda"
+        device = str(next(x for x in given.values() if isinstance(x, Tensor)).device)
         if device not in made:
             made[device] = kernels()["split_decode"].inputs(spec, load, device)
         return run(made[device])

@@ -83,7 +83,8 @@ def kind(spec: Any) -> str:
     """What of a spec tile sizes follow, as text."""
     if not dataclasses.is_dataclass(spec) or isinstance(spec, type):
         return repr(spec)
-    facts = {key: value for key, value in text.changed(spec).items() if key not in _ALIKE}
+    alike = _ALIKE if hasattr(spec, "kv_heads") else _ALIKE[:2]  # else heads are rows of a tile
+    facts = {key: value for key, value in text.changed(spec).items() if key not in alike}
     if hasattr(spec, "heads") and hasattr(spec, "kv_heads"):
         facts["group"] = spec.heads // spec.kv_heads
     inner = " ".join(f"{key}={text.dump_value(value)}" for key, value in facts.items())
