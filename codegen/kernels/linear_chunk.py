@@ -132,25 +132,13 @@ class LinearChunk(Kernel[LinearSpec]):
 
     @classmethod
     def default(cls, spec: LinearSpec, target: Target, load: Load) -> Self:
-        item = load.torch_dtype.itemsize
         depth = padded_size(spec.key_dim)
-        rows = depth * (2 if spec.two_sided else 1)
         more = spec.normalised or spec.decay == "token"
         heavy = (1 + spec.two_sided) * (more and spec.feature != "identity")
-        block_c, block_v, warps = tiles(target, item, rows, heavy)
-        block_v = min(block_v, padded_size(spec.value_dim))
-        kept = rows * block_v * item
-        streamed = block_c * (2 * depth + block_v) * item
-        # Another block on the same unit hides a wait better than one more stage does.
-        half = replace(target, shared_per_block=target.shared_per_unit // 2)
-        stages = stages_that_fit(half, kept, streamed, 3)
-        if stages < 2:
-            stages = stages_that_fit(target, kept, streamed, 3)
-        if target.vendor == "nvidia" and target.capability < "9":
-            stages = min(3, stages + 1)  # the stage in use is in registers
-        programs = load.batch * spec.heads * triton.cdiv(spec.value_dim, block_v)
-        segment = segment_length(load.queries, programs, 2 * target.units)
-        return cls(block_c, block_v, segment, warps, max(stages, 1))
+        return cls(**tile_sizes(
+            target, load, spec.heads, depth, depth * (2 if spec.two_sided else 1),
+            spec.value_dim, heavy,
+        ))  # fmt: skip
 
     @classmethod
     def inputs(cls, spec: LinearSpec, load: Load, device: str = "cpu") -> Inputs:
@@ -235,6 +223,30 @@ def feature_arguments(spec: LinearSpec) -> dict[str, Any]:
     return {
         "feature": spec.feature, "two_sided": spec.two_sided, "scale": spec.scale,
         "normalised": spec.normalised, "eps": spec.eps,
+    }  # fmt: skip
+
+
+def tile_sizes(
+    target: Target, load: Load, heads: int, depth: int, rows: int, width: int, heavy: int
+) -> dict[str, int]:
+    """Tile sizes for queries and keys of `depth` channels, states of `rows` rows and values of
+    `width` channels; `heavy` as `tiles` takes it."""
+    item = load.torch_dtype.itemsize
+    block_c, block_v, warps = tiles(target, item, rows, heavy)
+    block_v = min(block_v, padded_size(width))
+    kept = rows * block_v * item
+    streamed = block_c * (2 * depth + block_v) * item
+    # Another block on the same unit hides a wait better than one more stage does.
+    half = replace(target, shared_per_block=target.shared_per_unit // 2)
+    stages = stages_that_fit(half, kept, streamed, 3)
+    if stages < 2:
+        stages = stages_that_fit(target, kept, streamed, 3)
+    if target.vendor == "nvidia" and target.capability < "9":
+        stages = min(3, stages + 1)  # the stage in use is in registers
+    programs = load.batch * heads * triton.cdiv(width, block_v)
+    return {
+        "block_c": block_c, "block_v": block_v, "warps": warps, "stages": max(stages, 1),
+        "segment": segment_length(load.queries, programs, 2 * target.units),
     }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from attnopt.codegen.pieces.decays import cumulative
-from attnopt.codegen.pieces.feature_maps import mapped, unmapped
+from attnopt.codegen.pieces.feature_maps import mapped
 from attnopt.codegen.pieces.tiles import load_tile
 
 
@@ -75,14 +75,14 @@ def _absorb(
         state *= left
         if SUMS != "none":
             sums *= left
+    if SUMS == "values":
+        weight = enter * extra if REVERSE else enter
+        sums += tl.sum(values.to(tl.float32) * weight[:, None], 0)
     state = tl.dot(tl.trans(keys), fresh, state, input_precision=PRECISION)
     if SUMS == "keys":
         first = (tl.arange(0, 16) == 0)[None, :]
         column = tl.where(first, enter[:, None], 0.0).to(keys.dtype)
         sums = tl.dot(tl.trans(keys), column, sums, input_precision=PRECISION)
-    elif SUMS == "values":
-        weight = enter * extra if REVERSE else enter
-        sums += tl.sum(values.to(tl.float32) * weight[:, None], 0)
     return state, sums
 
 
@@ -91,7 +91,7 @@ def sweep(
     state, sums, q, k, v, x, out, factor, extra, decay, held, total, dots, b, h, tile,
     first, chunks, length, scale, eps,
     HOOK: tl.constexpr, KEY_MAP: tl.constexpr, VALUE_MAP: tl.constexpr, SLOPE: tl.constexpr,
-    KEY_SIDES: tl.constexpr, VALUE_SIDES: tl.constexpr, SUMS: tl.constexpr,
+    KEY_SIDES: tl.constexpr, SUMS: tl.constexpr,
     CAUSAL: tl.constexpr, REVERSE: tl.constexpr, READ: tl.constexpr, MASKED: tl.constexpr,
     D: tl.constexpr, V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
@@ -114,7 +114,7 @@ def sweep(
             keys = _rows(k, start, length, d, D, BLOCK_C, D == BLOCK_D, MASKED)
             keys = mapped(keys, (d < D)[None, :], KEY_MAP, KEY_SIDES)
             values = _rows(v, start, length, e, V, BLOCK_C, V % BLOCK_V == 0, MASKED)
-            values = mapped(values, (e < V)[None, :], VALUE_MAP, VALUE_SIDES)
+            values = mapped(values, (e < V)[None, :], VALUE_MAP, 1)
         if READ:
             queries = _rows(q, start, length, d, D, BLOCK_C, D == BLOCK_D, MASKED)
             queries = mapped(queries, (d < D)[None, :], KEY_MAP, KEY_SIDES)
@@ -146,7 +146,7 @@ def sweep(
                     bottom += tl.sum(scores, 1)
             _write(
                 result, bottom, x, out, total, dots, b, h, tile, start, length,
-                VALUE_MAP, SLOPE, VALUE_SIDES, SUMS, MASKED, V, BLOCK_V, BLOCK_C,
+                VALUE_MAP, SLOPE, SUMS, MASKED, V, BLOCK_V, BLOCK_C,
             )  # fmt: skip
         if absorbs:
             state, sums = _absorb(
@@ -159,8 +159,8 @@ def sweep(
 @triton.jit
 def _write(
     result, bottom, x, out, total, dots, b, h, tile, start, length,
-    MAP: tl.constexpr, SLOPE: tl.constexpr, SIDES: tl.constexpr, SUMS: tl.constexpr,
-    MASKED: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
+    MAP: tl.constexpr, SLOPE: tl.constexpr, SUMS: tl.constexpr, MASKED: tl.constexpr,
+    V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Store a chunk's rows: over their `bottom` where SUMS are of keys, or, as the gradient of
     features, taken back to that of `x`, with its dot products with the features into `dots`."""
@@ -173,13 +173,13 @@ def _write(
             at = total[0] + b * total[1] + h * total[2] + position.to(tl.int64)
             tl.store(at, bottom, mask=position < length)
     if x is not None:
-        there = (e < V)[None, :]
-        given = _rows(x, start, length, e, V, BLOCK_C, V % BLOCK_V == 0, MASKED)
+        given = _rows(x, start, length, e, V, BLOCK_C, V % BLOCK_V == 0, MASKED).to(tl.float32)
+        features = mapped(given, (e < V)[None, :], MAP, 1)
         if dots is not None:
-            features = mapped(given.to(tl.float32), there, MAP, SIDES)
             at = dots[0] + tile * dots[1] + b * dots[2] + h * dots[3] + position.to(tl.int64)
             tl.store(at, tl.sum(features * result, 1), mask=position < length)
-        result = unmapped(given, there, result, MAP, SLOPE, SIDES)
+        if SLOPE is not None:
+            result = SLOPE(given, features, result)
     at = out[0] + tl.cast(start, tl.int64) * out[1] + i[:, None] * out[1] + e[None, :]
     result = result.to(out[0].dtype.element_ty)
     if MASKED or V % BLOCK_V != 0:

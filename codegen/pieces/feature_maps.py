@@ -81,23 +81,6 @@ def mapped(x, there, MAP: tl.constexpr, SIDES: tl.constexpr):
 
 
 @triton.jit
-def unmapped(x, there, gradient, MAP: tl.constexpr, SLOPE: tl.constexpr, SIDES: tl.constexpr):
-    """The gradient [rows, channels] of a tile from that of its features, both float32."""
-    if MAP is None:
-        return gradient
-    else:
-        wide = x.to(tl.float32)
-        features = tl.where(there, MAP(wide, there), 0.0)
-        if SIDES == 2:
-            pairs = tl.reshape(gradient, [x.shape[0], x.shape[1], 2])
-            first, second = tl.split(pairs)
-            other = tl.where(there, MAP(-wide, there), 0.0)
-            return SLOPE(wide, features, first) - SLOPE(-wide, other, second)
-        else:
-            return SLOPE(wide, features, gradient)
-
-
-@triton.jit
 def feature_place(index, CHANNELS: tl.constexpr, SIDES: tl.constexpr):
     """Where the features of a tile stand in memory, and which of them there are."""
     if SIDES == 2:

@@ -37,14 +37,13 @@ def _at_head(x, b, h, ROW: tl.constexpr):
 @triton.jit
 def _state_at(
     x, b, h, segment, f, e,
-    D: tl.constexpr, V: tl.constexpr, KEY_SIDES: tl.constexpr, VALUE_SIDES: tl.constexpr,
+    D: tl.constexpr, V: tl.constexpr, KEY_SIDES: tl.constexpr,
 ):  # fmt: skip
     """Pointers to a state's tile in memory, and which of it there is."""
     row, some_rows = feature_place(f, D, KEY_SIDES)
-    column, some_columns = feature_place(e, V, VALUE_SIDES)
     at = x[0] + b * x[1] + h // x[6] * x[2] + segment.to(tl.int64) * x[3]
-    at += row[:, None] * x[4] + column[None, :] * x[5]
-    return at, some_rows[:, None] & some_columns[None, :]
+    at += row[:, None] * x[4] + e[None, :] * x[5]
+    return at, some_rows[:, None] & (e < V)[None, :]
 
 
 @triton.jit
@@ -66,9 +65,8 @@ def _chunks(
     q, k, v, x, out, factor, extra, decay, total, dots,
     state_in, sums_in, state_out, sums_out, logs_out, length, segment, segments, scale, eps,
     ONCE: tl.constexpr, HOOK: tl.constexpr, KEY_MAP: tl.constexpr, VALUE_MAP: tl.constexpr,
-    SLOPE: tl.constexpr, KEY_SIDES: tl.constexpr, VALUE_SIDES: tl.constexpr,
-    SUMS: tl.constexpr, CAUSAL: tl.constexpr, REVERSE: tl.constexpr, READ: tl.constexpr,
-    TAIL: tl.constexpr,
+    SLOPE: tl.constexpr, KEY_SIDES: tl.constexpr, SUMS: tl.constexpr, CAUSAL: tl.constexpr,
+    REVERSE: tl.constexpr, READ: tl.constexpr, TAIL: tl.constexpr,
     Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, X_ROW: tl.constexpr,
     OUT_ROW: tl.constexpr,
     D: tl.constexpr, V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -91,18 +89,17 @@ def _chunks(
         if x is not None:
             x = _at_head(x, b, h, X_ROW)
     F: tl.constexpr = BLOCK_D * KEY_SIDES
-    W: tl.constexpr = BLOCK_V * VALUE_SIDES
     f = tl.arange(0, F)
-    e = tile * W + tl.arange(0, W)
-    state = tl.zeros([F, W], tl.float32)
-    sums = tl.zeros([F, 16] if SUMS == "keys" else [W], tl.float32)
+    e = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    state = tl.zeros([F, BLOCK_V], tl.float32)
+    sums = tl.zeros([F, 16] if SUMS == "keys" else [BLOCK_V], tl.float32)
     if READ:
         if state_in is not None:
-            at, there = _state_at(state_in, b, h, part, f, e, D, V, KEY_SIDES, VALUE_SIDES)
+            at, there = _state_at(state_in, b, h, part, f, e, D, V, KEY_SIDES)
             state = tl.load(at, mask=there, other=0.0)
         if sums_in is not None:
             if SUMS == "values":
-                sums_at, some = _sums_at(sums_in, b, h, part, e, V, VALUE_SIDES, False)
+                sums_at, some = _sums_at(sums_in, b, h, part, e, V, 1, False)
             else:
                 sums_at, some = _sums_at(sums_in, b, h, part, f, D, KEY_SIDES, True)
             sums = tl.load(sums_at, mask=some, other=0.0)
@@ -117,32 +114,32 @@ def _chunks(
         state, sums = sweep(
             state, sums, q, k, v, x, out, factor, extra, decay, held, total, dots, b, h, tile,
             edge, rest, length, scale, eps, HOOK, KEY_MAP, VALUE_MAP, SLOPE, KEY_SIDES,
-            VALUE_SIDES, SUMS, CAUSAL, REVERSE, READ, True, D, V, BLOCK_D, BLOCK_V, BLOCK_C,
+            SUMS, CAUSAL, REVERSE, READ, True, D, V, BLOCK_D, BLOCK_V, BLOCK_C,
             PRECISION,
         )  # fmt: skip
     state, sums = sweep(
         state, sums, q, k, v, x, out, factor, extra, decay, held, total, dots, b, h, tile,
         first, whole, length, scale, eps, HOOK, KEY_MAP, VALUE_MAP, SLOPE, KEY_SIDES,
-        VALUE_SIDES, SUMS, CAUSAL, REVERSE, READ, False, D, V, BLOCK_D, BLOCK_V, BLOCK_C,
+        SUMS, CAUSAL, REVERSE, READ, False, D, V, BLOCK_D, BLOCK_V, BLOCK_C,
         PRECISION,
     )  # fmt: skip
     if TAIL and not REVERSE:
         state, sums = sweep(
             state, sums, q, k, v, x, out, factor, extra, decay, held, total, dots, b, h, tile,
             edge, rest, length, scale, eps, HOOK, KEY_MAP, VALUE_MAP, SLOPE, KEY_SIDES,
-            VALUE_SIDES, SUMS, CAUSAL, REVERSE, READ, True, D, V, BLOCK_D, BLOCK_V, BLOCK_C,
+            SUMS, CAUSAL, REVERSE, READ, True, D, V, BLOCK_D, BLOCK_V, BLOCK_C,
             PRECISION,
         )  # fmt: skip
 
     if READ and part != last:
         return
     if state_out is not None:
-        out_at, there = _state_at(state_out, b, h, part, f, e, D, V, KEY_SIDES, VALUE_SIDES)
+        out_at, there = _state_at(state_out, b, h, part, f, e, D, V, KEY_SIDES)
         if h % state_out[6] == 0:
             tl.store(out_at, state, mask=there)
     if sums_out is not None:
         if SUMS == "values":
-            left_at, some = _sums_at(sums_out, b, h, part, e, V, VALUE_SIDES, False)
+            left_at, some = _sums_at(sums_out, b, h, part, e, V, 1, False)
         else:
             left_at, some = _sums_at(sums_out, b, h, part, f, D, KEY_SIDES, True)
         if h % sums_out[5] == 0 and (SUMS == "values" or tile == 0):
@@ -216,8 +213,8 @@ def chunked_recurrence(
     final: Tensor | None = None, final_sums: Tensor | None = None,
     total: Tensor | None = None, dots: Tensor | None = None,
     *, scale: float, eps: float = 0.0, hook: tuple[Any, Any] = (None, None), key_map: Any = None,
-    value_map: Any = None, slope: Any = None, key_sides: int = 1, value_sides: int = 1,
-    sums: str = "none", causal: bool = True, reverse: bool = False, precision: str = "ieee",
+    value_map: Any = None, slope: Any = None, key_sides: int = 1, sums: str = "none",
+    causal: bool = True, reverse: bool = False, precision: str = "ieee",
     block_c: int = 64, block_v: int = 64, segment: int = 0, warps: int = 4, stages: int = 2,
 ) -> None:  # fmt: skip
     """Fill `out` [batch, heads, S, channels of v], see the module, and what else is given.
@@ -240,7 +237,7 @@ def chunked_recurrence(
     shared = {
         "ONCE": hook[0], "HOOK": hook[1],
         "KEY_MAP": key_map, "VALUE_MAP": value_map, "SLOPE": slope,
-        "KEY_SIDES": key_sides, "VALUE_SIDES": value_sides, "SUMS": sums, "CAUSAL": causal,
+        "KEY_SIDES": key_sides, "SUMS": sums, "CAUSAL": causal,
         "REVERSE": reverse, "TAIL": length % block_c != 0, "D": depth, "V": width,
         "K_ROW": k.stride(2), "V_ROW": v.stride(2), "Q_ROW": q.stride(2),
         "X_ROW": 0 if x is None else x.stride(2), "OUT_ROW": out.stride(2),
@@ -252,7 +249,7 @@ def chunked_recurrence(
     sums_in = None if initial_sums is None else with_sums(initial_sums, heads)
     if segments > 1 or not causal:
         holders = max(y.shape[1] for y in (k, v, decay, initial) if y is not None)
-        rows, columns = depth * key_sides, width * value_sides
+        rows, columns = depth * key_sides, width
         made: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
         states = torch.empty(batch, holders, segments, rows, columns, **made)
         summed = torch.empty(
