@@ -27,6 +27,7 @@ _GCC = shutil.which("gcc")
 needs_gcc = pytest.mark.skipif(_GCC is None, reason="there is no C compiler")
 
 _CODE = f"""
+from dataclasses import replace
 from pathlib import Path
 from attnopt.codegen import c_header, c_loader
 from attnopt.codegen import pick as picking
@@ -34,6 +35,7 @@ from attnopt.codegen.kernel import Load, kernels
 from attnopt.codegen.pick import pick
 from attnopt.codegen.ship import ship
 from attnopt.codegen.target import target
+from attnopt.compiler.errors import Problem
 from attnopt.compiler.spec import CAUSAL, AttentionSpec
 from tests.codegen.doubling import Doubling
 
@@ -55,6 +57,11 @@ for name in {TARGETS!r}:
     (folder / c_header.FILE).write_text(c_header.header(modules, on.vendor))
     (folder / c_loader.FILE).write_text(c_loader.loader(modules[0], on.vendor))
     told[name] = [one.facts() for one in made]
+    try:
+        none = replace(on, shared_per_block=64)
+        ship("over_0", pick(padded, none, Load(2, 200, 200, "float16")), True)
+    except Problem as problem:
+        told[name].append(problem.as_json())
 """
 
 
@@ -84,6 +91,7 @@ def test_facts_of_a_small_launch(shipped: tuple[Path, Any]) -> None:
         assert launch["compiled_in"] == {"stride": 1, "data": None, "HOOK": None, "BLOCK": 64}
         roles = {one["name"]: (one["role"], one["shape"]) for one in facts["buffers"]}
         assert roles == {"x": ("input", [999]), "out": ("output", [999])}
+        assert launch["null_pointers"] == ["global_scratch", "profile_scratch"]
         assert launch["threads"] == (64 if name == "mi300x" else 32)
 
 
@@ -119,6 +127,16 @@ def test_the_c_files_compile_without_a_warning(name: str, shipped: tuple[Path, A
     assert run.returncode == 0, run.stderr
     text = (folder / HEADER).read_text()
     assert "double_0_0_launch(" in text and "attention_0_0_fits(" in text
+
+
+@pytest.mark.slow
+def test_a_kernel_that_needs_more_shared_memory_than_there_is_is_refused(
+    shipped: tuple[Path, Any],
+) -> None:
+    for name in TARGETS:
+        problem = shipped[1][name][2]
+        assert problem["code"] == "A831" and "does not fit" in problem["what"]
+        assert problem["why"].startswith("exceeds shared memory: ")
 
 
 _DRIVER = """
