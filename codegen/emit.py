@@ -120,7 +120,8 @@ def _function(
     passed += [f"{key}={literal(value)}" for key, value in constants.items()]
     return "\n".join([
         f"def {name}(", *(f"    {item}," for item in takes), f") -> {returns}:",
-        f'    """{summary(launcher)} See `{launcher.__name__}`."""',
+        f'    """{summary(launcher)}', "",
+        f"    Shapes and errors: see `{launcher.__name__}`.", '    """',
         f"    return {launcher.__name__}(", *(f"        {item}," for item in passed), "    )",
     ])  # fmt: skip
 

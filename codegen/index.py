@@ -134,6 +134,8 @@ def _module(one: Shipped, of: Sequence[str]) -> list[str]:
             f"{launch.threads} threads, {used.registers} registers, {used.spills} bytes spilled, "
             f"{used.shared} of {limit} bytes of shared memory"
         )
+    if one.operators:
+        lines.append(f"- around its launches it runs {', '.join(one.operators)} of torch")
     return [*lines, ""]
 
 

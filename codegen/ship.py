@@ -17,22 +17,28 @@ from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from attnopt.codegen.emit import emit, public_name, summary
 from attnopt.codegen.launch_facts import Buffer, LaunchFacts, buffers, facts, grid_formulas
 from attnopt.codegen.pick import Picked
 from attnopt.compiler.errors import Problem
 
+_MEMORY = ("aten.empty", "aten.new_empty")
+
 
 @dataclass(frozen=True)
 class Shipped:
     """One emitted module: `text` is its source, `launches` what it launches at the sizes of the
-    load, with `buffers` their tensors. Both are empty where nothing was compiled."""
+    load, with `buffers` their tensors and `operators` what it asks of torch besides (nothing but
+    memory and views in most). They are empty where nothing was compiled."""
 
     name: str
     picked: Picked
     text: str
     launches: tuple[LaunchFacts, ...] = ()
     buffers: tuple[Buffer, ...] = ()
+    operators: tuple[str, ...] = ()
 
     @property
     def said(self) -> str:
@@ -59,6 +65,7 @@ class Shipped:
             "sizes": asdict(picked.load),
             "estimated_s": picked.seconds,
             "buffers": [asdict(buffer) for buffer in self.buffers],
+            "torch_operators": list(self.operators),
             "launches": [one.as_json() for one in self.launches],
         }  # fmt: skip
 
@@ -86,7 +93,8 @@ def ship(name: str, picked: Picked, compile: bool = True) -> Shipped:
     target = picked.target
     suffix = "hsaco" if target.vendor == "amd" else "cubin"
     inputs = type(picked.kernel).inputs(picked.spec, picked.load, "meta")
-    with _imported(name, text) as module, recording() as noted:
+    others = _Operators()
+    with _imported(name, text) as module, recording() as noted, others:
         outputs = getattr(module, public_name(picked.spec))(**inputs)
         known, formulas = buffers(inputs, outputs, noted), grid_formulas(text)
         launches = tuple(
@@ -96,7 +104,8 @@ def ship(name: str, picked: Picked, compile: bool = True) -> Shipped:
             )
             for at, one in enumerate(noted)
         )  # fmt: skip
-    made = Shipped(name, picked, text, launches, tuple(known.values()))
+    asked = tuple(others.found)
+    made = Shipped(name, picked, text, launches, tuple(known.values()), asked)
     over = [one.resources for one in launches if one.shared > target.shared_per_block]
     if over:
         raise Problem(
@@ -104,6 +113,21 @@ def ship(name: str, picked: Picked, compile: bool = True) -> Shipped:
             why=over[0].misfit(target), help="emit without binaries: --no-aot",
         )  # fmt: skip
     return made
+
+
+class _Operators(TorchDispatchMode):
+    """Notes the operators of torch that compute something: neither memory nor views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if not func.is_view and not str(func).startswith(_MEMORY):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

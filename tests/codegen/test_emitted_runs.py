@@ -19,7 +19,7 @@ from tests.codegen.doubling import Doubling, halved
 from tests.tolerance import assert_close
 
 H100 = target("h100")
-_LONGEST = 150  # the interpreter is slow
+_LONGEST = 70  # the interpreter is slow
 
 
 def _small(load: Load) -> Load:

@@ -27,15 +27,24 @@ _GCC = shutil.which("gcc")
 needs_gcc = pytest.mark.skipif(_GCC is None, reason="there is no C compiler")
 
 _CODE = f"""
+from dataclasses import replace
 from pathlib import Path
 from attnopt.codegen import c_header, c_loader
 from attnopt.codegen import pick as picking
 from attnopt.codegen.kernel import Load, kernels
-from attnopt.codegen.pick import pick
+from attnopt.codegen.pick import Picked, pick
 from attnopt.codegen.ship import ship
 from attnopt.codegen.target import target
+from attnopt.compiler.errors import Problem
 from attnopt.compiler.spec import CAUSAL, AttentionSpec
-from tests.codegen.doubling import Doubling
+from tests.codegen.doubling import Doubling, shifted
+
+class Shifting(Doubling):
+    launcher = staticmethod(shifted)
+
+def _asks(on):
+    picked = Picked(Shifting(), 2.0, on, Load(1, 8, 8), 0.0)
+    return ship("shifted_0", picked).facts()["torch_operators"]
 
 found = {{"double": Doubling, **kernels()}}
 picking.kernels = lambda: found
@@ -55,6 +64,12 @@ for name in {TARGETS!r}:
     (folder / c_header.FILE).write_text(c_header.header(modules, on.vendor))
     (folder / c_loader.FILE).write_text(c_loader.loader(modules[0], on.vendor))
     told[name] = [one.facts() for one in made]
+    told[name].append(_asks(on))
+    try:
+        none = replace(on, shared_per_block=64)
+        ship("over_0", pick(padded, none, Load(2, 200, 200, "float16")), True)
+    except Problem as problem:
+        told[name].append(problem.as_json())
 """
 
 
@@ -82,8 +97,10 @@ def test_facts_of_a_small_launch(shipped: tuple[Path, Any]) -> None:
         assert named["factor"]["type"] == "fp32" and named["factor"]["value"] == 2.0
         # A stride of 1, what is not given, and the tile are constants now.
         assert launch["compiled_in"] == {"stride": 1, "data": None, "HOOK": None, "BLOCK": 64}
+        assert facts["torch_operators"] == []
         roles = {one["name"]: (one["role"], one["shape"]) for one in facts["buffers"]}
         assert roles == {"x": ("input", [999]), "out": ("output", [999])}
+        assert launch["null_pointers"] == ["global_scratch", "profile_scratch"]
         assert launch["threads"] == (64 if name == "mi300x" else 32)
 
 
@@ -107,6 +124,12 @@ def test_facts_of_an_attention(shipped: tuple[Path, Any]) -> None:
 
 
 @pytest.mark.slow
+def test_what_is_asked_of_torch_besides_is_told(shipped: tuple[Path, Any]) -> None:
+    for name in TARGETS:
+        assert shipped[1][name][2] == ["aten.zeros.default", "aten.add.Tensor"]
+
+
+@pytest.mark.slow
 @needs_gcc
 @pytest.mark.parametrize("name", TARGETS)
 def test_the_c_files_compile_without_a_warning(name: str, shipped: tuple[Path, Any]) -> None:
@@ -119,6 +142,16 @@ def test_the_c_files_compile_without_a_warning(name: str, shipped: tuple[Path, A
     assert run.returncode == 0, run.stderr
     text = (folder / HEADER).read_text()
     assert "double_0_0_launch(" in text and "attention_0_0_fits(" in text
+
+
+@pytest.mark.slow
+def test_a_kernel_that_needs_more_shared_memory_than_there_is_is_refused(
+    shipped: tuple[Path, Any],
+) -> None:
+    for name in TARGETS:
+        problem = shipped[1][name][3]
+        assert problem["code"] == "A831" and "does not fit" in problem["what"]
+        assert problem["why"].startswith("exceeds shared memory: ")
 
 
 _DRIVER = """
