@@ -21,7 +21,7 @@ from attnopt.codegen.target import Target
 
 Sampler = Callable[[], float]
 _SHORTEST = 2e-3  # seconds that a sample lasts at least
-_MOST_REPEATS = 1000
+_MOST_REPEATS = 200
 _MEMORY = 0.15  # how far a driver's figure may be off the datasheet's, which counts in other units
 
 
@@ -58,11 +58,11 @@ class Device(Protocol):
 
 
 class Gpu:
-    """A GPU that torch can use, of NVIDIA or AMD."""
+    """The GPU that torch uses here, of NVIDIA or AMD."""
 
-    def __init__(self, index: int = 0) -> None:
-        self.where = f"cuda:{index}"
-        self.facts: Any = torch.cuda.get_device_properties(index)
+    def __init__(self) -> None:
+        self.where = f"cuda:{torch.cuda.current_device()}"
+        self.facts: Any = torch.cuda.get_device_properties(self.where)
         self.name = str(self.facts.name)
         self.driver = _driver()
         self._pool: Any = None
@@ -104,15 +104,11 @@ class Gpu:
 
     def sampler(self, calls: Sequence[Callable[[], Any]]) -> Sampler:
         """A sampler of a captured graph of the calls, repeated until a sample is long enough."""
-        with torch.cuda.device(self.where):
-            for _ in range(2):  # the first compiles
-                for call in calls:
-                    call()
-            once = self._events(lambda: [call() for call in calls])
-            repeats = min(_MOST_REPEATS, max(1, math.ceil(_SHORTEST / max(once(), 1e-6))))
-            runs = [*calls] * repeats
-            sample = self._events(self._captured(runs))
-            sample()
+        _run_all(calls)  # it compiles
+        once = self._events(lambda: _run_all(calls))()
+        runs = [*calls] * min(_MOST_REPEATS, max(1, math.ceil(_SHORTEST / max(once, 1e-6))))
+        sample = self._events(self._captured(runs))
+        sample()
         return lambda: sample() / len(runs)
 
     def _captured(self, runs: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
@@ -122,32 +118,36 @@ class Gpu:
         graph = torch.cuda.CUDAGraph()
         try:
             with _no_collection(), torch.cuda.graph(graph, pool=self._pool):
-                for run in runs:
-                    run()
+                _run_all(runs)
         except RuntimeError:
             torch.cuda.synchronize(self.where)
-            return lambda: [run() for run in runs]
+            return lambda: _run_all(runs)
         return graph.replay
 
     def _events(self, run: Callable[[], Any]) -> Sampler:
         """A function that runs it and gives the seconds between two events around it."""
 
         def sample() -> float:
-            with torch.cuda.device(self.where):
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                torch.cuda.synchronize(self.where)
-                begin.record()
-                run()
-                end.record()
-                end.synchronize()
-                return float(begin.elapsed_time(end)) / 1e3
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize(self.where)
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            return float(begin.elapsed_time(end)) / 1e3
 
         return sample
 
 
 def gpu_here() -> Gpu | None:
-    """The first GPU that torch can use, None without one."""
+    """The GPU that torch uses here, None without one."""
     return Gpu() if torch.cuda.is_available() else None
+
+
+def _run_all(calls: Sequence[Callable[[], Any]]) -> None:
+    """Run them one after the other, keeping no output: their memory serves the next."""
+    for call in calls:
+        call()
 
 
 def _driver() -> str:
