@@ -76,7 +76,7 @@ class Track:
             said = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
             self._answers(kernel, said)
             return Failing("fails on the device", said)
-        seen = difference(made, self.wanted, allowed)
+        seen = difference([t.cpu() for t in made], self.wanted, allowed)
         if not seen and any(bool(t.isnan().any()) for t in full):
             seen = f"not a number at {self.load}"
         if not seen and self.agreed is not None:
@@ -193,6 +193,8 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def _wide(tensor: Tensor) -> Tensor:
+    """On the CPU, where references run."""
+    tensor = tensor.detach().cpu()
     return tensor.double() if tensor.is_floating_point() else tensor.clone()
 
 
