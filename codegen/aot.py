@@ -38,6 +38,8 @@ def compiled(launch: Launch, target: Target) -> Any:
         if parameter.is_constexpr:
             signature[parameter.name] = "constexpr"
             constants[(place,)] = value
+        elif parameter.do_not_specialize:  # one code for every whole number
+            signature[parameter.name] = "i32"
         else:
             signature[parameter.name] = _typed(value, (place,), constants, attributes)
     source = triton.compiler.ASTSource(launch.kernel, signature, constants, attributes)
