@@ -150,7 +150,7 @@ def _flash_prefill(
     top, total, acc = state
     result, ended = finish(top, total, acc)
     if MEAN:
-        empty = (total == 0) & (position < 0)
+        empty = (total == 0) & (position < queries)
         if tl.max(empty.to(tl.int32), 0) > 0:
             mean = _mean_values(v, keys, v_token, V, BLOCK_V, BLOCK_N)
             result = tl.where(empty[:, None], mean, result)

@@ -38,7 +38,7 @@ def attend(
     e = tl.arange(0, BLOCK_V)
     j = start + n
     k_tile = load_tile(
-        k + start * k_stride + (n[None, :] * k_stride + d[:, None]),
+        k + tl.cast(start, tl.int64) * k_stride + (n[None, :] * k_stride + d[:, None]),
         (j < keys)[None, :], (d < D)[:, None], MASKED, D != BLOCK_D,
     )  # fmt: skip
     raw = tl.dot(q, k_tile, input_precision=PRECISION)
