@@ -2,10 +2,10 @@
 
 One program holds a tile of queries of one key/value head: BLOCK_M rows, which are positions or,
 `packed`, positions times the query heads that share the head, so that short prompts of grouped
-models fill their tiles. It runs through the keys that the tile can read in up to four sweeps: sink
-tokens, the left edge of the window, tiles that every row reads whole (no mask is computed there),
-and the rest. Rows of the largest index are launched first, because under a causal mask they take
-longest.
+models fill their tiles. It runs through the keys that some row can read in two loops: tiles that
+every row reads whole, where no mask is computed, and the others (sink tokens, the left edge of the
+window, the diagonal, the end). Rows of the largest index are launched first, because under a causal
+mask they take longest.
 """
 
 from __future__ import annotations
@@ -22,50 +22,15 @@ from torch import Tensor
 
 from attnopt.codegen.kernel import Inputs, Kernel, Load, Outputs, Work
 from attnopt.codegen.kernels.references import flash_prefill as plain
-from attnopt.codegen.pieces.masks import scored, within
-from attnopt.codegen.pieces.online_softmax import FLOOR, LOG2E, absorb, finish
+from attnopt.codegen.matrix_units import matrix_units
+from attnopt.codegen.pieces.attend import attend
+from attnopt.codegen.pieces.online_softmax import FLOOR, LOG2E, finish
 from attnopt.codegen.pieces.sizes import padded_size, with_strides
 from attnopt.codegen.pieces.tiles import load_tile
 from attnopt.codegen.shared_memory import stages_that_fit
 from attnopt.codegen.target import Target
 from attnopt.compiler.contract import Miss, choice
 from attnopt.compiler.spec import CAUSAL, AttentionSpec, Mask
-
-
-@triton.jit
-def _sweep(
-    top, total, out, q, k, v, first, last, keys, k_stride, v_stride, b, h, i, row, rows,
-    bias, keep, padding, scale, cap, left, sink, data,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr,
-    CAPPED: tl.constexpr, KEEP_HOOK: tl.constexpr, SCORE_HOOK: tl.constexpr,
-    D: tl.constexpr, V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Absorb the keys [first, last), `first` a multiple of the tile; MASKED where a row of the tile
-    may not read them all."""
-    n = tl.arange(0, BLOCK_N)
-    d = tl.arange(0, BLOCK_D)
-    e = tl.arange(0, BLOCK_V)
-    for start in tl.range(first, last, BLOCK_N):
-        j = start + n
-        k_tile = load_tile(
-            k + tl.cast(start, tl.int64) * k_stride + n[None, :] * k_stride + d[:, None],
-            (j < keys)[None, :], (d < D)[:, None], MASKED, D != BLOCK_D,
-        )  # fmt: skip
-        raw = tl.dot(q, k_tile, input_precision=PRECISION)
-        logits, factor = scored(
-            raw, b, h, i, j[None, :], row, rows, bias, keep, padding, keys, scale, cap, data,
-            CAPPED, SCORE_HOOK, KEEP_HOOK,
-        )  # fmt: skip
-        if MASKED:
-            read = within(i, j[None, :], keys, left, sink, CAUSAL, WINDOW, SINK)
-            logits = tl.where(read, logits, float("-inf"))
-        v_tile = load_tile(
-            v + tl.cast(start, tl.int64) * v_stride + n[:, None] * v_stride + e[None, :],
-            (j < keys)[:, None], (e < V)[None, :], MASKED, V != BLOCK_V,
-        )  # fmt: skip
-        top, total, out = absorb(top, total, out, logits, factor, v_tile, PRECISION)
-    return top, total, out
 
 
 @triton.jit
@@ -80,26 +45,29 @@ def _mean_values(
         at = v + tl.cast(start, tl.int64) * v_stride + n[:, None] * v_stride + e[None, :]
         there = (start + n < keys)[:, None] & (e < V)[None, :]
         total += tl.sum(tl.load(at, mask=there, other=0.0).to(tl.float32), 0)
-    return (total / keys)[None, :]
+    return (total / tl.maximum(keys, 1))[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "keys", "offset", "left", "sink", "tiles"])
 def _flash_prefill(
     q, k, v, out, lse,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
     out_batch, out_head, out_token, lse_batch, lse_head,
-    q_starts, k_starts, queries, keys, offset,
+    q_starts, k_starts, queries, keys, offset, tiles,
     bias, keep, padding, sinks, scale, cap, left, sink, data,
-    GROUP: tl.constexpr, PACK: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, CAPPED: tl.constexpr,
     MEAN: tl.constexpr, KEEP_HOOK: tl.constexpr, SCORE_HOOK: tl.constexpr,
     D: tl.constexpr, V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    block = tl.num_programs(0) - 1 - tl.program_id(0)
-    b = tl.program_id(2).to(tl.int64)
-    base = b  # of the packed tensors of sequences of various lengths there is one row
-    if q_starts is not None:
+    # One axis, because the others end at 65535: tiles, in them heads, in them sequences.
+    program = tl.program_id(0)
+    block = tiles - 1 - program % tiles
+    heads = program // tiles % (HEADS // PACK) * PACK
+    b = (program // tiles // (HEADS // PACK)).to(tl.int64)
+    base = b
+    if q_starts is not None:  # one row of packed tokens for all sequences
         first_query = tl.load(q_starts + b)
         queries = tl.load(q_starts + b + 1) - first_query
         first_key = tl.load(k_starts + b)
@@ -116,82 +84,81 @@ def _flash_prefill(
         return
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     position = row // PACK
-    head = tl.program_id(1) * PACK + row % PACK  # the tile's rows share one key/value head
-    kv_head = (tl.program_id(1) * PACK // GROUP).to(tl.int64)
+    h = (heads + row % PACK).to(tl.int64)[:, None]  # all of one key/value head
+    token = position.to(tl.int64)[:, None]
     i = (offset + position)[:, None]
-    h = head.to(tl.int64)[:, None]
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_V)
     there = (position < queries)[:, None]
-    q_at = base * q_batch + h * q_head + position.to(tl.int64)[:, None] * q_token
-    q_tile = load_tile(q + q_at + d[None, :], there, (d < D)[None, :], True, D != BLOCK_D)
-    k += base * k_batch + kv_head * k_head
-    v += base * v_batch + kv_head * v_head
+    q_at = q + base * q_batch + h * q_head + token * q_token
+    q_tile = load_tile(q_at + d[None, :], there, (d < D)[None, :], True, D != BLOCK_D)
+    k += base * k_batch + (heads // GROUP).to(tl.int64) * k_head
+    v += base * v_batch + (heads // GROUP).to(tl.int64) * v_head
 
     top = tl.full([BLOCK_M], FLOOR, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     if sinks is not None:  # one more logit per row, of no key
-        at = b * sinks[1] + h * sinks[2] + position.to(tl.int64)[:, None] * sinks[3]
-        top = tl.load(sinks[0] + at, mask=there, other=0.0).to(tl.float32) * LOG2E
-        top = tl.reshape(top, [BLOCK_M])
-        total += 1.0
+        at = sinks[0] + b * sinks[1] + h * sinks[2] + token * sinks[3]
+        logit = tl.load(at, mask=there, other=float("-inf")).to(tl.float32) * LOG2E
+        top = tl.maximum(top, tl.reshape(logit, [BLOCK_M]))
+        total = tl.where(tl.reshape(logit, [BLOCK_M]) > FLOOR, 1.0, total)
+    state = (top, total, tl.zeros([BLOCK_M, BLOCK_V], tl.float32))
 
     lowest = offset + block * BLOCK_M // PACK
     highest = offset + tl.minimum((block * BLOCK_M + BLOCK_M - 1) // PACK, queries - 1)
-    begin = 0
-    end = keys
-    whole = keys  # keys that every row may read, from `inner` on
+    end = keys  # behind the last key that some row reads
+    whole = keys  # and behind the last of those that all rows read
     if CAUSAL:
         end = tl.minimum(keys, highest + 1)
         whole = tl.minimum(keys, lowest + 1)
-    inner = 0
+    elif WINDOW:
+        end = tl.minimum(keys, tl.maximum(highest + left, sink))
+        whole = tl.minimum(keys, lowest + left)
+    # From here on in tiles of keys: [0, sinking) and [first, last) are read; of them
+    # [inner, whole) by every row, so that nothing need be masked there.
+    last = tl.cdiv(tl.maximum(end, 0), BLOCK_N)
+    first, inner, sinking = 0, 0, 0
     if WINDOW:
-        if not CAUSAL:
-            end = tl.minimum(keys, highest + left)
-            whole = tl.minimum(keys, lowest + left)
-        begin = tl.maximum(lowest - left + 1, 0) // BLOCK_N * BLOCK_N
-        inner = tl.cdiv(tl.maximum(highest - left + 1, 0), BLOCK_N) * BLOCK_N
-        inner = tl.minimum(tl.maximum(inner, begin), tl.cdiv(end, BLOCK_N) * BLOCK_N)
-        sink_end = tl.minimum(tl.cdiv(sink, BLOCK_N) * BLOCK_N, begin)
+        first = tl.minimum(tl.maximum(lowest - left + 1, 0) // BLOCK_N, last)
+        inner = tl.minimum(tl.cdiv(tl.maximum(highest - left + 1, 0), BLOCK_N), last)
         if SINK:
-            top, total, acc = _sweep(
-                top, total, acc, q_tile, k, v, 0, sink_end, keys, k_token, v_token, b, h, i,
-                position[:, None], queries, bias, keep, padding, scale, cap, left, sink, data,
-                True, CAUSAL, WINDOW, SINK, CAPPED, KEEP_HOOK, SCORE_HOOK, D, V, BLOCK_D, BLOCK_V, BLOCK_N, PRECISION,
-            )  # fmt: skip
-        top, total, acc = _sweep(
-            top, total, acc, q_tile, k, v, begin, inner, keys, k_token, v_token, b, h, i,
-            position[:, None], queries, bias, keep, padding, scale, cap, left, sink, data,
-            True, CAUSAL, WINDOW, SINK, CAPPED, KEEP_HOOK, SCORE_HOOK, D, V, BLOCK_D, BLOCK_V, BLOCK_N, PRECISION,
-        )  # fmt: skip
-    whole = tl.maximum(tl.maximum(whole, 0) // BLOCK_N * BLOCK_N, inner)
-    top, total, acc = _sweep(
-        top, total, acc, q_tile, k, v, inner, whole, keys, k_token, v_token, b, h, i,
-        position[:, None], queries, bias, keep, padding, scale, cap, left, sink, data,
-        False, CAUSAL, WINDOW, SINK, CAPPED, KEEP_HOOK, SCORE_HOOK, D, V, BLOCK_D, BLOCK_V, BLOCK_N, PRECISION,
-    )  # fmt: skip
-    top, total, acc = _sweep(
-        top, total, acc, q_tile, k, v, whole, end, keys, k_token, v_token, b, h, i,
-        position[:, None], queries, bias, keep, padding, scale, cap, left, sink, data,
-        True, CAUSAL, WINDOW, SINK, CAPPED, KEEP_HOOK, SCORE_HOOK, D, V, BLOCK_D, BLOCK_V, BLOCK_N, PRECISION,
-    )  # fmt: skip
+            sinking = tl.minimum(tl.cdiv(sink, BLOCK_N), first)
+    whole = tl.maximum(tl.maximum(whole, 0) // BLOCK_N, inner)
 
+    source = (k, v, k_token, v_token, keys)
+    rows = (b, h, i, position[:, None], queries)
+    edits = (bias, keep, padding, scale, cap, data)
+    reach = (left, sink)
+    MASK: tl.constexpr = (CAUSAL, WINDOW, SINK)
+    EDITS: tl.constexpr = (CAPPED, SCORE_HOOK, KEEP_HOOK)
+    TILE: tl.constexpr = (D, V, BLOCK_D, BLOCK_V, BLOCK_N, PRECISION)
+    for tile in tl.range(inner, whole):
+        state = attend(
+            state, q_tile, tile * BLOCK_N, source, rows, edits, reach, MASK, EDITS, TILE, False
+        )
+    # The rest in one loop, sink tokens, then the window's left edge, then the end, because every
+    # further copy of the body costs registers.
+    for step in tl.range(0, sinking + (inner - first) + (last - whole)):
+        tile = step
+        if WINDOW:
+            tile = tl.where(step < sinking, step, step - sinking + first)
+        tile = tl.where(tile < inner, tile, tile - inner + whole)
+        state = attend(
+            state, q_tile, tile * BLOCK_N, source, rows, edits, reach, MASK, EDITS, TILE, True
+        )
+
+    top, total, acc = state
+    result, ended = finish(top, total, acc)
     if MEAN:
         empty = (total == 0) & (position < queries)
         if tl.max(empty.to(tl.int32), 0) > 0:
             mean = _mean_values(v, keys, v_token, V, BLOCK_V, BLOCK_N)
-            acc = tl.where(empty[:, None], mean, acc)
-            total = tl.where(empty, 1.0, total)
-    result, ended = finish(top, total, acc)
-    out_at = base * out_batch + h * out_head + position.to(tl.int64)[:, None] * out_token
-    tl.store(
-        out + out_at + e[None, :], result.to(out.dtype.element_ty), mask=there & (e < V)[None, :]
-    )
+            result = tl.where(empty[:, None], mean, result)
+    out_at = out + base * out_batch + h * out_head + token * out_token + e[None, :]
+    tl.store(out_at, result.to(out.dtype.element_ty), mask=there & (e < V)[None, :])
     if lse is not None:
-        tl.store(
-            lse + base * lse_batch + head * lse_head + position, ended, mask=position < queries
-        )
+        lse_at = lse + base * lse_batch + h * lse_head + token
+        tl.store(lse_at, ended[:, None], mask=there)
 
 
 def flash_prefill(
@@ -243,10 +210,19 @@ def flash_prefill(
     `keep_hook(batch, head, i, j, data)` and `score_hook(logits, batch, head, i, j, data)`, with
     `data` a tuple of tensors and numbers.
     """
-    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    heads, kv_heads, depth, width = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
+    varied = q_starts is not None
     sequences = q.shape[0] if q_starts is None else q_starts.shape[0] - 1
-    queries = longest if q_starts is not None else q.shape[2]
+    heads, kv_heads, depth, width = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
+    if k.shape[3] != depth or k.shape[:3] != v.shape[:3] or k.shape[0] != q.shape[0]:
+        raise ValueError(f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not match")
+    if heads % kv_heads:
+        raise ValueError(f"{heads} query heads cannot share {kv_heads} key/value heads")
+    if varied and not (bias is None and keep is None and padding is None):
+        raise ValueError("bias, keep and padding have no meaning for sequences of various lengths")
+    if varied and sinks is not None and sinks.numel() not in (1, heads):
+        raise ValueError("with sequences of various lengths, sinks are one number per head")
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    queries = longest if varied else q.shape[2]
     shape = (sequences, heads, q.shape[2], k.shape[2])
     rows = torch.empty(q.shape[0], q.shape[2], heads, width, dtype=q.dtype, device=q.device)
     out = rows.transpose(1, 2)
@@ -255,16 +231,16 @@ def flash_prefill(
         lse = torch.empty(q.shape[0], heads, q.shape[2], dtype=torch.float32, device=q.device)
     group = heads // kv_heads
     pack = group if packed else 1
-    grid = (triton.cdiv(queries * pack, block_m), heads // pack, sequences)
-    _flash_prefill[grid](
+    tiles = triton.cdiv(queries * pack, block_m)
+    _flash_prefill[(tiles * (heads // pack) * sequences,)](
         q, k, v, out, lse,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         *((0, 0) if lse is None else lse.stride()[:2]),
-        q_starts, k_starts, q.shape[2], k.shape[2], offset,
+        q_starts, k_starts, q.shape[2], k.shape[2], offset, tiles,
         with_strides(bias, *shape), with_strides(keep, *shape),
         with_strides(padding, sequences, k.shape[2]), with_strides(sinks, *shape[:3], 1),
         scale, softcap, left, sink, data,
-        GROUP=group, PACK=pack, CAUSAL=causal, WINDOW=window, SINK=sink > 0,
+        HEADS=heads, GROUP=group, PACK=pack, CAUSAL=causal, WINDOW=window, SINK=sink > 0,
         CAPPED=softcap > 0, MEAN=mean_of_none, KEEP_HOOK=keep_hook, SCORE_HOOK=score_hook,
         D=depth, V=width, BLOCK_D=padded_size(depth), BLOCK_V=padded_size(width),
         BLOCK_M=block_m, BLOCK_N=block_n, PRECISION=precision,
@@ -289,6 +265,8 @@ class FlashPrefill(Kernel[AttentionSpec]):
 
     @classmethod
     def supports(cls, spec: AttentionSpec, target: Target) -> Miss | None:
+        if target.measured:
+            return Miss(f"Triton has no code for {target.title}")
         if max(spec.head_dim, spec.v_dim) > 256:
             return Miss(f"head_dim {max(spec.head_dim, spec.v_dim)} is more than 256")
         if spec.scale <= 0:
@@ -303,16 +281,22 @@ class FlashPrefill(Kernel[AttentionSpec]):
         item = load.torch_dtype.itemsize
         group = spec.group if spec.group & (spec.group - 1) == 0 else 1
         packed = group > 1 and load.queries * group <= 128
-        rows = min(128, max(16, triton.next_power_of_2(load.queries * (group if packed else 1))))
-        for block_m, block_n in ((rows, 128), (rows, 64), (min(rows, 64), 64), (min(rows, 64), 32)):
-            if wide * block_n > 256 * 64 and block_n > 32:
-                continue
-            kept = block_m * padded_size(spec.head_dim) * item
-            stages = stages_that_fit(target, kept, block_n * wide * item, 2)
-            if stages:
-                warps = 8 if block_m * wide >= 128 * 256 else 4
-                return cls(block_m, block_n, packed, warps, stages)
-        return cls(16, 16, packed, 4, 1)
+        warps = 4 if wide <= 128 else 8
+        if matrix_units(target, load.dtype):
+            # Larger tiles of logits are spilled where another tensor is loaded for each, and where
+            # queries and weights are held in registers by 4 warps.
+            held = warps == 4 and target.architecture in ("ampere", "ada")
+            block_m = 128 if wide <= 256 else 64
+            block_n = 32 if held or {"bias", "keep", "padding"} & {*spec.extras} else 64
+        else:  # every thread keeps its rows and columns in registers
+            block_m, block_n = 32, (32 if wide <= 256 else 16)
+        rows = triton.next_power_of_2(load.queries * (group if packed else 1))
+        block_m = min(block_m, max(16, rows))
+        kept = block_m * padded_size(spec.head_dim) * item
+        while block_n > 16 and not _stages(target, kept, block_n * wide * item):
+            block_n //= 2
+        stages = max(1, _stages(target, kept, block_n * wide * item))
+        return cls(block_m, block_n, packed, warps, stages)
 
     @classmethod
     def inputs(cls, spec: AttentionSpec, load: Load, device: str = "cpu") -> Inputs:
@@ -377,6 +361,16 @@ class FlashPrefill(Kernel[AttentionSpec]):
             for depth in (64, 128)
             for mask in (CAUSAL, Mask("window", left=1024, sink=4))
         )
+
+
+def _stages(target: Target, kept: int, streamed: int) -> int:
+    """Stages of the loop over the keys, 0 where its tiles do not fit into shared memory."""
+    if target.vendor == "amd":  # queries stay in registers there, and one stage takes fewest
+        return stages_that_fit(target, 0, streamed, 1)
+    if target.capability in ("9.0", "10.0"):  # whose matrix instructions read shared memory
+        return stages_that_fit(target, kept, streamed, 3)
+    buffers = stages_that_fit(target, kept, streamed, 2 if target.shared_per_block > 2**17 else 1)
+    return buffers + 1 if buffers else 0  # of which one is in registers
 
 
 def mask_arguments(mask: Mask) -> dict[str, Any]:

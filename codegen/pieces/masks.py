@@ -12,15 +12,14 @@ from attnopt.codegen.pieces.online_softmax import LOG2E, soft_cap
 def within(i, j, keys, left, sink, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr):
     """Whether query `i` reads key `j`, of `keys`: tiles of positions that broadcast.
 
-    WINDOW keeps i - j < left (and j - i < left where not CAUSAL), or j < sink where SINK.
+    WINDOW keeps i - j < left (and j - i < left where not CAUSAL), or j < sink where SINK. What can
+    be told of a row is told of the row, which leaves few comparisons for each key.
     """
-    kept = j < keys
-    if CAUSAL:
-        kept = kept & (j <= i)
+    kept = j <= tl.minimum(i, keys - 1) if CAUSAL else j < keys
     if WINDOW:
-        near = i - j < left
+        near = j > i - left
         if not CAUSAL:
-            near = near & (j - i < left)
+            near = near & (j < i + left)
         if SINK:
             near = near | (j < sink)
         kept = kept & near
@@ -50,11 +49,13 @@ def scored(
         if SCORE_HOOK is not None:
             logits = SCORE_HOOK(logits, b, h, i, j, data)
         if bias is not None:
-            at = bias[0] + b * bias[1] + h * bias[2] + row.to(tl.int64) * bias[3] + j * bias[4]
+            at = bias[0] + b * bias[1] + h * bias[2] + row.to(tl.int64) * bias[3]
+            at += j.to(tl.int64) * bias[4]
             logits += tl.load(at, mask=(row < rows) & (j < keys), other=0.0).to(tl.float32)
         logits *= LOG2E
     if keep is not None:
-        at = keep[0] + b * keep[1] + h * keep[2] + row.to(tl.int64) * keep[3] + j * keep[4]
+        at = keep[0] + b * keep[1] + h * keep[2] + row.to(tl.int64) * keep[3]
+        at += j.to(tl.int64) * keep[4]
         logits = tl.where(
             tl.load(at, mask=(row < rows) & (j < keys), other=0) != 0, logits, float("-inf")
         )

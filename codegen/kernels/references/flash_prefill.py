@@ -51,5 +51,5 @@ def flash_prefill(
     none = lse.isinf()[..., None]
     weights = (logits - lse[..., None].masked_fill(none, 0.0)).exp()[..., :keys]
     if mean_of_none:
-        weights = torch.where(none, 1.0 / keys, weights)
+        weights = torch.where(none, 1.0 / max(keys, 1), weights)
     return weights @ v, lse
