@@ -27,7 +27,7 @@ from attnopt.codegen.kernels.references import latent_decode as plain
 from attnopt.codegen.latent_spec import LatentSpec
 from attnopt.codegen.pieces.cache import row_of
 from attnopt.codegen.pieces.online_softmax import FLOOR, finish, weigh
-from attnopt.codegen.pieces.sizes import padded_size, two_pieces, with_strides
+from attnopt.codegen.pieces.sizes import ceil_div, padded_size, two_pieces, with_strides
 from attnopt.codegen.pieces.splits import split_count
 from attnopt.codegen.pieces.tiles import load_tile
 from attnopt.codegen.shared_memory import stages_that_fit
@@ -53,12 +53,8 @@ def _latent_decode(
     split = tl.program_id(0) // blocks  # the tiles of rows of one split run side by side
     splits = tl.num_programs(0) // blocks
     b = tl.program_id(1).to(tl.int64)
-    length = slots
-    if lengths is not None:
-        length = tl.minimum(tl.load(lengths + b), slots)
-    origin = 0
-    if starts is not None:
-        origin = tl.load(starts + b)
+    length = slots if lengths is None else tl.minimum(tl.load(lengths + b), slots)
+    origin = 0 if starts is None else tl.load(starts + b)
 
     line = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     t = line // heads
@@ -185,8 +181,8 @@ def latent_decode(
     rope = q_rope.shape[3]
     page = 1 if table is None else latents.shape[1]
     slots = latents.shape[1] if table is None else table.shape[1] * page
-    blocks = triton.cdiv(heads * queries, block_m)
-    tiles = triton.cdiv(min(slots, longest) if longest else slots, block_n)
+    blocks = ceil_div(heads * queries, block_m)
+    tiles = ceil_div(min(slots, longest) if longest else slots, block_n)
     if splits == 0:
         # a partial result is written and read in float32
         merging = 8 * block_m * rank // (block_n * (rank + rope) * latents.element_size())
@@ -216,7 +212,7 @@ def latent_decode(
         return out
     if splits == 1:
         return out, sums[0]
-    at_once = min(triton.next_power_of_2(splits), max(1, 2048 // padded_size(rank)))
+    at_once = min(1 << (splits - 1).bit_length(), max(1, 2048 // padded_size(rank)))
     return merge_partials(parts, sums, out, with_lse=with_lse, block_parts=at_once)
 
 

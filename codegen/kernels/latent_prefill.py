@@ -23,7 +23,7 @@ from attnopt.codegen.kernels.references import latent_prefill as plain
 from attnopt.codegen.latent_spec import LatentSpec
 from attnopt.codegen.pieces.masks import within
 from attnopt.codegen.pieces.online_softmax import FLOOR, LOG2E, absorb, finish
-from attnopt.codegen.pieces.sizes import padded_size, with_strides
+from attnopt.codegen.pieces.sizes import ceil_div, padded_size, with_strides
 from attnopt.codegen.pieces.tiles import load_tile
 from attnopt.codegen.shared_memory import stages_that_fit
 from attnopt.codegen.target import Target
@@ -159,7 +159,7 @@ def latent_prefill(
     lse = None
     if with_lse:
         lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
-    _latent_prefill[(triton.cdiv(queries, block_m), heads, batch)](
+    _latent_prefill[(ceil_div(queries, block_m), heads, batch)](
         q, k_nope, k_rope, v, out, lse, *q.stride()[:3], *k_nope.stride()[:3],
         k_rope.stride(0), k_rope.stride(2), *v.stride()[:3], *out.stride()[:3],
         *((0, 0) if lse is None else lse.stride()[:2]), queries, keys, offset,

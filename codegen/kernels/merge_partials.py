@@ -20,7 +20,7 @@ from torch import Tensor
 from attnopt.codegen.kernel import Inputs, Kernel, Load, Outputs, Work
 from attnopt.codegen.kernels.references import merge_partials as plain
 from attnopt.codegen.pieces.online_softmax import FLOOR, LOG2E
-from attnopt.codegen.pieces.sizes import padded_size
+from attnopt.codegen.pieces.sizes import ceil_div, padded_size
 from attnopt.codegen.target import Target
 from attnopt.compiler import text
 from attnopt.compiler.contract import Miss, choice
@@ -107,7 +107,7 @@ def merge_partials(
     if with_lse:
         merged = torch.empty(batch, heads, queries, dtype=torch.float32, device=out.device)
     count = batch * heads * queries
-    _merge_partials[(triton.cdiv(count, block_rows),)](
+    _merge_partials[(ceil_div(count, block_rows),)](
         tuple(
             (one, *one.stride()[:4], total, *total.stride(), one.shape[0])
             for one, total in zip(stacks, sums, strict=True)

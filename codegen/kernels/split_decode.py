@@ -20,13 +20,14 @@ from torch import Tensor
 
 from attnopt.codegen.decode_spec import DecodeSpec, decode_inputs, held_bytes
 from attnopt.codegen.kernel import Inputs, Kernel, Load, Outputs, Work
+from attnopt.codegen.kernels.flash_prefill import mask_arguments
 from attnopt.codegen.kernels.merge_partials import merge_partials
 from attnopt.codegen.kernels.references import split_decode as plain
 from attnopt.codegen.pieces.alibi import alibi
 from attnopt.codegen.pieces.cache import position_in_ring, row_of, slot_of
 from attnopt.codegen.pieces.masks import scored, within
 from attnopt.codegen.pieces.online_softmax import FLOOR, LOG2E, absorb, finish
-from attnopt.codegen.pieces.sizes import padded_size, with_strides
+from attnopt.codegen.pieces.sizes import ceil_div, padded_size, with_strides
 from attnopt.codegen.pieces.splits import split_count
 from attnopt.codegen.pieces.tiles import load_tile
 from attnopt.codegen.shared_memory import stages_that_fit
@@ -59,6 +60,7 @@ def _sweep(
         slot = slot_of(x, there, origin, sink, shift, selected, RUN, GAP)
         if selected is not None:
             there = there & (slot >= origin) & (slot < length)
+            slot = tl.where(there, slot, length)  # an index that names nothing
         j = position_in_ring(slot, length, sink, slots) if RING else slot
         page, row = row_of(slot, there, table, PAGE)
         k_tile = load_tile(
@@ -89,7 +91,7 @@ def _split_decode(
     q, k, v, out, lse, lengths, starts,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
     out_part, out_batch, out_head, out_token, lse_part, lse_batch, lse_head, lse_token,
-    queries, slots, table, selected, counts, bias, keep, padding, sinks,
+    queries, slots, table, selected, counts, runs, bias, keep, padding, sinks,
     scale, v_scale, cap, left, sink, data,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr,
     RING: tl.constexpr, ONE: tl.constexpr, WHOLE: tl.constexpr, RUN: tl.constexpr,
@@ -102,15 +104,11 @@ def _split_decode(
     splits = tl.num_programs(0) // blocks
     kv_head = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
-    length = slots
-    if lengths is not None:
-        length = tl.load(lengths + b)
+    length = slots if lengths is None else tl.load(lengths + b)
     held = tl.minimum(length, slots)
     if not RING:
         length = held
-    origin = 0
-    if starts is not None:
-        origin = tl.load(starts + b)
+    origin = 0 if starts is None else tl.load(starts + b)
 
     r = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     t = r // GROUP
@@ -145,13 +143,17 @@ def _split_decode(
         shift = tl.maximum(length - queries - left + 1 - origin - (sink if SINK else 0), 0)
     readable = tl.maximum(held - origin - shift, 0)
     if selected is not None:
-        readable = tl.load(counts[0] + b * counts[1] + kv_head * counts[2]) * RUN
+        readable = runs * RUN
+        if counts is not None:
+            count = tl.load(counts[0] + b * counts[1] + kv_head * counts[2])
+            readable = tl.minimum(count * RUN, readable)
         selected = (selected[0] + b * selected[1] + kv_head * selected[2], selected[3])
     tiles = tl.cdiv(readable, BLOCK_N)
     first = split * tiles // splits * BLOCK_N
     last = tl.minimum((split + 1) * tiles // splits * BLOCK_N, readable)
     whole = first
-    PLAIN: tl.constexpr = selected is None and (ONE or not (WINDOW or RING))
+    # A ring may have room for more than the window, which then cuts within it.
+    PLAIN: tl.constexpr = selected is None and not RING and (ONE or not WINDOW)
     if PLAIN:
         common = readable - queries + 1 if CAUSAL else readable  # what every row may read
         whole += tl.maximum(tl.minimum(last, common) - first, 0) // BLOCK_N * BLOCK_N
@@ -245,22 +247,20 @@ def split_decode(
     batch, heads, queries, depth = q.shape
     width = v.shape[3]
     if table is None:
-        kv_heads, slots, page = k.shape[1], k.shape[2], 1
-        steps = (*k.stride()[:3], *v.stride()[:3])
+        kv_heads, slots, page, order = k.shape[1], k.shape[2], 1, (0, 1, 2)
     else:
         kv_heads, page, slots = k.shape[2], k.shape[1], table.shape[1] * k.shape[1]
-        steps = (*(k.stride(at) for at in (0, 2, 1)), *(v.stride(at) for at in (0, 2, 1)))
+        order = (0, 2, 1)
     group = heads // kv_heads
     block_m = min(64, padded_size(group * queries))
-    blocks = triton.cdiv(group * queries, block_m)
-    read = min(slots, longest) if longest else slots
+    blocks = ceil_div(group * queries, block_m)
+    read, runs = min(slots, longest) if longest else slots, 0
     if window and not ring:
         read = min(read, left + sink + queries)
     if selected is not None:
-        read = selected.shape[2] * run
-        if counts is None:
-            counts = torch.full((), selected.shape[2], dtype=torch.int32, device=q.device)
-    tiles = triton.cdiv(read, block_n)
+        runs = selected.shape[2]
+        read = runs * run
+    tiles = ceil_div(read, block_n)
     if splits == 0:
         splits = split_count(batch * kv_heads * blocks, units * waves, tiles)
     if slopes is not None:
@@ -276,11 +276,12 @@ def split_decode(
     if splits > 1 or with_lse:
         sums = torch.empty(splits, batch, heads, queries, dtype=torch.float32, device=q.device)
     _split_decode[(splits * blocks, kv_heads, batch)](
-        q, k, v, parts, sums, lengths, starts, *q.stride()[:3], *steps, *parts.stride()[:4],
+        q, k, v, parts, sums, lengths, starts, *q.stride()[:3],
+        *(x.stride(at) for x in (k, v) for at in order), *parts.stride()[:4],
         *((0, 0, 0, 0) if sums is None else sums.stride()), queries, slots,
-        with_strides(table, batch, slots // page),
-        with_strides(selected, batch, kv_heads, 0 if selected is None else selected.shape[2]),
-        with_strides(counts, batch, kv_heads), with_strides(bias, batch, heads, queries, slots),
+        with_strides(table, batch, slots // page), with_strides(selected, batch, kv_heads, runs),
+        with_strides(counts, batch, kv_heads), runs,
+        with_strides(bias, batch, heads, queries, slots),
         with_strides(keep, batch, heads, queries, slots), with_strides(padding, batch, slots),
         with_strides(sinks, batch, heads, queries, 1),
         scale * k_scale, v_scale, softcap, left, sink, data,
@@ -294,7 +295,7 @@ def split_decode(
         return out
     if splits == 1:
         return out, sums[0]
-    at_once = min(triton.next_power_of_2(splits), max(1, 2048 // padded_size(width)))
+    at_once = min(1 << (splits - 1).bit_length(), max(1, 2048 // padded_size(width)))
     return merge_partials(parts, sums, out, with_lse=with_lse, block_parts=at_once)
 
 
@@ -329,6 +330,8 @@ class SplitDecode(Kernel[DecodeSpec]):
                 "mean of all values",
                 help="say with `starts` where sequences begin that are padded on the left",
             )
+        if "e4m3" in spec.cache_dtype and target.capability in ("7.5", "8.0", "8.6"):
+            return Miss(f"{target.title} has no {spec.cache_dtype}", help="float8_e5m2 it has")
         if spec.cache == "ring" and {"bias", "keep"} & set(of.extras):
             return Miss("a ring cache has no columns for a bias or a mask")
         return None
@@ -341,10 +344,8 @@ class SplitDecode(Kernel[DecodeSpec]):
         buffers = 1 if target.vendor == "amd" else 2
         warps = 4 if of.group * load.queries <= 16 else 8
         for block_n in (128, 64, 32, 16):
-            if (
-                block_n * token <= _TILE
-                and stages_that_fit(target, 0, block_n * token * _WAVES, buffers) == buffers
-            ):
+            tile = block_n * token
+            if tile <= _TILE and stages_that_fit(target, 0, tile * _WAVES, buffers) == buffers:
                 stages = buffers * (1 + lookups) + 1
                 return cls(block_n, 0, _WAVES, warps, stages, target.units)
         return cls(16, 0, _WAVES, warps, 1, target.units)
@@ -389,10 +390,8 @@ class SplitDecode(Kernel[DecodeSpec]):
 
 def _meaning(spec: DecodeSpec) -> dict[str, Any]:
     """The launcher's arguments that say what is computed."""
-    mask = spec.attention.mask
+    of = spec.attention
     return {
-        "scale": spec.attention.scale, "softcap": spec.attention.softcap,
-        "causal": mask.kind == "causal" or (mask.kind == "window" and mask.causal),
-        "window": mask.kind == "window", "left": mask.left, "sink": mask.sink,
+        **mask_arguments(of.mask), "scale": of.scale, "softcap": of.softcap,
         "ring": spec.cache == "ring", "run": spec.run,
     }  # fmt: skip

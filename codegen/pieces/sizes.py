@@ -5,6 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 
+def ceil_div(size: int, step: int) -> int:
+    """`size` / `step` rounded up. Launchers take it for `triton.cdiv`, which needs microseconds."""
+    return -(-size // step)
+
+
 def padded_size(size: int) -> int:
     """The size of the tile that holds `size` channels: a power of two, at least 16, which is what
     matrix instructions take."""

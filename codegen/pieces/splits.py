@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import triton
-
-_WAVES = (1, 2, 3, 4, 6, 8)
+from attnopt.codegen.pieces.sizes import ceil_div
 
 
 def split_count(programs: int, room: int, tiles: int, overhead: int = 2) -> int:
     """The number of parts, 1 to `tiles`, that ends first: `programs` programs that share nothing go
     through `tiles` tiles of keys each, and the device runs `room` of them at a time. The start of a
     program and the merging of its result cost as much as `overhead` tiles."""
-    best, least = 1, triton.cdiv(programs, room) * tiles
-    for waves in _WAVES:
+    best, least = 1, ceil_div(programs, room) * tiles
+    for waves in (1, 2, 3, 4, 6, 8):
         splits = min(waves * room // programs, tiles)
         if splits > 1:
-            time = triton.cdiv(programs * splits, room) * (triton.cdiv(tiles, splits) + overhead)
+            time = ceil_div(programs * splits, room) * (ceil_div(tiles, splits) + overhead)
             if time < least:
                 best, least = splits, time
+            if splits == tiles:
+                break
     return best

@@ -51,7 +51,7 @@ def test_every_length_and_number_of_splits(keys: int, splits: int) -> None:
 )
 def test_ranks_and_rotary_sizes(rank: int, rope: int) -> None:
     spec = LatentSpec(4, rank, rope, 16, 16, rank**-0.5)
-    agree(spec, LatentDecode.inputs(spec, Load(1, 1, 100, "float32")))
+    agree(spec, LatentDecode.inputs(spec, Load(1, 1, 100, "float32")), LatentDecode(16, 32, 1))
 
 
 @pytest.mark.parametrize("heads,queries", [(1, 1), (5, 3), (16, 2), (20, 2), (128, 1)])
@@ -74,9 +74,10 @@ def test_sequences_of_various_lengths_in_one_cache(splits: int, queries: int) ->
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_new_tokens_do_not_read_later_ones_where_causal(causal: bool) -> None:
+@pytest.mark.parametrize("keys", [64, 70])
+def test_new_tokens_do_not_read_later_ones_where_causal(keys: int, causal: bool) -> None:
     spec = replace(SMALL, causal=causal)
-    inputs = LatentDecode.inputs(spec, Load(1, 3, 70, "float32"))
+    inputs = LatentDecode.inputs(spec, Load(1, 3, keys, "float32"))
     want = agree(spec, inputs)
     inputs["k_rope"][:, -1] += 1.0
     changed = ~(agree(spec, inputs) == want).all(3).all(1)[0]

@@ -171,7 +171,8 @@ def test_selected_runs(cache: Any, page: int, run: int) -> None:
         inputs["lengths"] = lengths(160, 90)
         agree(spec, inputs)
         inputs["counts"] = torch.tensor([[5, 0], [1, 3]], dtype=torch.int32)
-        inputs["selected"][1, 1, 1] = -1  # an entry that names nothing
+        inputs["selected"][1, 1, 1] = -1000  # an entry that names nothing
+        inputs["bias"] = torch.randn(1, 4, queries, 160)
         agree(spec, inputs)
 
 
@@ -290,6 +291,7 @@ def test_strided_tensors() -> None:
     inputs["k"] = inputs["k"].transpose(1, 2).contiguous().transpose(1, 2)
     inputs["v"] = inputs["v"].transpose(2, 3).contiguous().transpose(2, 3)
     inputs["q"] = torch.stack([inputs["q"], inputs["q"]], 1)[:, 0]
+    del inputs["lengths"]  # all slots then
     assert_close(TILES.run(spec, inputs), want)  # type: ignore[arg-type]
 
 
@@ -324,6 +326,10 @@ def test_what_is_not_computed_says_why() -> None:
     ):
         miss = SplitDecode.supports(spec, h100)
         assert miss is not None and why in miss.reason
+    few_bits = DecodeSpec(grouped(), cache_dtype="float8_e4m3fn")
+    assert SplitDecode.supports(few_bits, h100) is None
+    miss = SplitDecode.supports(few_bits, target("a100"))
+    assert miss is not None and "has no float8_e4m3fn" in miss.reason
 
 
 def test_specs_are_one_line_and_refuse_what_makes_no_sense() -> None:
