@@ -222,6 +222,7 @@ def flash_prefill(
     if varied and sinks is not None and sinks.numel() not in (1, heads):
         raise ValueError("with sequences of various lengths, sinks are one number per head")
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    q_starts, k_starts = (x if x is None else x.contiguous() for x in (q_starts, k_starts))
     queries = longest if varied else q.shape[2]
     shape = (sequences, heads, q.shape[2], k.shape[2])
     rows = torch.empty(q.shape[0], q.shape[2], heads, width, dtype=q.dtype, device=q.device)

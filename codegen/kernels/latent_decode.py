@@ -183,6 +183,7 @@ def latent_decode(
     slots = latents.shape[1] if table is None else table.shape[1] * page
     blocks = ceil_div(heads * queries, block_m)
     tiles = ceil_div(min(slots, longest) if longest else slots, block_n)
+    lengths, starts = (x if x is None else x.contiguous() for x in (lengths, starts))
     if splits == 0:
         # a partial result is written and read in float32
         merging = 8 * block_m * rank // (block_n * (rank + rope) * latents.element_size())

@@ -91,6 +91,8 @@ def linear_chunk(
         final = torch.empty(batch, holders, sides * depth, width, **made)
         if normalised:
             final_sums = torch.empty(batch, holders, sides * depth, **made)
+    if with_total and not normalised:
+        raise ValueError("rows are divided by something where they are normalised alone")
     if with_total:
         total = torch.empty(batch, heads, tokens, **made)
     chunked_recurrence(

@@ -134,8 +134,8 @@ def _split_decode(
     if sinks is not None:  # one more logit per row, of no key: the first split has it
         at = sinks[0] + b * sinks[1] + h * sinks[2] + token * sinks[3]
         own = tl.reshape(tl.load(at, mask=there, other=0.0).to(tl.float32), [BLOCK_M])
-        top = tl.where(split == 0, own * LOG2E, FLOOR)
-        total += tl.where(split == 0, 1.0, 0.0)
+        top = tl.where(split == 0, tl.maximum(own * LOG2E, FLOOR), FLOOR)
+        total += tl.where((split == 0) & (own > FLOOR), 1.0, 0.0)
 
     GAP: tl.constexpr = WINDOW and not RING and selected is None
     shift = 0  # tokens between the sinks and the window of the first query
@@ -244,6 +244,7 @@ def split_decode(
     `splits` 0 splits so that `units` processors with `waves` programs each are busy.
     """
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    lengths, starts = (x if x is None else x.contiguous() for x in (lengths, starts))
     batch, heads, queries, depth = q.shape
     width = v.shape[3]
     if table is None:

@@ -19,6 +19,8 @@ import triton.language as tl
 
 from attnopt.codegen.pieces.online_softmax import LOG2E
 
+SHUT: tl.constexpr = tl.constexpr(-200.0)  # in base 2, beyond what float32 can tell from 0
+
 
 @triton.jit
 def head_once(data, b, h):
@@ -61,7 +63,8 @@ def cumulative(data, held, b, h, position, length, EACH: tl.constexpr, MASKED: t
         return logs, 0.0
     else:
         there = position < length
-        steps = EACH(data, held, b, h, position, there) * LOG2E
+        # A gate that is shut (-inf) would make -inf - -inf of two cumulative decays.
+        steps = tl.maximum(EACH(data, held, b, h, position, there) * LOG2E, SHUT)
         if MASKED:
             steps = tl.where(there, steps, 0.0)
         return tl.cumsum(steps, 0), tl.sum(steps, 0)

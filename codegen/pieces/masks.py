@@ -26,6 +26,9 @@ def within(i, j, keys, left, sink, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, S
     return kept
 
 
+LOWEST: tl.constexpr = tl.constexpr(-5.0e29)  # above the floor of the running maximum in base 2
+
+
 @triton.jit
 def scored(
     raw, b, h, i, j, row, rows, bias, keep, padding, keys, scale, cap, data,
@@ -51,7 +54,9 @@ def scored(
         if bias is not None:
             at = bias[0] + b * bias[1] + h * bias[2] + row.to(tl.int64) * bias[3]
             at += j.to(tl.int64) * bias[4]
-            logits += tl.load(at, mask=(row < rows) & (j < keys), other=0.0).to(tl.float32)
+            added = tl.load(at, mask=(row < rows) & (j < keys), other=0.0).to(tl.float32)
+            # A row of the lowest number alone weighs its keys alike, as long as that stays finite.
+            logits += tl.where(added == float("-inf"), added, tl.maximum(added, LOWEST))
         logits *= LOG2E
     if keep is not None:
         at = keep[0] + b * keep[1] + h * keep[2] + row.to(tl.int64) * keep[3]

@@ -49,7 +49,7 @@ def flash_prefill(
         logits = torch.cat([logits, sinks.expand(batch, heads, queries, 1).to(logits.dtype)], 3)
     lse = logits.logsumexp(3)
     none = lse.isinf()[..., None]
-    weights = (logits - lse[..., None].masked_fill(none, 0.0)).exp()[..., :keys]
+    weights = logits.masked_fill(none, 0.0).softmax(3).masked_fill(none, 0.0)[..., :keys]
     if mean_of_none:
         weights = torch.where(none, 1.0 / max(keys, 1), weights)
     return weights @ v, lse

@@ -385,3 +385,17 @@ def test_work_counts_what_is_read() -> None:
     assert full.flops == 4 * 1024 * 1024 * 64 * 4
     assert causal.flops == pytest.approx(full.flops * 1025 / 2048)
     assert full.bytes == causal.bytes == 2 * 1024 * 64 * (4 + 4 + 2 + 2)
+
+
+def test_a_row_of_the_lowest_bias_weighs_its_keys_alike() -> None:
+    spec = spec_of(extras=("bias",))
+    inputs = FlashPrefill.inputs(spec, Load(1, 45, 45, "float32"))
+    inputs["bias"][..., 3, :] = torch.finfo(torch.float32).min
+    got = FlashPrefill(32, 16).run(spec, inputs)
+    assert isinstance(got, Tensor) and got[0, :, 3].abs().min() > 0
+    assert_close(got, reference(spec, inputs)[0])
+
+
+def test_a_two_sided_window_reads_all_sinks() -> None:
+    mask = Mask("window", left=4, sink=100, causal=False)
+    agree(spec_of(mask), Load(1, 64, 128, "float32"), FlashPrefill(16, 16))

@@ -352,3 +352,24 @@ def test_work_counts_what_is_read() -> None:
     assert dense.flops == 2.0 * 2 * 4 * 1000 * 64
     few = SplitDecode.work(DecodeSpec(grouped(), selected=10, run=16), load)
     assert few.bytes == (2 * 1 * 160 * 64 + 2 * 4 * 64) * 2
+
+
+def test_a_ring_with_room_to_spare_still_cuts_the_window() -> None:
+    spec = DecodeSpec(grouped(mask=Mask("window", left=16, sink=4)), "ring")
+    inputs = SplitDecode.inputs(spec, Load(1, 1, 300, "float32"))
+    roomy = {key: torch.randn(*inputs[key].shape[:2], 29, 32) for key in ("k", "v")}
+    agree(spec, {**inputs, **roomy}, SplitDecode(16))
+
+
+def test_sinks_that_take_nothing() -> None:
+    spec = DecodeSpec(grouped().with_(extras=("sinks",)))
+    inputs = SplitDecode.inputs(spec, Load(1, 1, 40, "float32"))
+    agree(spec, {**inputs, "sinks": torch.full((1, 4, 1, 1), float("-inf"))}, SplitDecode(16))
+
+
+def test_lengths_may_share_one_number_and_a_batch_may_be_empty() -> None:
+    spec = DecodeSpec(grouped())
+    inputs = SplitDecode.inputs(spec, Load(3, 1, 70, "float32"))
+    agree(spec, {**inputs, "lengths": torch.tensor([40], dtype=torch.int32).expand(3)})
+    none = {key: x[:0] for key, x in inputs.items()}
+    assert SplitDecode().run(spec, none).shape == (0, 4, 1, 32)
