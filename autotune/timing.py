@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from attnopt.autotune.statistics import Interval, Spread, bootstrap, median_of, 
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.program import Batch
 
+T = TypeVar("T")
 Verdict = Literal["faster", "slower", "inconclusive"]
 Progress = Callable[[str, float], None]  # what is being done, and the share done from 0 to 1
 
@@ -146,9 +147,9 @@ def compare(
     repeats = _repeats(contenders, batches, device, shortest, clock)
     taken: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     with _no_collection():
-        while _goes_on(taken, clock() - started, seconds, rounds, precision):
+        while goes_on(taken, clock() - started, seconds, rounds, precision):
             done = len(taken[contenders[0].name])
-            for contender in _order(contenders, done):
+            for contender in rotated(contenders, done):
                 sample = _sample(contender, batches, device, repeats, clock)
                 taken[contender.name].append(sample / repeats)
             if progress is not None:
@@ -247,20 +248,22 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _order(contenders: Sequence[Contender], turn: int) -> list[Contender]:
+def rotated(contenders: Sequence[T], turn: int) -> list[T]:
     """The order of one round: rotated each round, reversed in every second cycle."""
     shift = turn % len(contenders)
     order = [*contenders[shift:], *contenders[:shift]]
     return order[::-1] if (turn // len(contenders)) % 2 else order
 
 
-def _goes_on(
+def goes_on(
     taken: Mapping[str, Sequence[float]],
     spent: float,
     seconds: float,
     rounds: int,
     precision: float,
 ) -> bool:
+    """Whether another round is run: until `rounds` are done, and then until `seconds` are spent or
+    every ratio to the first contender is known to `precision`."""
     names = list(taken)
     done = len(taken[names[0]])
     if done < rounds:

@@ -26,6 +26,7 @@ if not __package__:  # run as a file
 import torch  # noqa: E402
 
 from attnopt.autotune.environment import environment  # noqa: E402
+from attnopt.codegen.shipped import chosen  # noqa: E402
 from attnopt.codegen.target import Target, at_hand, target  # noqa: E402
 from benchmarks.gpu_case import Case, Outcome, measure  # noqa: E402
 from benchmarks.gpu_cases import cases  # noqa: E402
@@ -57,14 +58,18 @@ def main(arguments: list[str] | None = None) -> int:
 def _estimated(lines: list[Case], device: Target) -> int:
     print(f"estimated by the roofline of {device.title}, not measured")
     for case in lines:
-        work, seconds = case.work(), case.estimate(device)
+        work, seconds = case.estimate(device)
+        if seconds is None:
+            print(f"  {case.name:45} {device.title} has no peaks to estimate by")
+            continue
         rates = f"{work.flops / seconds / 1e12:7.1f} TFLOP/s {work.bytes / seconds / 1e9:7.0f} GB/s"
         print(f"  {case.name:45} {seconds * 1e3:9.3f} ms {rates}  estimated")
     return 0
 
 
 def _measured(lines: list[Case], device: Target, chosen: argparse.Namespace) -> int:
-    red, document = _checked(device)
+    red, document = _checked(device, tuple({case.kernel for case in lines}))
+    _write(chosen.out, device, document)
     if chosen.check_only:
         return int(bool(red))
     bandwidth = _copy_bandwidth()
@@ -85,15 +90,20 @@ def _measured(lines: list[Case], device: Target, chosen: argparse.Namespace) -> 
     return int(missed)
 
 
-def _checked(device: Target) -> tuple[set[str], dict[str, Any]]:
-    """The kernels that are wrong, and the document's head."""
+def _checked(device: Target, names: tuple[str, ...]) -> tuple[set[str], dict[str, Any]]:
+    """Which of the named kernels (and of those that they launch) are wrong, and the document's
+    head."""
     red: set[str] = set()
     errors: dict[str, float] = {}
-    for found in check_all(device):
+    for found in check_all(device, names=(*names, "flash_prefill", "split_decode")):
+        if found.skipped:
+            print(f"not checked: {found.kernel} {found.spec}: {found.skipped}", flush=True)
+            continue
         errors[found.kernel] = max(errors.get(found.kernel, 0.0), found.error)
         if found.wrong:
             red.add(found.kernel)
-            print(f"WRONG {found.kernel} {found.spec} {found.load}: {found.wrong}")
+            said = f"WRONG {found.kernel} {found.spec} {found.load}: {found.wrong}"
+            print(said, flush=True)
     for name, error in errors.items():
         print(f"checked {name}: relative error at most {error:.1e}{' RED' if name in red else ''}")
     facts = {"target": device.name, "date": date.today().isoformat(), "environment": environment()}
@@ -112,9 +122,9 @@ def _row(
     case: Case, device: Target, taken: Times, outcomes: list[Outcome], absent: dict[str, str]
 ) -> dict[str, Any]:
     return {
-        "case": case.name, "kernel": case.cls.default(case.spec, device, case.load).text,
+        "case": case.name, "kernel": chosen(case.cls, case.spec, device, case.load).text,
         "spec": case.spec.text, "load": asdict(case.load), "work": asdict(case.work()),
-        "estimated_seconds": case.estimate(device),
+        "estimated_seconds": case.estimate(device)[1],
         "median_seconds": {name: taken.median(name) for name in taken.samples},
         "samples": {name: list(samples) for name, samples in taken.samples.items()},
         "bars": [
@@ -139,7 +149,7 @@ def _print(
     for outcome in outcomes:
         said = {True: "met", False: "MISSED", None: "not measured"}[outcome.met]
         value = "" if outcome.value is None else f" {outcome.value:.3g}"
-        print(f"    {outcome.bar.words}:{value} {said}")
+        print(f"    {outcome.bar.words}:{value} {said}", flush=True)
     for name, reason in absent.items():
         print(f"    without {name}: {reason}")
 

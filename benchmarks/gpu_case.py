@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from attnopt.codegen.kernel import Kernel, Load, Work, kernels
 from attnopt.codegen.roofline import ASSUMED
+from attnopt.codegen.shipped import chosen
 from attnopt.codegen.target import Target
 from benchmarks.gpu_peers import Peer
 from benchmarks.gpu_timing import Clock, Times, cuda_clock, sets_beyond, times
@@ -43,7 +48,9 @@ class Case:
 
     `peers` are made on the device: each gives a function of the inputs, or the reason why it is not
     here. `own` are further kernels of ours on the same inputs, by name: (kernel, spec). `composed`
-    are made of several launches for a target.
+    are made of several launches for a target; `parts` are what is estimated where the line is about
+    such launches, one after the other. What the contenders named in `same` give is compared with
+    ours.
     """
 
     name: str
@@ -54,6 +61,8 @@ class Case:
     peers: Mapping[str, Callable[[], Peer | str]] = field(default_factory=dict)
     own: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
     composed: Mapping[str, Callable[[Target, Load], Contender]] = field(default_factory=dict)
+    parts: tuple[tuple[str, Any], ...] = ()
+    same: tuple[str, ...] = ()
     prepare: Callable[[Given, Load], Given] | None = None
 
     @property
@@ -70,15 +79,17 @@ class Case:
         given = self.cls.inputs(self.spec, self.load, device)
         return self.prepare(given, self.load) if self.prepare else given
 
-    def estimate(self, target: Target) -> float:
-        """Seconds by the roofline of the target. Estimated, never measured."""
+    def estimate(self, target: Target) -> tuple[Work, float | None]:
+        """The least work, and seconds by the roofline of the target, where its peaks are known.
+        Estimated, never measured."""
         shares = {**ASSUMED, **target.achievable}
-        work = self.work()
-        peak = target.peak.get(self.load.dtype, target.peak["float16"])
-        return max(
-            work.flops / (peak * shares["attention"]),
-            work.bytes / (target.bandwidth * shares["bandwidth"]),
-        )
+        done = [kernels()[k].work(spec, self.load) for k, spec in self.parts] or [self.work()]
+        whole = Work(sum(w.flops for w in done), sum(w.bytes for w in done))
+        peak = target.peak.get(self.load.dtype, target.peak.get("float16", 0.0))
+        if not peak or not target.bandwidth:
+            return whole, None
+        peak, bandwidth = peak * shares["attention"], target.bandwidth * shares["bandwidth"]
+        return whole, sum(max(work.flops / peak, work.bytes / bandwidth) for work in done)
 
     def contenders(self, target: Target) -> tuple[dict[str, Contender], dict[str, str]]:
         """All that run, and why the others do not."""
@@ -88,7 +99,7 @@ class Case:
             cls = kernels()[kernel]
             missed = cls.supports(spec, target)
             if missed is None:
-                running[name] = _running(cls.default(spec, target, self.load), spec)
+                running[name] = _running(chosen(cls, spec, target, self.load), spec)
             else:
                 absent[name] = missed.reason
         for name, compose in self.composed.items():
@@ -96,8 +107,8 @@ class Case:
         for name, make in self.peers.items():
             try:
                 peer = make()
-            except (ImportError, RuntimeError, NotImplementedError) as error:
-                peer = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            except Exception as error:  # noqa: BLE001 (a peer may fail in any way, and is told)
+                peer = _told(error)
             if isinstance(peer, str):
                 absent[name] = peer
             else:
@@ -127,17 +138,24 @@ def measure(
     rounds: int = 30,
     clock: Clock = cuda_clock,
 ) -> tuple[Times, list[Outcome], dict[str, str]]:
-    """Time a case. A peer that fails on its first call is left out, with its error."""
+    """Time a case. What fails on its first call is left out, with its error."""
+    torch._dynamo.reset()  # each line compiles its peers for its own shapes
     running, absent = case.contenders(target)
     first = case.inputs(device)
+    outputs = {}
     for name in list(running):
         try:
-            running[name](first)
-        except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
-            if name == OURS:
-                raise
-            absent[name] = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+            outputs[name] = running[name](first)
+        except Exception as error:  # noqa: BLE001 (what fails is left out, and told)
+            absent[name] = _told(error)
             del running[name]
+    for name in case.same:
+        if name in running and OURS in running and (off := _apart(outputs[name], outputs[OURS])):
+            absent[name] = f"computes something else: {off:.1e} apart"
+            del running[name]
+    del outputs
+    if not running:
+        return Times({}), [Outcome(bar, None) for bar in case.bars], absent
     count = sets_beyond(target.l2, case.work().bytes)
     sets: Sequence[Given] = [first, *(case.inputs(device) for _ in range(count - 1))]
     taken = times(running, sets, rounds, clock)
@@ -145,15 +163,19 @@ def measure(
 
 
 def _running(kernel: Kernel[Any], spec: Any) -> Contender:
-    names: set[str] = set()
+    """The kernel on those of the inputs that its launcher takes."""
+    names = set(inspect.signature(type(kernel).launcher).parameters)
+    return lambda given: kernel.run(spec, {k: v for k, v in given.items() if k in names})
 
-    def run(given: Given) -> Any:
-        if not names:
-            code = type(kernel).launcher.__code__
-            names.update(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
-        return kernel.run(spec, {k: v for k, v in given.items() if k in names})
 
-    return run
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    """The norm of the difference over the norm, where rounding does not explain it; else 0."""
+    error = float((one.float() - other.float()).norm() / other.float().norm())
+    return error if not error <= 0.05 else 0.0
 
 
 def _outcome(case: Case, bar: Bar, taken: Times, bandwidth: float) -> Outcome:

@@ -14,6 +14,7 @@ from attnopt.codegen.decode_spec import DecodeSpec
 from attnopt.codegen.dispatch import Dispatch
 from attnopt.codegen.kernel import Load, kernels
 from attnopt.codegen.latent_spec import LatentSpec
+from attnopt.codegen.shipped import chosen
 from attnopt.codegen.target import Target
 from attnopt.compiler.linear_spec import LinearSpec
 from attnopt.compiler.spec import CAUSAL, FULL, AttentionSpec, Mask
@@ -51,6 +52,7 @@ def dense_prefill(length: int) -> Case:
             CUDNN: lambda: sdpa("CUDNN_ATTENTION"), FLASH: lambda: sdpa("FLASH_ATTENTION"),
             FLEX: lambda: flex(_causal, length, length),
         },
+        same=(CUDNN, FLASH, FLEX, "dispatch"),
         composed={"dispatch": lambda target, load: _dispatched(spec, target)},
     )  # fmt: skip
 
@@ -63,12 +65,13 @@ def grouped_decode() -> Case:
         "grouped decode 8:1, batch 8, 32k cache", "split_decode", spec, Load(8, 1, 32 * K),
         (
             Bar(0.8, of="bandwidth"), Bar(2.0, ("scaled_dot_product_attention",)),
-            Bar(1.0, ("FlashInfer",)),
+            Bar(1.0, ("FlashInfer",), contender="attnopt, pages"),
         ),
         {
             "scaled_dot_product_attention": lambda: sdpa("FLASH_ATTENTION", causal=False),
             "FlashInfer": flashinfer_decode,
         },
+        same=("scaled_dot_product_attention",),
         composed={"attnopt, pages": lambda target, load: _paged(paged, target, load)},
         prepare=_with_pages,
     )  # fmt: skip
@@ -85,6 +88,7 @@ def windowed_prefill() -> Case:
             FLASH: lambda: sdpa("FLASH_ATTENTION"), CUDNN: lambda: sdpa("CUDNN_ATTENTION"),
             FLEX: lambda: flex(lambda b, h, i, j: mask.keep(i, j), length, length),
         },
+        same=(FLEX,),
     )  # fmt: skip
 
 
@@ -134,6 +138,7 @@ def mixed_decode(kv_heads: int, full: int) -> Case:
         (Bar(2.18 if kv_heads == 32 else 1.5, (OURS, FLASH), contender="mixed"),),
         {FLASH: lambda: sdpa("FLASH_ATTENTION", causal=False)},
         composed={"mixed": lambda target, load: _mixed(spec, full, target, load)},
+        parts=tuple(("split_decode", part) for part in _whole_and_streaming(spec, full)),
     )  # fmt: skip
 
 
@@ -156,7 +161,7 @@ def latent_decode(heads: int) -> Case:
     batch = 8 if heads == 16 else 4
     return Case(
         f"latent decode 512+64, {heads} heads, 32k", "latent_decode",
-        LatentSpec(heads=heads, rank=512, rope=64, scale=192**-0.5), Load(batch, 1, 32 * K),
+        LatentSpec(heads, 512, 64, 128, 128, 192**-0.5), Load(batch, 1, 32 * K),
         (bar, Bar(4.0, ("uncompressed",))),
         composed={"uncompressed": lambda target, load: _uncompressed(plain, target, load)},
     )  # fmt: skip
@@ -169,6 +174,7 @@ def linear(length: int) -> Case:
         f"linear chunk, {length // K}k", "linear_chunk", spec, Load(4, length, length),
         (Bar(0.95, ("flash-linear-attention",)), Bar(0.45, of="bandwidth")),
         {"flash-linear-attention": lambda: fla_linear("chunk_retention")},
+        prepare=_tokens_first,
     )  # fmt: skip
 
 
@@ -181,9 +187,15 @@ def _dispatched(spec: AttentionSpec, target: Target) -> Contender:
     return lambda given: run(given["q"], given["k"], given["v"])
 
 
-def _launched(spec: Any, target: Target, load: Load, kernel: str = "split_decode") -> Contender:
-    cls = kernels()[kernel]
-    made = cls.default(spec, target, load)
+def _tokens_first(given: Given, load: Load) -> Given:
+    """Tensors that lie in memory as [batch, tokens, heads, dim], which the peer would copy to."""
+    lying = {name: given[name].transpose(1, 2).contiguous().transpose(1, 2) for name in "qkv"}
+    return {**given, **lying}
+
+
+def _launched(spec: Any, target: Target, load: Load) -> Contender:
+    cls = kernels()["split_decode"]
+    made = chosen(cls, spec, target, load)
     return lambda given: made.run(spec, given)
 
 
@@ -211,22 +223,23 @@ def _with_pages(given: Given, load: Load) -> Given:
     return {**given, "pages": pages, "table": table}
 
 
+def _whole_and_streaming(spec: DecodeSpec, full: int) -> tuple[DecodeSpec, DecodeSpec]:
+    """The specs of the heads that read everything, and of the others, which read a ring."""
+    of, group = spec.attention, spec.attention.group
+    rest = of.kv_heads - full
+    near = of.with_(heads=rest * group, kv_heads=rest, mask=Mask("window", left=256, sink=64))
+    return DecodeSpec(of.with_(heads=full * group, kv_heads=full)), DecodeSpec(near, "ring")
+
+
 def _mixed(spec: DecodeSpec, full: int, target: Target, load: Load) -> Contender:
     """Two launches on parts of the same cache; a ring is the front of the streaming heads' part."""
-    group, of = spec.attention.group, spec.attention
-    left, sink = 256, 64
-    whole = DecodeSpec(of.with_(heads=full * group, kv_heads=full))
-    rest = of.kv_heads - full
-    streaming = DecodeSpec(
-        of.with_(heads=rest * group, kv_heads=rest, mask=Mask("window", left=left, sink=sink)),
-        "ring",
-    )
+    whole, streaming = _whole_and_streaming(spec, full)
     first, second = (_launched(part, target, load) for part in (whole, streaming))
+    cut, slots = whole.attention.heads, 256 + 64
 
     def run(given: Given) -> Any:
         q, k, v, lengths = (given[key] for key in ("q", "k", "v", "lengths"))
-        cut = full * group
-        near = {"k": k[:, full:, : left + sink], "v": v[:, full:, : left + sink]}
+        near = {"k": k[:, full:, :slots], "v": v[:, full:, :slots]}
         return (
             first({"q": q[:, :cut], "k": k[:, :full], "v": v[:, :full], "lengths": lengths}),
             second({"q": q[:, cut:], **near, "lengths": lengths}),
@@ -241,7 +254,7 @@ def _uncompressed(spec: DecodeSpec, target: Target, load: Load) -> Contender:
     made: dict[str, Given] = {}
 
     def step(given: Given) -> Any:
-        device = str(given["lengths"].device) if "lengths" in given else "cuda"
+        device = str(next(x for x in given.values() if isinstance(x, Tensor)).device)
         if device not in made:
             made[device] = kernels()["split_decode"].inputs(spec, load, device)
         return run(made[device])

@@ -4,7 +4,8 @@ The ways, best first: torch's fused attention where it needs no mask tensor (on 
 brings cuDNN's and FlashAttention's kernels, which a kernel in Triton does not beat there; see
 `benchmarks/gpu.py`), the generated kernel, FlexAttention, torch's fused attention with a mask
 tensor, the written-out reference. One that misses the spec is passed over; one that fails on the
-device is too, with one warning. Nothing waits for the device, so calls may be captured in a graph.
+device is too, with one warning. Once a bucket has had its first call nothing waits for the device,
+so later calls may be captured in a graph. Running out of memory is never taken for a failure.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from attnopt.codegen.flex import flex, runs_on_flex
 from attnopt.codegen.kernel import Kernel, Load, kernels
+from attnopt.codegen.shipped import chosen
 from attnopt.codegen.target import Target, at_hand
 from attnopt.compiler import attend
 from attnopt.compiler.contract import Miss
@@ -44,8 +46,9 @@ class Dispatch:
         self._ways: dict[tuple[Any, ...], Way] = {}
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *extras: Tensor) -> Tensor:
-        batch, _, queries, _ = q.shape
-        bucket = (batch.bit_length(), queries.bit_length(), k.shape[2].bit_length(), q.dtype)
+        batch, queries, keys = q.shape[0], q.shape[2], k.shape[2]
+        sizes = (batch.bit_length(), queries.bit_length(), keys.bit_length())
+        bucket = (*sizes, queries == keys, q.dtype)
         way = self._ways.get(bucket)
         if way is not None:
             return way(q, k, v, *extras)
@@ -91,16 +94,21 @@ def attention(
     """The backend "triton": dispatched on a GPU; elsewhere what runs there."""
     if q.device.type != "cuda":
         return _fallback(spec)(q, k, v, extras, spec)
-    return _dispatch(spec, q.device.index or 0)(q, k, v, *extras)
+    run = _dispatch(spec, q.device.index or 0)
+    if q.device.index == torch.cuda.current_device():
+        return run(q, k, v, *extras)
+    with torch.cuda.device(q.device):  # triton launches on the current one
+        return run(q, k, v, *extras)
 
 
 def failures() -> tuple[type[Exception], ...]:
     """What a kernel raises that does not fit or does not compile on a device."""
+    from torch._dynamo.exc import TorchDynamoException
     from torch._inductor.exc import InductorError
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import TritonError
 
-    return (CompilationError, TritonError, InductorError, torch.cuda.OutOfMemoryError)
+    return (CompilationError, TritonError, InductorError, TorchDynamoException)
 
 
 @lru_cache(maxsize=256)
@@ -130,7 +138,7 @@ def _generated(cls: type[Kernel[Any]], spec: AttentionSpec, target: Target, load
     missed = cls.supports(spec, target)
     if missed is not None:
         return missed
-    constants = cls.default(spec, target, load).constants(spec)
+    constants = chosen(cls, spec, target, load).constants(spec)
     launcher, names = cls.launcher, spec.extras
 
     def run(q: Tensor, k: Tensor, v: Tensor, *extras: Tensor) -> Any:

@@ -78,8 +78,8 @@ def _header(kernel: Kernel[Any], facts: Mapping[str, str], inputs: Inputs, call:
     lines = [
         summary(type(kernel).launcher), "",
         *wrap(
-            f"Written by attnopt {attnopt.__version__}{source}. Needs torch and triton ({oldest} "
-            f"to {newest} are known to work), and nothing of attnopt.", _WIDTH,
+            f"Written by attnopt {attnopt.__version__}{source}. Needs torch and triton (written "
+            f"for {oldest} to {newest}), and nothing of attnopt.", _WIDTH,
         ), "",
         *_columns(facts), "",
         *wrap(

@@ -107,6 +107,11 @@ class Kernel(ABC, Generic[SpecT]):
         """Typical specs with sizes, head_dim 64 and 128 among them: what is compiled ahead of time
         for every target, and estimated."""
 
+    def waste(self, spec: SpecT, load: Load) -> float:
+        """How many times the least arithmetic these tile sizes make it do, at least 1: rows of
+        padding, and masked parts of tiles. Only tile sizes of one kernel are ranked by it."""
+        return 1.0
+
     def run(self, spec: SpecT, inputs: Inputs) -> Outputs:
         """Launch on the inputs."""
         return type(self).launcher(**inputs, **self.constants(spec))

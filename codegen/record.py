@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any
 
 from triton.runtime.jit import JITFunction
@@ -34,15 +35,18 @@ def recording() -> Iterator[list[Launch]]:
     Works on `triton.jit` functions, hence not in a process that runs triton's interpreter.
     """
     noted: list[Launch] = []
-    run = JITFunction.run
+    run, here = JITFunction.run, get_ident()
 
-    def note(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
+    def note(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> Any:
+        if get_ident() != here:  # another thread's launch is none of ours
+            return run(self, *args, grid=grid, warmup=warmup, **kwargs)
         options = {key: kwargs.pop(key) for key in OPTIONS if key in kwargs}
         arguments = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
         defaults = {p.name: p.default for p in self.params if p.has_default}
         arguments = {**defaults, **arguments}
         size = grid(arguments) if callable(grid) else tuple(grid)
         noted.append(Launch(self, size, arguments, options))
+        return None
 
     JITFunction.run = note
     try:

@@ -60,7 +60,8 @@ def _dispatched(backend: attend.Backend, spec: AttentionSpec) -> Callable[..., T
     line = spec.text
 
     def attention(q: Tensor, k: Tensor, v: Tensor, *extras: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or _wants_gradients(q, k, v, *extras):
+        traced = type(q) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling()
+        if traced or _wants_gradients(q, k, v, *extras):
             made: Tensor = ATTENTION(q, k, v, extras, line)
             return made
         return backend(q, k, v, extras, spec)

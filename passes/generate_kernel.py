@@ -40,16 +40,4 @@ class GenerateKernel(Pass):
         spec = program.spec(target)
         if spec.backend == "triton":
             return Miss("it already runs on the backend `triton`", at=target.node)
-        missed = _missed(program, target, notes.device)
-        if missed is not None:
-            return missed
         return Edit(spec=spec.with_(backend="triton"), note=f"dispatched on {notes.device}")
-
-
-def _missed(program: Program, site: Site, device: str) -> Miss | None:
-    from attnopt.codegen.kernels.flash_prefill import FlashPrefill  # it needs triton
-    from attnopt.codegen.target import at_hand, known, target
-
-    return FlashPrefill.supports(
-        program.spec(site), target(device) if device in known() else at_hand()
-    )

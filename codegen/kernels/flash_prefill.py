@@ -353,6 +353,22 @@ class FlashPrefill(Kernel[AttentionSpec]):
         tokens = load.batch * (load.queries * spec.heads + load.keys * spec.kv_heads)
         return Work(2.0 * scores * wide, float(tokens * wide * load.torch_dtype.itemsize))
 
+    def waste(self, spec: AttentionSpec, load: Load) -> float:
+        pack = spec.group if self.packed else 1
+        mask, done = spec.mask, 0
+        for first in range(0, load.queries * pack, self.block_m):
+            low = first // pack
+            high = min(load.queries, (first + self.block_m - 1) // pack + 1)
+            begin, end = 0, load.keys
+            if mask.kind == "window":
+                begin, end = max(0, low - mask.left + 1), min(end, high + mask.left)
+            if mask_arguments(mask)["causal"]:
+                end = min(end, high)
+            tiles = triton.cdiv(end, self.block_n) - begin // self.block_n
+            done += max(0, tiles) * self.block_n * self.block_m
+        least = self.work(spec, load).flops / (2.0 * (spec.head_dim + spec.v_dim))
+        return max(1.0, load.batch * spec.heads / pack * done / least)
+
     @classmethod
     def examples(cls) -> tuple[tuple[AttentionSpec, Load], ...]:
         load = Load(1, 8192, 8192)

@@ -339,13 +339,15 @@ class SplitDecode(Kernel[DecodeSpec]):
         token = (padded_size(of.head_dim) + padded_size(of.v_dim)) * held_bytes(spec, load)
         lookups = (spec.cache == "paged") + (spec.selected > 0)  # loads that wait for other loads
         buffers = 1 if target.vendor == "amd" else 2
+        warps = 4 if of.group * load.queries <= 16 else 8
         for block_n in (128, 64, 32, 16):
             if (
                 block_n * token <= _TILE
                 and stages_that_fit(target, 0, block_n * token * _WAVES, buffers) == buffers
             ):
-                return cls(block_n, 0, _WAVES, 4, buffers * (1 + lookups) + 1, target.units)
-        return cls(16, 0, _WAVES, 4, 1, target.units)
+                stages = buffers * (1 + lookups) + 1
+                return cls(block_n, 0, _WAVES, warps, stages, target.units)
+        return cls(16, 0, _WAVES, warps, 1, target.units)
 
     @classmethod
     def inputs(cls, spec: DecodeSpec, load: Load, device: str = "cpu") -> Inputs:

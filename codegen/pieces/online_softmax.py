@@ -16,13 +16,20 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def absorb(top, total, out, logits, factor, v, PRECISION: tl.constexpr):
-    """Add one tile of keys. `top`, `total` [M] and `out` [M, V] are float32; `logits` [M, N] times
-    the positive `factor` are in base 2, -inf where a key is not read; `v` [N, V]."""
+def weigh(top, total, logits, factor):
+    """The running maximum and sum after one tile of keys, what is left of the values before it, and
+    the tile's weights; arguments as `absorb` has them."""
     higher = tl.maximum(top, tl.max(logits, 1) * factor)
     kept = tl.exp2(top - higher)
     weights = tl.exp2(logits * factor - higher[:, None])
-    total = total * kept + tl.sum(weights, 1)
+    return higher, total * kept + tl.sum(weights, 1), kept, weights
+
+
+@triton.jit
+def absorb(top, total, out, logits, factor, v, PRECISION: tl.constexpr):
+    """Add one tile of keys. `top`, `total` [M] and `out` [M, V] are float32; `logits` [M, N] times
+    the positive `factor` are in base 2, -inf where a key is not read; `v` [N, V]."""
+    higher, total, kept, weights = weigh(top, total, logits, factor)
     out = tl.dot(weights.to(v.dtype), v, out * kept[:, None], input_precision=PRECISION)
     return higher, total, out
 

@@ -14,3 +14,12 @@ def padded_size(size: int) -> int:
 def with_strides(tensor: Tensor | None, *shape: int) -> tuple[Tensor | int, ...] | None:
     """The tensor and its strides once broadcast to the shape, as kernels take optional tensors."""
     return None if tensor is None else (tensor, *tensor.expand(shape).stride())
+
+
+def two_pieces(size: int) -> tuple[int, int]:
+    """Tiles of powers of two, at least 16, that hold `size` channels side by side with the least
+    padding: (128, 64) for 192, (512, 0) for 512 or 500."""
+    large = 1 << (size.bit_length() - 1)
+    if large < 16 or large == size or padded_size(size - large) == large:
+        return padded_size(size), 0
+    return large, padded_size(size - large)

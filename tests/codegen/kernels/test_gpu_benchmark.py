@@ -78,7 +78,7 @@ def test_a_case_is_judged_by_the_fastest_peer_that_is_there() -> None:
     moved = case.work().bytes
     taken, outcomes, absent = measure(
         case, H100, bandwidth=moved / 0.25, device="cpu", rounds=4,
-        clock=_clock({"run": 1.0, "slow": 9.0, "quick": 2.0}),
+        clock=_clock({"<lambda>": 1.0, "slow": 9.0, "quick": 2.0}),
     )  # fmt: skip
     assert taken.median(OURS) == 1.0
     assert [outcome.value for outcome in outcomes] == [2.0, None, 0.25]
@@ -94,7 +94,7 @@ def test_a_peer_that_fails_is_left_out_with_its_error() -> None:
         return run
 
     case = Case("small", "flash_prefill", SPEC, SMALL, (Bar(1.0, ("bad",)),), {"bad": broken})
-    _, (outcome,), absent = measure(case, H100, 1.0, "cpu", 2, _clock({"run": 1.0}))
+    _, (outcome,), absent = measure(case, H100, 1.0, "cpu", 2, _clock({"<lambda>": 1.0}))
     assert outcome.met is None
     assert absent == {"bad": "RuntimeError: no kernel for this head dimension"}
 
@@ -103,7 +103,8 @@ def test_a_peer_that_fails_is_left_out_with_its_error() -> None:
 def test_kernels_are_checked_against_float64(length: int) -> None:
     load = Load(2, length, length, "float32")
     found = gpu_check.check(FlashPrefill, SPEC, load, H100, "cpu")
-    assert not found.wrong and 0 < found.error < 1e-5
+    assert not found.wrong and found.error < 1e-5
+    assert length == 1 or found.error > 0
 
 
 def test_the_check_finds_wrong_missing_and_moving_results(monkeypatch: pytest.MonkeyPatch) -> None:
