@@ -12,9 +12,9 @@ from typing import Any
 from attnopt.autotune.optimize import require_sites
 from attnopt.codegen import c_header, c_loader
 from attnopt.codegen.aoti import check_package, package
+from attnopt.codegen.build import Built, build
 from attnopt.codegen.index import MANIFEST, README, Placed, as_text, manifest, readme
 from attnopt.codegen.pick import Picked, pick
-from attnopt.codegen.ship import Shipped, ship
 from attnopt.codegen.sites import DTYPES, Wanted, steps, wanted
 from attnopt.codegen.target import Target, target
 from attnopt.compiler.artifact import PLAN, load, program_of, read_plan, source_sha256
@@ -38,7 +38,7 @@ class Generated:
 
     folder: Path
     target: Target
-    shipped: tuple[Shipped, ...]
+    built: tuple[Built, ...]
     placed: tuple[Placed, ...]
     document: dict[str, Any]
 
@@ -46,7 +46,7 @@ class Generated:
         """The manifest, with the folder and each module's facts."""
         return {
             "folder": str(self.folder), **self.document,
-            "kernels": [one.facts() for one in self.shipped],
+            "kernels": [one.facts() for one in self.built],
         }  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def generate(
     read_plan(home)
     _check(home, out, on, aot, with_package)
     placed: tuple[Placed, ...] = ()
-    shipped: tuple[Shipped, ...] = ()
+    built: tuple[Built, ...] = ()
     if not on.measured:
         say("reading the model", 0.05)
         program = recognised(home)
@@ -78,7 +78,7 @@ def generate(
             require_sites(program)
         asked = wanted(program, batch, length, dtype)
         stepped, lost = _steps(home, asked)
-        placed, shipped = _modules([*asked, *stepped], on, aot, say)
+        placed, built = _modules([*asked, *stepped], on, aot, say)
         placed += lost
         placed += tuple(
             Placed(
@@ -86,18 +86,18 @@ def generate(
             )
             for at, missed in enumerate(program.unraised)
         )
-    files = {key: data for one in shipped for key, data in one.files().items()}
-    files |= _for_c(shipped, on)
+    files = {key: data for one in built for key, data in one.files().items()}
+    files |= _for_c(built, on)
     packed = PACKAGE if with_package else ""
-    files[README] = readme(on, placed, shipped, packed).encode()
-    made = manifest(on, placed, shipped, files, source_sha256(plan), packed)
+    files[README] = readme(on, placed, built, packed).encode()
+    made = manifest(on, placed, built, files, source_sha256(plan), packed)
     contents: dict[str, Content] = {**files, MANIFEST: as_text(made)}
     if with_package:
         say("compiling the model with AOTInductor", 0.8)
         exported = load(home).exported
         contents[PACKAGE] = lambda path: package(exported, path, on)
     folder = write(out, contents, stale=_earlier(out))
-    return Generated(folder, on, shipped, placed, made)
+    return Generated(folder, on, built, placed, made)
 
 
 def recognised(home: Path) -> Program:
@@ -156,7 +156,7 @@ def _check(home: Path, out: Path, on: Target, aot: bool, with_package: bool) -> 
 
 def _modules(
     asked: list[Wanted], on: Target, aot: bool, say: Progress
-) -> tuple[tuple[Placed, ...], tuple[Shipped, ...]]:
+) -> tuple[tuple[Placed, ...], tuple[Built, ...]]:
     """For each attention its module; attentions with one spec at one size share theirs."""
     answers: dict[tuple[Any, Any], Picked | Miss] = {}
     for each in asked:
@@ -174,26 +174,26 @@ def _modules(
             "A806", f"no attention has a kernel for {on.title}", why="; ".join(reasons),
             help="torch's own attention runs them: model.pt2 of the run, with torch.compile",
         )  # fmt: skip
-    shipped: dict[tuple[Any, Any], Shipped] = {}
+    built: dict[tuple[Any, Any], Built] = {}
     for at, (key, found) in enumerate(picked.items()):
         say(f"compiling {found.kernel.name}", 0.1 + 0.7 * at / len(picked))
-        count = sum(one.picked.kernel.name == found.kernel.name for one in shipped.values())
-        shipped[key] = ship(f"{found.kernel.name}_{count}", found, aot)
+        count = sum(one.picked.kernel.name == found.kernel.name for one in built.values())
+        built[key] = build(f"{found.kernel.name}_{count}", found, aot)
     placed = []
     for each in asked:
         key, answer = (each.spec, each.load), answers[each.spec, each.load]
         reason = answer.reason if isinstance(answer, Miss) else ""
-        module = shipped[key].name if key in shipped else ""
+        module = built[key].name if key in built else ""
         phase = "step" if each.step else "prompt"
         placed.append(Placed(each.site, each.module, phase, each.spec.text, module, reason))
-    return tuple(placed), tuple(shipped.values())
+    return tuple(placed), tuple(built.values())
 
 
-def _for_c(shipped: tuple[Shipped, ...], on: Target) -> dict[str, bytes]:
+def _for_c(built: tuple[Built, ...], on: Target) -> dict[str, bytes]:
     """The header and the loader, where anything was compiled."""
     modules = [
         c_header.Module(one.name, one.said, one.launches, one.buffers)
-        for one in shipped if one.launches
+        for one in built if one.launches
     ]  # fmt: skip
     if not modules:
         return {}

@@ -72,7 +72,7 @@ def codegen(
 def _draw(made: Generated) -> None:
     from attnopt.cli import draw
 
-    for one in made.shipped:
+    for one in made.built:
         sites = ", ".join(each.title for each in made.placed if each.module == one.name)
         draw.line(f"{one.name}.py: {one.picked.spec.text} at {sites}")
         for launch in one.launches:

@@ -12,8 +12,8 @@ import torch
 
 import attnopt
 from attnopt.codegen import c_header, c_loader
+from attnopt.codegen.build import Built
 from attnopt.codegen.emit import TRITON, public_name
-from attnopt.codegen.ship import Shipped
 from attnopt.codegen.target import Target
 
 MANIFEST, README = "manifest.json", "README.md"
@@ -46,14 +46,14 @@ class Placed:
 
 
 def manifest(
-    target: Target, placed: Sequence[Placed], shipped: Sequence[Shipped],
+    target: Target, placed: Sequence[Placed], built: Sequence[Built],
     files: Mapping[str, bytes], plan: str, package: str,
 ) -> dict[str, Any]:  # fmt: skip
     """The manifest: which module each attention has, what made it, and the files' hashes. `plan` is
     the hash of the run's plan.json, `package` the name of the AOTInductor package."""
     return {
         "format": 1, "attnopt": attnopt.__version__, "torch": torch.__version__,
-        "triton": _triton(shipped), "triton_versions": list(TRITON), "target": target.name,
+        "triton": _triton(built), "triton_versions": list(TRITON), "target": target.name,
         "plan_sha256": plan, "sites": [asdict(each) for each in placed],
         "modules": [
             {
@@ -61,7 +61,7 @@ def manifest(
                 "kernel": one.picked.kernel.name, "warnings": one.misfits,
                 "files": list(one.files()),
             }
-            for one in shipped
+            for one in built
         ],
         "package": package or None,
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
@@ -73,9 +73,7 @@ def as_text(document: Mapping[str, Any]) -> bytes:
     return json.dumps(document, indent=1, ensure_ascii=False).encode() + b"\n"
 
 
-def readme(
-    target: Target, placed: Sequence[Placed], shipped: Sequence[Shipped], package: str
-) -> str:
+def readme(target: Target, placed: Sequence[Placed], built: Sequence[Built], package: str) -> str:
     """The folder told to a person."""
     lines = [
         f"# Attention for {target.title}",
@@ -83,7 +81,7 @@ def readme(
         f"Written by attnopt {attnopt.__version__}.",
         "",
     ]
-    for one in shipped:
+    for one in built:
         lines += _module(one, [each.title for each in placed if each.module == one.name])
     lost = [each for each in placed if each.why_not]
     if lost:
@@ -93,16 +91,16 @@ def readme(
             for each in lost
         ]
         lines.append("")
-    if shipped:
-        name, oldest = shipped[0].name, TRITON[0]
-        function = public_name(shipped[0].picked.spec)
+    if built:
+        name, oldest = built[0].name, TRITON[0]
+        function = public_name(built[0].picked.spec)
         lines += [
             "## From Python", "",
             f"Each module needs torch and triton ({oldest} or newer), and nothing of attnopt:", "",
             "```python", f"from {name} import {function}", "```", "",
             "Its first lines say which tensors it takes. Triton compiles it at the first call.", "",
         ]  # fmt: skip
-    if any(one.launches for one in shipped):
+    if any(one.launches for one in built):
         library = "hipcc loader.c" if target.vendor == "amd" else "cc loader.c -lcuda"
         lines += [
             "## From C", "",
@@ -117,7 +115,7 @@ def readme(
     return "\n".join([*lines, "`manifest.json` holds the hashes of all files.", ""])
 
 
-def _module(one: Shipped, of: Sequence[str]) -> list[str]:
+def _module(one: Built, of: Sequence[str]) -> list[str]:
     picked, load = one.picked, one.picked.load
     sizes = f"batch {load.batch}, {load.queries} queries, {load.keys} keys, {load.dtype}"
     lines = [
@@ -139,9 +137,9 @@ def _module(one: Shipped, of: Sequence[str]) -> list[str]:
     return [*lines, ""]
 
 
-def _triton(shipped: Sequence[Shipped]) -> str | None:
+def _triton(built: Sequence[Built]) -> str | None:
     """The version that compiled the binaries, where there are any."""
-    if not any(one.launches for one in shipped):
+    if not any(one.launches for one in built):
         return None
     import triton
 

@@ -7,13 +7,14 @@ from typing import Any
 
 from attnopt.codegen.kernel import Kernel, Load, kernels
 from attnopt.codegen.roofline import estimated
+from attnopt.codegen.shipped import chosen
 from attnopt.codegen.target import Target
 from attnopt.compiler.contract import Miss
 
 
 @dataclass(frozen=True)
 class Picked:
-    """A kernel at its default tile sizes for a spec, a target and a load.
+    """A kernel at the tile sizes that are taken without tuning, for a spec, a target and a load.
 
     `seconds` is its estimated time, `others` are the kernels that compute the spec too.
     """
@@ -41,9 +42,9 @@ def pick(spec: Any, target: Target, load: Load) -> Picked | Miss:
     }
     if fit:
         best = min(fit, key=lambda name: (fit[name], name))
-        chosen = asked[best].default(spec, target, load)
         others = tuple(name for name in fit if name != best)
-        return Picked(chosen, spec, target, load, fit[best], others)
+        tiles = chosen(asked[best], spec, target, load)
+        return Picked(tiles, spec, target, load, fit[best], others)
     reasons = [f"{name}: {miss.reason}" for name, miss in misses.items() if miss is not None]
     kind = type(spec).__name__
     return Miss("; ".join(reasons) or f"no kernel computes a {kind}")

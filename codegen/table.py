@@ -3,27 +3,34 @@
     python -m attnopt.codegen.table [--kernels a,b] [--targets h100,a100] [--out docs/kernels.md]
 
 Compiles each kernel's examples ahead of time, in two processes. Times are estimated by the
-roofline of each launch; nothing is measured.
+roofline of each launch; nothing is measured. Beside the document the rows are written as JSON, each
+with the digest of what was compiled, and the next call compiles only what is another text since.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from importlib.metadata import version
 from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import attnopt
+from attnopt.codegen.emit import emit
 from attnopt.codegen.kernel import Kernel, Load, kernels
 from attnopt.codegen.roofline import estimated
 from attnopt.codegen.target import Target, known, target
 from attnopt.compiler.errors import Problem
 
 JOBS = 2
+_FORMAT = 1  # other resources of the same text are told by another number
 _HEAD = """# Kernels on every target
 
 Written by `python -m attnopt.codegen.table`: each kernel's examples at the default tile sizes,
@@ -42,7 +49,8 @@ traffic of the example over the target's peaks, at the shares that good kernels 
 @dataclass(frozen=True)
 class Row:
     """One example of a kernel on one target at its default tile sizes: `parts` has the resources of
-    each launch, `why_not` says why there are none, `bad` what is wrong with them."""
+    each launch, `why_not` says why there are none, `bad` what is wrong with them. `digest` is that
+    of the emitted text, the compiler's version and the target's code and shared memory."""
 
     kernel: str
     example: int
@@ -52,61 +60,94 @@ class Row:
     estimated_s: float = 0.0
     why_not: str = ""
     bad: str = ""
+    digest: str = ""
+
+    @property
+    def place(self) -> tuple[str, int, str]:
+        """Which kernel, example and target it is of."""
+        return self.kernel, self.example, self.target
 
 
-def rows(names: Iterable[str], targets: Iterable[str]) -> list[Row]:
-    """Compile the examples of these kernels for these targets; in the order of kernels, examples
-    and targets.
+def rows(names: Iterable[str], targets: Iterable[str], recorded: Iterable[Row] = ()) -> list[Row]:
+    """The examples of these kernels, compiled for these targets; in the order of kernels, examples
+    and targets. Of `recorded` is taken what would be compiled from the same text again.
 
     Raises `Problem` A804 in triton's interpreter.
     """
-    from attnopt.codegen.aot import require_compiler
-
-    require_compiler()
-    wanted = list(targets)
-    known_kernels = kernels()
-    tasks = [
-        (name, at, tuple(group))
+    before = {row.place: row for row in recorded}
+    planned = [
+        _planned(kernels()[name], at, target(each))
         for name in names
-        for at in range(len(known_kernels[name].examples()))
-        for _, group in groupby(sorted(wanted, key=_code), key=_code)
+        for at in range(len(kernels()[name].examples()))
+        for each in targets
     ]
+    found = {row.place: _known(row, before.get(row.place)) for row in planned}
+    missing = [row for row in planned if found[row.place] is None]
+    tasks = [
+        list(group)
+        for _, group in groupby(sorted(missing, key=_code), key=_code)
+    ]  # fmt: skip
+    if missing:
+        from attnopt.codegen.aot import require_compiler
+
+        require_compiler()
     if len(tasks) < 2:
-        made = [_compile(*task) for task in tasks]
+        made = [_compiled(task) for task in tasks]
     else:
         with ProcessPoolExecutor(JOBS, mp_context=get_context("spawn")) as pool:
-            made = list(pool.map(_compile, *zip(*tasks, strict=True)))
-    found = [row for part in made for row in part]
-    names = list(known_kernels)
-    return sorted(
-        found, key=lambda r: (names.index(r.kernel), r.example, wanted.index(r.target))
-    )  # fmt: skip
+            made = list(pool.map(_compiled, tasks))
+    found |= {row.place: row for part in made for row in part}
+    return [row for row in (found[each.place] for each in planned) if row is not None]
 
 
-def _code(name: str) -> str:
-    """What decides the code: targets that share it are compiled one after the other, and found in
-    triton's cache."""
-    return target(name).capability
-
-
-def _compile(name: str, at: int, targets: Sequence[str]) -> list[Row]:
-    kernel = kernels()[name]
-    return [_row(kernel, at, target(each)) for each in targets]
-
-
-def _row(kernel: type[Kernel[Any]], at: int, on: Target) -> Row:
-    from attnopt.codegen.aot import compiled, launches, resources
-
+def _planned(kernel: type[Kernel[Any]], at: int, on: Target) -> Row:
+    """The row without what compiling tells."""
     spec, load = kernel.examples()[at]
     load = load_on(load, on)
-    row = Row(
-        kernel.name, at, on.name, estimated_s=estimated(kernel.work(spec, load), load.dtype, on)
-    )
+    seconds = estimated(kernel.work(spec, load), load.dtype, on)
+    row = Row(kernel.name, at, on.name, estimated_s=seconds)
     miss = kernel.supports(spec, on)
     if miss is not None:
         return replace(row, why_not=miss.reason)
     chosen = kernel.default(spec, on, load)
-    row = replace(row, tiles=chosen.text)
+    text = emit(chosen, spec, on, load).replace(attnopt.__version__, "")
+    told = (_FORMAT, version("triton"), on.capability, on.shared_per_block, text)
+    return replace(row, tiles=chosen.text, digest=sha256(repr(told).encode()).hexdigest()[:16])
+
+
+def _joined(found: Sequence[Row], before: Sequence[Row]) -> list[Row]:
+    """The rows, and those of earlier calls that were not asked for now."""
+    order, made = list(kernels()), {row.place: row for row in [*before, *found]}
+    there = [row for row in made.values() if row.kernel in order and row.target in known()]
+    return sorted(there, key=lambda row: (order.index(row.kernel), row.example, row.target))
+
+
+def _known(row: Row, before: Row | None) -> Row | None:
+    """The row where nothing has to be compiled for it."""
+    if row.why_not:
+        return row
+    if before is None or before.digest != row.digest:
+        return None
+    return replace(row, parts=before.parts, bad=before.bad)
+
+
+def _code(row: Row) -> tuple[str, int, str]:
+    """What decides the code: rows that share it are compiled one after the other, and found in
+    triton's cache."""
+    return row.kernel, row.example, target(row.target).capability
+
+
+def _compiled(planned: Sequence[Row]) -> list[Row]:
+    return [_filled(row) for row in planned]
+
+
+def _filled(row: Row) -> Row:
+    from attnopt.codegen.aot import compiled, launches, resources
+
+    kernel, on = kernels()[row.kernel], target(row.target)
+    spec, load = kernel.examples()[row.example]
+    load = load_on(load, on)
+    chosen = kernel.default(spec, on, load)
     try:
         parts = tuple(resources(compiled(one, on), on) for one in launches(chosen, spec, load))
     except Problem as problem:
@@ -120,13 +161,26 @@ def load_on(load: Load, on: Target) -> Load:
     return load if load.dtype in on.peak else replace(load, dtype="float16")
 
 
+def record(found: Sequence[Row]) -> str:
+    """The rows as JSON, one in a line."""
+    return "[\n" + ",\n".join(json.dumps(asdict(row)) for row in found) + "\n]\n"
+
+
+def read(path: Path) -> list[Row]:
+    """The rows that `record` made; none where there is no such file."""
+    from attnopt.codegen.aot import Resources
+
+    if not path.is_file():
+        return []
+    told = json.loads(path.read_text(encoding="utf-8"))
+    return [Row(**{**row, "parts": tuple(Resources(**p) for p in row["parts"])}) for row in told]
+
+
 def page(found: Sequence[Row]) -> str:
     """The rows as a document."""
-    import triton
-
     here, bad = [row for row in found if not row.why_not], [row for row in found if row.bad]
     lines = [
-        _HEAD.format(version=triton.__version__, good=len(here) - len(bad), here=len(here)),
+        _HEAD.format(version=version("triton"), good=len(here) - len(bad), here=len(here)),
         *(f"- `{row.kernel}`, example {row.example + 1}, {row.target}: {row.bad}" for row in bad),
         *([""] if bad else []),
     ]  # fmt: skip
@@ -182,12 +236,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--targets", default=",".join(gpus), help="names, with commas")
     parser.add_argument("--out", type=Path, help="the file to write (default: stdout)")
     asked = parser.parse_args(argv)
-    found = rows(asked.kernels.split(","), asked.targets.split(","))
+    before = [] if asked.out is None else read(asked.out.with_suffix(".json"))
+    found = rows(asked.kernels.split(","), asked.targets.split(","), before)
+    found = _joined(found, before)
     text = page(found)
     if asked.out is None:
         print(text)
     else:
         asked.out.write_text(text, encoding="utf-8")
+        asked.out.with_suffix(".json").write_text(record(found), encoding="utf-8")
     return int(any(row.bad for row in found))
 
 

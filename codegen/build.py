@@ -28,7 +28,7 @@ _MEMORY = ("aten.empty", "aten.new_empty")
 
 
 @dataclass(frozen=True)
-class Shipped:
+class Built:
     """One emitted module: `text` is its source, `launches` what it launches at the sizes of the
     load, with `buffers` their tensors and `operators` what it asks of torch besides (nothing but
     memory and views in most). They are empty where nothing was compiled."""
@@ -77,7 +77,7 @@ class Shipped:
         return made | {one.file: one.binary for one in self.launches}
 
 
-def ship(name: str, picked: Picked, compile: bool = True) -> Shipped:
+def build(name: str, picked: Picked, compile: bool = True) -> Built:
     """Write a kernel as the module `name`, and compile it for its target.
 
     Raises `Problem` A804 in triton's interpreter, A805 where triton cannot compile it, and A831
@@ -85,7 +85,7 @@ def ship(name: str, picked: Picked, compile: bool = True) -> Shipped:
     """
     text = emit(picked.kernel, picked.spec, picked.target, picked.load)
     if not compile:
-        return Shipped(name, picked, text)
+        return Built(name, picked, text)
     from attnopt.codegen.aot import compiled, require_compiler
     from attnopt.codegen.record import recording
 
@@ -105,7 +105,7 @@ def ship(name: str, picked: Picked, compile: bool = True) -> Shipped:
             for at, one in enumerate(noted)
         )  # fmt: skip
     asked = tuple(others.found)
-    made = Shipped(name, picked, text, launches, tuple(known.values()), asked)
+    made = Built(name, picked, text, launches, tuple(known.values()), asked)
     over = [one.resources for one in launches if one.shared > target.shared_per_block]
     if over:
         raise Problem(

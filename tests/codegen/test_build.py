@@ -1,4 +1,4 @@
-"""What is shipped beside a module: facts of launches that hold for the binary, and C that compiles
+"""What is built beside a module: facts of launches that hold for the binary, and C that compiles
 against the drivers' headers and gives a kernel the arguments it was compiled for."""
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from attnopt.codegen import c_header, c_loader
 from attnopt.codegen import pick as picking
 from attnopt.codegen.kernel import Load, kernels
 from attnopt.codegen.pick import Picked, pick
-from attnopt.codegen.ship import ship
+from attnopt.codegen.build import build
 from attnopt.codegen.target import target
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.spec import CAUSAL, AttentionSpec
@@ -44,7 +44,7 @@ class Shifting(Doubling):
 
 def _asks(on):
     picked = Picked(Shifting(), 2.0, on, Load(1, 8, 8), 0.0)
-    return ship("shifted_0", picked).facts()["torch_operators"]
+    return build("shifted_0", picked).facts()["torch_operators"]
 
 found = {{"double": Doubling, **kernels()}}
 picking.kernels = lambda: found
@@ -54,8 +54,8 @@ for name in {TARGETS!r}:
     folder, on = Path(sys.argv[1]) / name, target(name)
     folder.mkdir()
     made = [
-        ship("attention_0", pick(padded, on, Load(2, 200, 200, "float16")), True),
-        ship("double_0", pick(2.0, on, Load(1, 999, 999)), True),
+        build("attention_0", pick(padded, on, Load(2, 200, 200, "float16")), True),
+        build("double_0", pick(2.0, on, Load(1, 999, 999)), True),
     ]
     for one in made:
         for file, data in one.files().items():
@@ -67,23 +67,23 @@ for name in {TARGETS!r}:
     told[name].append(_asks(on))
     try:
         none = replace(on, shared_per_block=64)
-        ship("over_0", pick(padded, none, Load(2, 200, 200, "float16")), True)
+        build("over_0", pick(padded, none, Load(2, 200, 200, "float16")), True)
     except Problem as problem:
         told[name].append(problem.as_json())
 """
 
 
 @pytest.fixture(scope="module")
-def shipped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """A folder per target, and the facts of its modules."""
-    folder = tmp_path_factory.mktemp("shipped")
+    folder = tmp_path_factory.mktemp("built")
     return folder, compiling(_CODE, folder)
 
 
 @pytest.mark.slow
-def test_facts_of_a_small_launch(shipped: tuple[Path, Any]) -> None:
+def test_facts_of_a_small_launch(built: tuple[Path, Any]) -> None:
     for name in TARGETS:
-        facts = shipped[1][name][1]
+        facts = built[1][name][1]
         (launch,) = facts["launches"]
         assert launch["symbol"] == "_double" and launch["grid"] == [16]
         assert launch["grid_formula"] == "(triton.cdiv(x.shape[0], block),)"
@@ -105,9 +105,9 @@ def test_facts_of_a_small_launch(shipped: tuple[Path, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_facts_of_an_attention(shipped: tuple[Path, Any]) -> None:
+def test_facts_of_an_attention(built: tuple[Path, Any]) -> None:
     for name in TARGETS:
-        facts = shipped[1][name][0]
+        facts = built[1][name][0]
         (launch,) = facts["launches"]
         named = {one["name"]: one for one in launch["arguments"]}
         assert named["padding_0"]["buffer"] == "padding" and named["padding_0"]["type"] == "*i1"
@@ -118,22 +118,22 @@ def test_facts_of_an_attention(shipped: tuple[Path, Any]) -> None:
         assert facts["sizes"] == {"batch": 2, "queries": 200, "keys": 200, "dtype": "float16"}
         buffers = {one["name"]: one for one in facts["buffers"]}
         assert buffers["out"]["role"] == "output" and buffers["out"]["bytes"] == 2 * 4 * 200 * 64
-        binary = (shipped[0] / name / launch["file"]).read_bytes()
+        binary = (built[0] / name / launch["file"]).read_bytes()
         assert binary[:4] == b"\x7fELF"
-        assert json.loads((shipped[0] / name / "attention_0.json").read_text()) == facts
+        assert json.loads((built[0] / name / "attention_0.json").read_text()) == facts
 
 
 @pytest.mark.slow
-def test_what_is_asked_of_torch_besides_is_told(shipped: tuple[Path, Any]) -> None:
+def test_what_is_asked_of_torch_besides_is_told(built: tuple[Path, Any]) -> None:
     for name in TARGETS:
-        assert shipped[1][name][2] == ["aten.zeros.default", "aten.add.Tensor"]
+        assert built[1][name][2] == ["aten.zeros.default", "aten.add.Tensor"]
 
 
 @pytest.mark.slow
 @needs_gcc
 @pytest.mark.parametrize("name", TARGETS)
-def test_the_c_files_compile_without_a_warning(name: str, shipped: tuple[Path, Any]) -> None:
-    folder = shipped[0] / name
+def test_the_c_files_compile_without_a_warning(name: str, built: tuple[Path, Any]) -> None:
+    folder = built[0] / name
     run = subprocess.run(
         ["gcc", "-std=c11", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", *_INCLUDES[name],
          LOADER],
@@ -146,10 +146,10 @@ def test_the_c_files_compile_without_a_warning(name: str, shipped: tuple[Path, A
 
 @pytest.mark.slow
 def test_a_kernel_that_needs_more_shared_memory_than_there_is_is_refused(
-    shipped: tuple[Path, Any],
+    built: tuple[Path, Any],
 ) -> None:
     for name in TARGETS:
-        problem = shipped[1][name][3]
+        problem = built[1][name][3]
         assert problem["code"] == "A831" and "does not fit" in problem["what"]
         assert problem["why"].startswith("exceeds shared memory: ")
 
@@ -196,10 +196,10 @@ CUresult cuLaunchKernel(CUfunction f, unsigned x, unsigned y, unsigned z, unsign
 @pytest.mark.slow
 @needs_gcc
 def test_the_loader_gives_the_kernel_what_it_was_compiled_for(
-    shipped: tuple[Path, Any], tmp_path: Path
+    built: tuple[Path, Any], tmp_path: Path
 ) -> None:
-    folder = shipped[0] / "h100"
-    (launch,) = shipped[1]["h100"][0]["launches"]
+    folder = built[0] / "h100"
+    (launch,) = built[1]["h100"][0]["launches"]
     (tmp_path / "driver.c").write_text(_DRIVER)
     made = tmp_path / "loader"
     run = subprocess.run(
