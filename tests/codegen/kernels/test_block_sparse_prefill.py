@@ -183,7 +183,9 @@ def test_patterns_of_each_sequence() -> None:
     mask = torch.rand(3, 4, 4) < 0.5
     lists = from_mask(mask, grid, torch.tensor([[0, 1], [2, 0]]))
     assert lists.order.shape == (2, 8)
-    _agree(_tensors(4, 2, 100, 100, 32, batch=2), lists)
+    tensors = _tensors(4, 2, 100, 100, 32, batch=2)
+    _agree(tensors, lists)
+    _agree(tensors, from_mask(mask, grid, torch.tensor([[2, 1]])))
 
 
 def test_any_order_and_none() -> None:
