@@ -236,12 +236,13 @@ def tile_sizes(
     block_v = min(block_v, padded_size(width))
     kept = rows * block_v * item
     streamed = block_c * (2 * depth + block_v) * item
-    # Another block on the same unit hides a wait better than one more stage does.
+    # Another block on the same unit hides a wait better than one more stage does, where registers
+    # leave room for one.
     half = replace(target, shared_per_block=target.shared_per_unit // 2)
-    stages = stages_that_fit(half, kept, streamed, 3)
+    stages = 0 if target.vendor == "amd" else stages_that_fit(half, kept, streamed, 3)
     if stages < 2:
-        stages = stages_that_fit(target, kept, streamed, 3)
-    if target.vendor == "nvidia" and target.capability < "9":
+        stages = stages_that_fit(target, kept, streamed, 2 if target.vendor == "amd" else 3)
+    if target.vendor == "nvidia" and not direct(target):
         stages = min(3, stages + 1)  # the stage in use is in registers
     programs = load.batch * heads * triton.cdiv(width, block_v)
     return {
@@ -250,21 +251,27 @@ def tile_sizes(
     }  # fmt: skip
 
 
+def direct(target: Target) -> bool:
+    """Whether matrix instructions read shared memory: Hopper and large Blackwell devices."""
+    return target.capability in ("9.0", "10.0")
+
+
 def tiles(target: Target, item: int, rows: int, heavy: int) -> tuple[int, int, int]:
     """Tokens, values and warps of a program whose state has `rows` rows, such that its registers
     hold the state and what it is multiplied with; `heavy` (1, or 2 on two sides) says that it maps
     features and has more to do.
 
-    Matrix instructions that read their operands from shared memory (Hopper and after, not its
-    small relatives) want 64 tokens; where operands are registers, fewer of everything fit.
+    Matrix instructions that read their operands from shared memory want 64 tokens; where operands
+    are registers, fewer of everything fit.
     """
     if item > 2:
         return 16, 16, 4
-    if target.capability in ("9.0", "10.0"):
-        warps = 4 if target.capability == "9.0" else 8  # Blackwell's results are not in registers
+    if direct(target):
+        blackwell = target.capability == "10.0"  # whose products are not in registers
+        warps = 8 if blackwell else 4
         if rows > 128:
             return (16, 32, 8) if heavy else (64, 32, warps)
-        return (64, 32, warps) if heavy and rows > 64 else (64, 64, warps)
+        return (64, 32, warps) if rows > 64 and heavy > blackwell else (64, 64, warps)
     if target.vendor == "amd":
         if rows > 128:
             return 32, 32, 4
