@@ -1,19 +1,20 @@
 """Causal linear attention over many tokens, in chunks (Hua et al. 2022; RetNet, Sun et al. 2023).
 
-Where the time goes, on an H100 at four sequences of 8192 tokens, 8 heads and D = 256: q, k, v and o
-are 0.54 GB, 0.16 ms at full bandwidth, and the products 0.1 TFLOP, 0.26 ms at 40 % of the peak.
-The usual two passes write the state at the border of every chunk of 64 tokens and read it back:
-2.1 GB more in float32, or 1.1 GB rounded, which is most of their time. Here one program keeps the
-state of one head and one tile of values in float32 registers for as long as it can and walks
-through the chunks itself, multiplying out the pairs within a chunk and writing its rows at once; no
-state goes to memory between chunks. Tiles of values of one head run side by side and share its
-queries and keys in L2; they repeat q k^T, which is an eighth to a quarter of the work.
+Where the time should go, on an H100 at four sequences of 8192 tokens, 8 heads and D = 256: q, k, v
+and o are 0.54 GB, 0.16 ms at full bandwidth. The usual two passes write the state at the border of
+every chunk of 64 tokens and read it back: 2.1 GB more in float32, or 1.1 GB rounded, and keys and
+values once more, which is most of their time. Here one program keeps the state of one head and one
+tile of values in float32 registers for as long as it can and walks through the chunks itself,
+multiplying out the pairs within a chunk and writing its rows at once; no state goes to memory
+between chunks. What that costs: tiles of values of one head each compute q k^T, from nothing at
+D = 64 (one tile) over a third of the products at 128 to half of them at 256, 0.15 TFLOP in all
+here, 0.15 ms at the peak; they run side by side and share queries and keys in L2.
 
 That needs heads * batch * tiles of values to fill the device. Where they do not, the tokens are cut
 into segments: one kernel sums up what each segment adds to the state (keys and values are read
 once more), a scan turns the sums into the states that the segments start from, and the same walk
-runs in every segment at once. States cross memory once per segment, in float32; a segment of one
-chunk is the usual two-pass design, and is among what the tuner may choose.
+runs in every segment at once. States cross memory once per segment, in float32; segments of a few
+chunks are the usual two-pass design, and are among what the tuner may choose.
 """
 
 from __future__ import annotations
@@ -241,9 +242,9 @@ def tile_sizes(
     half = replace(target, shared_per_block=target.shared_per_unit // 2)
     stages = 0 if target.vendor == "amd" else stages_that_fit(half, kept, streamed, 3)
     if stages < 2:
-        stages = stages_that_fit(target, kept, streamed, 2 if target.vendor == "amd" else 3)
-    if target.vendor == "nvidia" and not direct(target):
-        stages = min(3, stages + 1)  # the stage in use is in registers
+        stages = stages_that_fit(target, kept, streamed, 3)
+    if not direct(target):  # the stage in use is in registers
+        stages = min(2 if target.vendor == "amd" else 3, stages + 1)
     programs = load.batch * heads * triton.cdiv(width, block_v)
     return {
         "block_c": block_c, "block_v": block_v, "warps": warps, "stages": max(stages, 1),
