@@ -7,7 +7,7 @@ values once more, which is most of their time. Here one program keeps the state 
 tile of values in float32 registers for as long as it can and walks through the chunks itself,
 multiplying out the pairs within a chunk and writing its rows at once; no state goes to memory
 between chunks. What that costs: tiles of values of one head each compute q k^T, from nothing at
-D = 64 (one tile) over a third of the products at 128 to half of them at 256, 0.15 TFLOP in all
+D = 64 (one tile) over a quarter of the products at 128 to half of them at 256, 0.15 TFLOP in all
 here, 0.15 ms at the peak; they run side by side and share queries and keys in L2.
 
 That needs heads * batch * tiles of values to fill the device. Where they do not, the tokens are cut
