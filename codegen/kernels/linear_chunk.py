@@ -1,19 +1,20 @@
 """Causal linear attention over many tokens, in chunks (Hua et al. 2022; RetNet, Sun et al. 2023).
 
-Where the time goes, on an H100 at four sequences of 8192 tokens, 8 heads and D = 256: q, k, v and o
-are 0.54 GB, 0.16 ms at full bandwidth, and the products 0.1 TFLOP, 0.26 ms at 40 % of the peak.
-The usual two passes write the state at the border of every chunk of 64 tokens and read it back:
-2.1 GB more in float32, or 1.1 GB rounded, which is most of their time. Here one program keeps the
-state of one head and one tile of values in float32 registers for as long as it can and walks
-through the chunks itself, multiplying out the pairs within a chunk and writing its rows at once; no
-state goes to memory between chunks. Tiles of values of one head run side by side and share its
-queries and keys in L2; they repeat q k^T, which is an eighth to a quarter of the work.
+Where the time should go, on an H100 at four sequences of 8192 tokens, 8 heads and D = 256: q, k, v
+and o are 0.54 GB, 0.16 ms at full bandwidth. The usual two passes write the state at the border of
+every chunk of 64 tokens and read it back: 2.1 GB more in float32, or 1.1 GB rounded, and keys and
+values once more, which is most of their time. Here one program keeps the state of one head and one
+tile of values in float32 registers for as long as it can and walks through the chunks itself,
+multiplying out the pairs within a chunk and writing its rows at once; no state goes to memory
+between chunks. What that costs: tiles of values of one head each compute q k^T, from nothing at
+D = 64 (one tile) over a quarter of the products at 128 to half of them at 256, 0.15 TFLOP in all
+here, 0.15 ms at the peak; they run side by side and share queries and keys in L2.
 
 That needs heads * batch * tiles of values to fill the device. Where they do not, the tokens are cut
 into segments: one kernel sums up what each segment adds to the state (keys and values are read
 once more), a scan turns the sums into the states that the segments start from, and the same walk
-runs in every segment at once. States cross memory once per segment, in float32; a segment of one
-chunk is the usual two-pass design, and is among what the tuner may choose.
+runs in every segment at once. States cross memory once per segment, in float32; segments of a few
+chunks are the usual two-pass design, and are among what the tuner may choose.
 """
 
 from __future__ import annotations
@@ -238,13 +239,14 @@ def tile_sizes(
     block_v = min(block_v, padded_size(width))
     kept = rows * block_v * item
     streamed = block_c * (2 * depth + block_v) * item
-    # Another block on the same unit hides a wait better than one more stage does.
+    # Another block on the same unit hides a wait better than one more stage does, where registers
+    # leave room for one.
     half = replace(target, shared_per_block=target.shared_per_unit // 2)
-    stages = stages_that_fit(half, kept, streamed, 3)
+    stages = 0 if target.vendor == "amd" else stages_that_fit(half, kept, streamed, 3)
     if stages < 2:
         stages = stages_that_fit(target, kept, streamed, 3)
-    if target.vendor == "nvidia" and target.capability < "9":
-        stages = min(3, stages + 1)  # the stage in use is in registers
+    if not direct(target):  # the stage in use is in registers
+        stages = min(2 if target.vendor == "amd" else 3, stages + 1)
     programs = load.batch * heads * triton.cdiv(width, block_v)
     return {
         "block_c": block_c, "block_v": block_v, "warps": warps, "stages": max(stages, 1),
@@ -252,21 +254,27 @@ def tile_sizes(
     }  # fmt: skip
 
 
+def direct(target: Target) -> bool:
+    """Whether matrix instructions read shared memory: Hopper and large Blackwell devices."""
+    return target.capability in ("9.0", "10.0")
+
+
 def tiles(target: Target, item: int, rows: int, heavy: int) -> tuple[int, int, int]:
     """Tokens, values and warps of a program whose state has `rows` rows, such that its registers
     hold the state and what it is multiplied with; `heavy` (1, or 2 on two sides) says that it maps
     features and has more to do.
 
-    Matrix instructions that read their operands from shared memory (Hopper and after, not its
-    small relatives) want 64 tokens; where operands are registers, fewer of everything fit.
+    Matrix instructions that read their operands from shared memory want 64 tokens; where operands
+    are registers, fewer of everything fit.
     """
     if item > 2:
         return 16, 16, 4
-    if target.capability in ("9.0", "10.0"):
-        warps = 4 if target.capability == "9.0" else 8  # Blackwell's results are not in registers
+    if direct(target):
+        blackwell = target.capability == "10.0"  # whose products are not in registers
+        warps = 8 if blackwell else 4
         if rows > 128:
             return (16, 32, 8) if heavy else (64, 32, warps)
-        return (64, 32, warps) if heavy and rows > 64 else (64, 64, warps)
+        return (64, 32, warps) if rows > 64 and heavy > blackwell else (64, 64, warps)
     if target.vendor == "amd":
         if rows > 128:
             return 32, 32, 4
