@@ -158,7 +158,8 @@ def test_flags_are_read_from_the_kernel_list_and_from_torch(tmp_path, monkeypatc
     found = cpu_flags()
     cpu_flags.cache_clear()
     assert {"avx2", "avx512_fp16", "avx512_bf16"} <= found
-    assert native_products(torch.float16, found) == "avx512_fp16"
+    listed_flags = found & {"avx2", "avx512_fp16"}  # this machine may have wider units
+    assert native_products(torch.float16, frozenset(listed_flags)) == "avx512_fp16"
     assert native_products(torch.bfloat16, frozenset({"avx2"})) == ""
     assert native_products(torch.float32, frozenset()) == "float32"
 
