@@ -175,8 +175,8 @@ def compile_here(given: bytes) -> Compiled:
     try:
         job: Job = pickle.loads(given)
         return statics(job.kernel, job.spec, job.load, job.target)
-    # A compiler may fail in any way, a launcher may refuse tile sizes, and a kernel's module may not
-    # be found from here; it is told.
+    # A compiler may fail in any way, a launcher may refuse tile sizes, and the kernel's module may
+    # not be found from here; it is told.
     except Exception as error:  # noqa: BLE001
         said = str(getattr(error, "why", "") or error).strip().splitlines() or [""]
         return Failed("does not compile", f"{type(error).__name__}: {said[0]}")

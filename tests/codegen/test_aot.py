@@ -46,7 +46,8 @@ told = {
     "small": {name: taken(small, name) for name in ("h100", "b200", "a100", "mi300x")},
     "grid": small.grid,
     "spilling": {
-        name: taken(tile(rows, 16, warps=1), name) for name, rows in (("h100", 128), ("mi300x", 256))
+        name: taken(tile(rows, 16, warps=1), name)
+        for name, rows in (("h100", 128), ("mi300x", 256))
     },
     "large": taken(tile(64, 1024), "mi300x"),
     "cpu": refused("cpu", small),
