@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from functools import lru_cache
+from functools import cache
 
 from tests.tree import ROOT
 
@@ -14,7 +14,7 @@ def test_every_slow_test_exists() -> None:
         assert name in _functions(file), line
 
 
-@lru_cache(maxsize=None)
+@cache
 def _functions(file: str) -> set[str]:
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
