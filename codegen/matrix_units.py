@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from attnopt.codegen.target import Target
+from attnopt.compiler.contract import Miss
 
 
 def matrix_units(target: Target, dtype: str) -> bool:
@@ -15,3 +16,15 @@ def matrix_units(target: Target, dtype: str) -> bool:
     if target.vendor == "amd":
         return True
     return float(target.capability) >= 8.0 and dtype != "float32"
+
+
+def below_ampere(target: Target, limit: str) -> Miss | None:
+    """Why tiles that are beyond a limit cannot be multiplied on the target, None where it has
+    matrix instructions in Triton for half precision."""
+    if matrix_units(target, "float16"):
+        return None
+    return Miss(
+        f"{limit} on {target.title}: Triton has no matrix instructions below compute capability "
+        f"8.0, and multiplies one number at a time there",
+        help="torch's own attention uses this device's matrix units",
+    )

@@ -25,6 +25,7 @@ from torch import Tensor
 from attnopt.codegen.block_sparse_spec import BlockSparseSpec, Dense, Scattered, Strided, Windowed
 from attnopt.codegen.kernel import Inputs, Kernel, Load, Outputs, Work
 from attnopt.codegen.kernels.references import block_sparse_prefill as plain
+from attnopt.codegen.matrix_units import matrix_units
 from attnopt.codegen.pieces.online_softmax import FLOOR, LOG2E, absorb, finish, soft_cap
 from attnopt.codegen.pieces.sizes import padded_size
 from attnopt.codegen.pieces.tiles import load_tile
@@ -287,17 +288,18 @@ class BlockSparsePrefill(Kernel[BlockSparseSpec]):
         while not spec.per_head and spec.group % (2 * pack) == 0 and spec.query_block * pack < 128:
             pack *= 2
         most = min(128, spec.query_block * pack)
-        if item == 4:  # products are multiply-adds of single numbers, which want small tiles
+        if item == 4 or not matrix_units(target, load.dtype):  # products of one number at a time
             return cls(min(32, most), 16, pack, 4, 2)
         # Where products take their first operand from registers, large tiles do not fit there.
-        in_shared = target.capability in ("9.0", "10.0") or target.vendor == "amd"
+        from_shared = target.capability in ("9.0", "10.0")
+        in_shared = from_shared or target.vendor == "amd"
         if not in_shared and wide > 256:
             most = min(64, most)
-        block_n = 32 if wide > 256 or (not in_shared and most < 128 and wide > 128) else 64
-        block_n = min(block_n, spec.key_block)
+        tight = not in_shared and most < 128 and wide > 128
+        block_n = min(32 if wide > 256 or tight else 64, spec.key_block)
         for block_m in (most, min(64, most)):
-            kept = block_m * padded_size(spec.head_dim) * item * (target.vendor == "nvidia")
-            stages = stages_that_fit(target, kept if in_shared else 0, block_n * wide * item, 3)
+            kept = block_m * padded_size(spec.head_dim) * item if from_shared else 0
+            stages = stages_that_fit(target, kept, block_n * wide * item, 2 if tight else 3)
             if stages:
                 eight = block_m * wide >= (128 * 128 if target.vendor == "nvidia" else 128 * 256)
                 eight = eight and (block_m == 128 or wide > 256)

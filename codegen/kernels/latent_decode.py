@@ -25,6 +25,7 @@ from attnopt.codegen.kernel import Inputs, Kernel, Load, Outputs, Work
 from attnopt.codegen.kernels.merge_partials import merge_partials
 from attnopt.codegen.kernels.references import latent_decode as plain
 from attnopt.codegen.latent_spec import LatentSpec
+from attnopt.codegen.matrix_units import below_ampere, matrix_units
 from attnopt.codegen.pieces.cache import row_of
 from attnopt.codegen.pieces.online_softmax import FLOOR, finish, weigh
 from attnopt.codegen.pieces.sizes import ceil_div, padded_size, two_pieces, with_strides
@@ -246,6 +247,8 @@ class LatentDecode(Kernel[LatentSpec]):
                 f"16 latents of rank {spec.rank} and as many queries do not fit into the "
                 f"{target.shared_per_block} bytes of shared memory of {target.title}"
             )
+        if spec.rank > 256:
+            return below_ampere(target, "a rank of more than 256 does not fit into registers")
         return None
 
     @classmethod
@@ -263,8 +266,11 @@ class LatentDecode(Kernel[LatentSpec]):
             block_m, warps = (64, 8) if async_products else (32, 4)
         if block_m * spec.rank > 128 * 32 * warps:
             block_m, warps = 16, 8
+        sizes = (128, 64, 32, 16)
+        if not matrix_units(target, load.dtype):  # every thread keeps its rows and columns
+            block_m, warps, sizes = 16, (4 if spec.rank <= 512 else 8), (16,)
         buffers = 1 if amd else 3 if block_m == 64 else 2
-        for block_n in (128, 64, 32, 16):
+        for block_n in sizes:
             tile, kept = block_n * line, 0 if amd else block_m * line
             if tile > (_TILE // 2 if amd else _TILE) or (amd and block_m > 16 < block_n):
                 continue

@@ -21,6 +21,7 @@ from torch import Tensor
 from attnopt.codegen.kernel import Inputs, Kernel, Load, Outputs, Work
 from attnopt.codegen.kernels.references import latent_prefill as plain
 from attnopt.codegen.latent_spec import LatentSpec
+from attnopt.codegen.matrix_units import matrix_units
 from attnopt.codegen.pieces.masks import within
 from attnopt.codegen.pieces.online_softmax import FLOOR, LOG2E, absorb, finish
 from attnopt.codegen.pieces.sizes import ceil_div, padded_size, with_strides
@@ -200,6 +201,8 @@ class LatentPrefill(Kernel[LatentSpec]):
         async_products = target.shared_per_block >= _LARGE and item == 2
         buffers = 1 if amd else 3 if async_products else 2
         most = min(128, max(16, triton.next_power_of_2(load.queries)))
+        if not matrix_units(target, load.dtype):  # every thread keeps its rows and columns
+            return cls(min(32 if key <= 320 * item else 16, most), 16, 4, 2)
         for block_m in (128, 64, 32, 16):
             for block_n in (64, 32, 16):
                 tile, kept = block_n * key, 0 if amd else block_m * deep * item

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from attnopt.codegen.kernel import Inputs, Kernel, Load, Outputs, Work
 from attnopt.codegen.kernels.references import linear_chunk as plain
+from attnopt.codegen.matrix_units import below_ampere, matrix_units
 from attnopt.codegen.pieces.decays import decay_hook
 from attnopt.codegen.pieces.feature_maps import feature_map
 from attnopt.codegen.pieces.recurrence import chunked_recurrence
@@ -127,14 +128,10 @@ class LinearChunk(Kernel[LinearSpec]):
 
     @classmethod
     def supports(cls, spec: LinearSpec, target: Target) -> Miss | None:
-        if spec.feature == "taylor":
-            return Miss(
-                "the state of second-order features has 1 + d + d^2 rows, too many for one program",
-                help="a kernel of its own, which holds one channel's rows at a time",
-            )
-        if max(spec.features, spec.value_dim) > 256:
-            return Miss(f"{max(spec.features, spec.value_dim)} features are more than 256")
-        return None
+        wrong = unsupported(spec)
+        if wrong is None and max(spec.features, spec.value_dim) > 64:
+            wrong = below_ampere(target, "a state of more than 64 features spills registers")
+        return wrong
 
     @classmethod
     def default(cls, spec: LinearSpec, target: Target, load: Load) -> Self:
@@ -224,6 +221,18 @@ class LinearChunk(Kernel[LinearSpec]):
         return (*plain_sizes, (gated, Load(1, 8192, 8192)), (hedgehog, Load(1, 8192, 8192)))
 
 
+def unsupported(spec: LinearSpec) -> Miss | None:
+    """Why no program can hold the spec's state, None where one can."""
+    if spec.feature == "taylor":
+        return Miss(
+            "the state of second-order features has 1 + d + d^2 rows, too many for one program",
+            help="a kernel of its own, which holds one channel's rows at a time",
+        )
+    if max(spec.features, spec.value_dim) > 256:
+        return Miss(f"{max(spec.features, spec.value_dim)} features are more than 256")
+    return None
+
+
 def feature_arguments(spec: LinearSpec) -> dict[str, Any]:
     """The launcher's arguments for the feature map and the normaliser of a spec."""
     return {
@@ -238,7 +247,10 @@ def tile_sizes(
     """Tile sizes for queries and keys of `depth` channels, states of `rows` rows and values of
     `width` channels; `heavy` as `tiles` takes it."""
     item = load.torch_dtype.itemsize
-    block_c, block_v, warps = tiles(target, item, rows, heavy)
+    if matrix_units(target, load.dtype):
+        block_c, block_v, warps = tiles(target, item, rows, heavy)
+    else:
+        block_c, block_v, warps = 16, 16, (8 if rows > 64 else 4)
     block_v = min(block_v, padded_size(width))
     kept = rows * block_v * item
     streamed = block_c * (2 * depth + block_v) * item
@@ -249,7 +261,8 @@ def tile_sizes(
     if stages < 2:
         stages = stages_that_fit(target, kept, streamed, 3)
     if not direct(target):  # the stage in use is in registers
-        stages = min(2 if target.vendor == "amd" else 3, stages + 1)
+        few = target.vendor == "amd" or (target.capability == "12.0" and rows <= 64)
+        stages = min(2 if few else 3, stages + 1)
     programs = load.batch * heads * triton.cdiv(width, block_v)
     return {
         "block_c": block_c, "block_v": block_v, "warps": warps, "stages": max(stages, 1),
@@ -281,11 +294,14 @@ def tiles(target: Target, item: int, rows: int, heavy: int) -> tuple[int, int, i
     if target.vendor == "amd":
         if rows > 128:
             return 32, 32, 4
-        return (64, 32, 4) if heavy and rows > 64 else (64, 64, 4)
+        if heavy and rows > 64:
+            return 64, (16 if target.capability == "gfx90a" else 32), 4
+        return 64, 64, 4
     if rows > 128:
-        return (32, 16, 4) if heavy else (16, 32, 4)
+        return 16, 16, 4
     if rows > 64:
-        return 32, 32 // max(heavy, 1), 4
+        small = heavy > 1 or (heavy and target.capability == "12.0")
+        return 32, (16 if small else 32), 4
     return 64, 32, 4
 
 

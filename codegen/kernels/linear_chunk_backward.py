@@ -240,8 +240,9 @@ class LinearChunkBackward(Kernel[LinearSpec]):
         rows = max(padded_size(spec.features), padded_size(spec.value_dim))
         heavy = spec.normalised or spec.feature in ("elu", "relu")
         heavy = heavy or (spec.decay != "none" and rows <= 128)
+        apart = spec.two_sided or spec.feature == "softmax"  # rows of features are in float32
         width = min(spec.features, spec.value_dim)
-        return cls(**tile_sizes(target, load, spec.heads, rows, rows, width, int(heavy)))
+        return cls(**tile_sizes(target, load, spec.heads, rows, rows, width, heavy * (1 + apart)))
 
     @classmethod
     def inputs(cls, spec: LinearSpec, load: Load, device: str = "cpu") -> Inputs:

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attnopt.codegen.kernel import Inputs, Kernel, Load, Outputs, Work
-from attnopt.codegen.kernels.linear_chunk import LinearChunk, feature_arguments
+from attnopt.codegen.kernels.linear_chunk import LinearChunk, feature_arguments, unsupported
 from attnopt.codegen.kernels.references.linear_step import linear_step as plain
 from attnopt.codegen.pieces.decays import decay_hook
 from attnopt.codegen.pieces.feature_maps import feature_map, feature_place, mapped
@@ -156,7 +156,7 @@ class LinearStep(Kernel[LinearSpec]):
     def supports(cls, spec: LinearSpec, target: Target) -> Miss | None:
         if not spec.causal:
             return Miss("steps have an order, and the spec is not causal")
-        return LinearChunk.supports(spec, target)
+        return unsupported(spec)
 
     @classmethod
     def default(cls, spec: LinearSpec, target: Target, load: Load) -> Self:

@@ -23,6 +23,7 @@ from attnopt.codegen.kernel import Inputs, Kernel, Load, Outputs, Work
 from attnopt.codegen.kernels.flash_prefill import mask_arguments
 from attnopt.codegen.kernels.merge_partials import merge_partials
 from attnopt.codegen.kernels.references import split_decode as plain
+from attnopt.codegen.matrix_units import matrix_units
 from attnopt.codegen.pieces.alibi import alibi
 from attnopt.codegen.pieces.cache import position_in_ring, row_of, slot_of
 from attnopt.codegen.pieces.masks import scored, within
@@ -344,7 +345,8 @@ class SplitDecode(Kernel[DecodeSpec]):
         lookups = (spec.cache == "paged") + (spec.selected > 0)  # loads that wait for other loads
         buffers = 1 if target.vendor == "amd" else 2
         warps = 4 if of.group * load.queries <= 16 else 8
-        for block_n in (128, 64, 32, 16):
+        sizes = (128, 64, 32, 16) if matrix_units(target, load.dtype) else (16,)
+        for block_n in sizes:
             tile = block_n * token
             if tile <= _TILE and stages_that_fit(target, 0, tile * _WAVES, buffers) == buffers:
                 stages = buffers * (1 + lookups) + 1
