@@ -25,9 +25,10 @@ from attnopt.codegen.kernels.references import flash_prefill as plain
 from attnopt.codegen.matrix_units import matrix_units
 from attnopt.codegen.pieces.attend import attend
 from attnopt.codegen.pieces.online_softmax import FLOOR, LOG2E, finish
+from attnopt.codegen.pieces.reach import extent, key_tiles
 from attnopt.codegen.pieces.sizes import padded_size, with_strides
 from attnopt.codegen.pieces.tiles import load_tile
-from attnopt.codegen.shared_memory import stages_that_fit
+from attnopt.codegen.shared_memory import loop_stages
 from attnopt.codegen.target import Target
 from attnopt.compiler.contract import Miss, choice
 from attnopt.compiler.spec import CAUSAL, AttentionSpec, Mask
@@ -66,34 +67,23 @@ def _flash_prefill(
     block = tiles - 1 - program % tiles
     heads = program // tiles % (HEADS // PACK) * PACK
     b = (program // tiles // (HEADS // PACK)).to(tl.int64)
-    base = b
-    if q_starts is not None:  # one row of packed tokens for all sequences
-        first_query = tl.load(q_starts + b)
-        queries = tl.load(q_starts + b + 1) - first_query
-        first_key = tl.load(k_starts + b)
-        keys = tl.load(k_starts + b + 1) - first_key
-        offset = keys - queries
-        base = b * 0
-        q += first_query.to(tl.int64) * q_token
-        out += first_query.to(tl.int64) * out_token
-        k += first_key.to(tl.int64) * k_token
-        v += first_key.to(tl.int64) * v_token
-        if lse is not None:
-            lse += first_query
+    base, first_query, queries, first_key, keys, offset = extent(
+        b, q_starts, k_starts, queries, keys, offset
+    )
     if block * BLOCK_M >= queries * PACK:
         return
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     position = row // PACK
     h = (heads + row % PACK).to(tl.int64)[:, None]  # all of one key/value head
-    token = position.to(tl.int64)[:, None]
+    token = first_query + position.to(tl.int64)[:, None]
     i = (offset + position)[:, None]
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_V)
     there = (position < queries)[:, None]
     q_at = q + base * q_batch + h * q_head + token * q_token
     q_tile = load_tile(q_at + d[None, :], there, (d < D)[None, :], True, D != BLOCK_D)
-    k += base * k_batch + (heads // GROUP).to(tl.int64) * k_head
-    v += base * v_batch + (heads // GROUP).to(tl.int64) * v_head
+    k += base * k_batch + (heads // GROUP).to(tl.int64) * k_head + first_key * k_token
+    v += base * v_batch + (heads // GROUP).to(tl.int64) * v_head + first_key * v_token
 
     top = tl.full([BLOCK_M], FLOOR, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -106,25 +96,10 @@ def _flash_prefill(
 
     lowest = offset + block * BLOCK_M // PACK
     highest = offset + tl.minimum((block * BLOCK_M + BLOCK_M - 1) // PACK, queries - 1)
-    end = keys  # behind the last key that some row reads
-    whole = keys  # and behind the last of those that all rows read
-    if CAUSAL:
-        end = tl.minimum(keys, highest + 1)
-        whole = tl.minimum(keys, lowest + 1)
-    elif WINDOW:
-        end = tl.minimum(keys, tl.maximum(highest + left, sink))
-        whole = tl.minimum(keys, lowest + left)
-    # From here on in tiles of keys: [0, sinking) and [first, last) are read; of them
-    # [inner, whole) by every row, so that nothing need be masked there.
-    last = tl.cdiv(tl.maximum(end, 0), BLOCK_N)
-    first, inner, sinking = 0, 0, 0
-    if WINDOW:
-        first = tl.minimum(tl.maximum(lowest - left + 1, 0) // BLOCK_N, last)
-        inner = tl.minimum(tl.cdiv(tl.maximum(highest - left + 1, 0), BLOCK_N), last)
-        if SINK:
-            sinking = tl.minimum(tl.cdiv(sink, BLOCK_N), first)
-    whole = tl.maximum(tl.maximum(whole, 0) // BLOCK_N, inner)
-
+    # Tiles of keys [0, sinking) and [first, last) are read; of them [inner, whole) by every row.
+    sinking, first, inner, whole, last = key_tiles(
+        lowest, highest, keys, left, sink, CAUSAL, WINDOW, SINK, BLOCK_N
+    )
     source = (k, v, k_token, v_token, keys)
     rows = (b, h, i, position[:, None], queries)
     edits = (bias, keep, padding, scale, cap, data)
@@ -294,9 +269,9 @@ class FlashPrefill(Kernel[AttentionSpec]):
         rows = triton.next_power_of_2(load.queries * (group if packed else 1))
         block_m = min(block_m, max(16, rows))
         kept = block_m * padded_size(spec.head_dim) * item
-        while block_n > 16 and not _stages(target, kept, block_n * wide * item):
+        while block_n > 16 and not loop_stages(target, kept, block_n * wide * item):
             block_n //= 2
-        stages = max(1, _stages(target, kept, block_n * wide * item))
+        stages = max(1, loop_stages(target, kept, block_n * wide * item))
         return cls(block_m, block_n, packed, warps, stages)
 
     @classmethod
@@ -362,16 +337,6 @@ class FlashPrefill(Kernel[AttentionSpec]):
             for depth in (64, 128)
             for mask in (CAUSAL, Mask("window", left=1024, sink=4))
         )
-
-
-def _stages(target: Target, kept: int, streamed: int) -> int:
-    """Stages of the loop over the keys, 0 where its tiles do not fit into shared memory."""
-    if target.vendor == "amd":  # queries stay in registers there, and one stage takes fewest
-        return stages_that_fit(target, 0, streamed, 1)
-    if target.capability in ("9.0", "10.0"):  # whose matrix instructions read shared memory
-        return stages_that_fit(target, kept, streamed, 3)
-    buffers = stages_that_fit(target, kept, streamed, 2 if target.shared_per_block > 2**17 else 1)
-    return buffers + 1 if buffers else 0  # of which one is in registers
 
 
 def mask_arguments(mask: Mask) -> dict[str, Any]:

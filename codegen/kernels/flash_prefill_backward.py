@@ -31,12 +31,13 @@ from attnopt.codegen.matrix_units import matrix_units
 from attnopt.codegen.pieces.attend_backward import absorb_keys, absorb_queries
 from attnopt.codegen.pieces.reach import extent, key_tiles, query_tiles
 from attnopt.codegen.pieces.row_ends import row_ends
-from attnopt.codegen.pieces.sizes import padded_size, with_strides
+from attnopt.codegen.pieces.sizes import padded_size, with_rows, with_strides
 from attnopt.codegen.pieces.tiles import load_tile
-from attnopt.codegen.shared_memory import stages_that_fit
+from attnopt.codegen.shared_memory import loop_stages
 from attnopt.codegen.target import Target
 from attnopt.compiler.contract import Miss, choice
 from attnopt.compiler.spec import CAUSAL, AttentionSpec, Mask
+
 
 @triton.jit(do_not_specialize=["queries", "keys", "offset", "left", "sink", "tiles"])
 def _key_gradients(
@@ -85,26 +86,20 @@ def _key_gradients(
     )  # fmt: skip
     state = (tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_V], tl.float32))
     # One loop over heads and tiles, for a pipeline has to be filled only once then.
-    count = whole - inner
-    for step in tl.range(0, GROUP * count):
-        h = shared * GROUP + step // tl.maximum(count, 1)
-        at = row_first + h * row_head
-        source = (q_first + h * q[2], grad_first + h * grad[2], ends + at, deltas + at, q[3], grad[3])
-        state = absorb_queries(
-            state, k_tile, v_tile, (inner + step % tl.maximum(count, 1)) * BLOCK_M, source,
-            (b, h, offset, queries), j, keys, edits, reach, MASK, EDITS, TILE, False,
-        )  # fmt: skip
-    count = (inner - first) + (last - whole)
-    for step in tl.range(0, GROUP * count):
-        h = shared * GROUP + step // tl.maximum(count, 1)
-        tile = first + step % tl.maximum(count, 1)
-        tile = tl.where(tile < inner, tile, tile - inner + whole)
-        at = row_first + h * row_head
-        source = (q_first + h * q[2], grad_first + h * grad[2], ends + at, deltas + at, q[3], grad[3])
-        state = absorb_queries(
-            state, k_tile, v_tile, tile * BLOCK_M, source,
-            (b, h, offset, queries), j, keys, edits, reach, MASK, EDITS, TILE, True,
-        )  # fmt: skip
+    for part in tl.static_range(2):
+        count = (inner - first) + (last - whole) if part else whole - inner
+        for step in tl.range(0, GROUP * count):
+            h = shared * GROUP + step // tl.maximum(count, 1)
+            tile = step % tl.maximum(count, 1) + (first if part else inner)
+            if part:
+                tile = tl.where(tile < inner, tile, tile - inner + whole)
+            at = row_first + h * row_head
+            g_first = grad_first + h * grad[2]
+            source = (q_first + h * q[2], g_first, ends + at, deltas + at, q[3], grad[3])
+            state = absorb_queries(
+                state, k_tile, v_tile, tile * BLOCK_M, source, (b, h, offset, queries), j, keys,
+                edits, reach, MASK, EDITS, TILE, part == 1,
+            )  # fmt: skip
 
     dk_tile, dv_tile = state
     if lost is not None:
@@ -245,9 +240,7 @@ def flash_prefill_backward(
     for name, given in (("bias", bias), ("sinks", sinks)):
         if name in wanted and given is None:
             raise ValueError(f"there is no {name} to give a gradient of")
-    q, k, v, grad, out = (
-        x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v, grad, out)
-    )
+    q, k, v, grad, out = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v, grad, out))
     q_starts, k_starts = (x if x is None else x.contiguous() for x in (q_starts, k_starts))
     lse = lse.contiguous()
     queries, keys = (longest, longest_keys or k.shape[2]) if varied else (q.shape[2], k.shape[2])
@@ -264,10 +257,7 @@ def flash_prefill_backward(
         with_strides(bias, *shape), with_strides(keep, *shape),
         with_strides(padding, sequences, k.shape[2]), scale, softcap, left, sink, data,
     )  # fmt: skip
-    given = (
-        (q, *q.stride()[:3]), (k, *k.stride()[:3]), (v, *v.stride()[:3]), (grad, *grad.stride()[:3]),
-        ends, deltas,
-    )  # fmt: skip
+    given = (with_rows(q), with_rows(k), with_rows(v), with_rows(grad), ends, deltas)
     numbers = (*lse.stride()[:2], q_starts, k_starts, q.shape[2], k.shape[2], offset)
 
     def rows(like: Tensor) -> Tensor:
@@ -283,7 +273,7 @@ def flash_prefill_backward(
             dbias = torch.zeros(shape, dtype=bias.dtype, device=q.device)
         tiles = triton.cdiv(queries, block_m)
         _query_gradients[(tiles * heads * sequences,)](
-            *given, (dq, *dq.stride()[:3]), None if dbias is None else (dbias, *dbias.stride()),
+            *given, with_rows(dq), None if dbias is None else (dbias, *dbias.stride()),
             *numbers, tiles, *edits, **sizes, BLOCK_M=block_m, BLOCK_N=step_n,
             num_warps=q_warps, num_stages=q_stages,
         )  # fmt: skip
@@ -297,7 +287,7 @@ def flash_prefill_backward(
             total = lost.unflatten(1, (kv_heads, group)).sum((2, 3))
             back = (total, *total.stride()[:2])
         _key_gradients[(tiles * kv_heads * sequences,)](
-            *given, (dk, *dk.stride()[:3]), (dv, *dv.stride()[:3]), back, *numbers, tiles, *edits,
+            *given, with_rows(dk), with_rows(dv), back, *numbers, tiles, *edits,
             **sizes, BLOCK_M=step_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     if sinks is not None and "sinks" in wanted:  # a sink weighs a value of zeros
@@ -333,7 +323,29 @@ class FlashPrefillBackward(Kernel[AttentionSpec]):
 
     @classmethod
     def default(cls, spec: AttentionSpec, target: Target, load: Load) -> Self:
-        return cls()
+        wide = padded_size(spec.head_dim) + padded_size(spec.v_dim)
+        held, step, q_held, q_step, warps = 128, 64, 128, 64, 8
+        if not matrix_units(target, load.dtype):  # all of it in registers
+            held, step, q_held, q_step, warps = 32, 16, 32, 16, 4
+        elif wide > 256:
+            held, step, q_held, q_step = 64, 32, 64, 32
+        elif target.vendor == "amd":
+            held, step, q_step, warps = (128, 32, 32, 8) if wide <= 128 else (64, 32, 32, 4)
+        elif wide > 128 and target.capability == "9.0":
+            step = 32
+        elif wide > 128 and target.capability == "10.0":
+            step, q_step = 32, 32
+        elif wide > 128:
+            held, q_step = 64, 32
+        held = min(held, max(16, triton.next_power_of_2(load.keys)))
+        q_held = min(q_held, max(16, triton.next_power_of_2(load.queries)))
+        row = wide * load.torch_dtype.itemsize
+        stages, q_stages = (
+            max(1, loop_stages(target, kept * row, streamed * row))
+            for kept, streamed in ((held, step), (q_held, q_step))
+        )
+        q_warps = 8 if q_held == 128 else warps
+        return cls(held, step, warps, stages, q_held, q_step, q_warps, q_stages)
 
     @classmethod
     def inputs(cls, spec: AttentionSpec, load: Load, device: str = "cpu") -> Inputs:
@@ -364,7 +376,7 @@ class FlashPrefillBackward(Kernel[AttentionSpec]):
 
     @classmethod
     def work(cls, spec: AttentionSpec, load: Load) -> Work:
-        """Five products of the size of q k^T, of which two take v; every tensor and its gradient."""
+        """Five products as large as q k^T, of which two take v; every tensor and its gradient."""
         forward = FlashPrefill.work(spec, load)
         share = (3 * spec.head_dim + 2 * spec.v_dim) / (spec.head_dim + spec.v_dim)
         rows = load.batch * load.queries * spec.heads

@@ -36,7 +36,7 @@ def _weights(
 @triton.jit
 def _chained(slopes, raw, rows, j, edits, EDITS: tl.constexpr):
     """The gradient of the scaled product, from that of the logits."""
-    b, h, i, row, queries = rows
+    b, h, i, _, _ = rows
     if EDITS[0] or EDITS[3] is not None:
         logits = raw * edits[3]
         if EDITS[0]:
@@ -75,7 +75,7 @@ def absorb_queries(
     first = tl.cast(start, tl.int64)
     q_tile = load_tile(
         q + first * q_stride + (m[:, None] * q_stride + d[None, :]),
-        there[:, None], (d < D)[None, :], MASKED, D != TILE[2],
+        there[:, None], (d < D)[None, :], MASKED, TILE[2] != D,
     )  # fmt: skip
     raw = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
     if MASKED:
@@ -88,7 +88,7 @@ def absorb_queries(
     weights = _weights(raw, end[None, :], facts, j, keys, edits, reach, MASK, EDITS, MASKED)
     g_tile = load_tile(
         grad + first * grad_stride + (m[:, None] * grad_stride + e[None, :]),
-        there[:, None], (e < V)[None, :], MASKED, V != TILE[3],
+        there[:, None], (e < V)[None, :], MASKED, TILE[3] != V,
     )  # fmt: skip
     dk, dv = state
     dv = tl.dot(weights.to(g_tile.dtype), g_tile, dv, input_precision=PRECISION)
@@ -121,13 +121,13 @@ def absorb_keys(
     first = tl.cast(start, tl.int64)
     k_tile = load_tile(
         k + first * k_stride + (n[:, None] * k_stride + d[None, :]),
-        there, (d < D)[None, :], MASKED, D != TILE[2],
+        there, (d < D)[None, :], MASKED, TILE[2] != D,
     )  # fmt: skip
     raw = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
     weights = _weights(raw, ends, rows, j[None, :], keys, edits, reach, MASK, EDITS, MASKED)
     v_tile = load_tile(
         v + first * v_stride + (n[:, None] * v_stride + e[None, :]),
-        there, (e < V)[None, :], MASKED, V != TILE[3],
+        there, (e < V)[None, :], MASKED, TILE[3] != V,
     )  # fmt: skip
     slopes = tl.dot(g_tile, tl.trans(v_tile), input_precision=PRECISION)
     slopes = weights * (slopes - deltas)

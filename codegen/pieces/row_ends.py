@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnopt.codegen.pieces.online_softmax import LOG2E
 from attnopt.codegen.pieces.reach import extent
-from attnopt.codegen.pieces.sizes import padded_size
+from attnopt.codegen.pieces.sizes import padded_size, with_rows
 
 NEVER: tl.constexpr = tl.constexpr(-1.0e28)  # log-sum-exps of rows whose every key is dropped
 
@@ -57,7 +57,7 @@ def row_ends(
     heads, width = out.shape[1], out.shape[3]
     sequences = out.shape[0] if q_starts is None else q_starts.shape[0] - 1
     ends, deltas = torch.empty_like(lse), torch.empty_like(lse)
-    block = 64 if width <= 128 else 32
+    block = max(16, 4096 // padded_size(width))
     tiles = triton.cdiv(longest, block)
     each: Tensor | None = None
     lost: Any = None
@@ -65,7 +65,7 @@ def row_ends(
         each = torch.empty(sequences, heads, tiles, width, dtype=torch.float32, device=out.device)
         lost = (each, *each.stride()[:3])
     _row_ends[(tiles * heads * sequences,)](
-        (out, *out.stride()[:3]), (grad, *grad.stride()[:3]), lse, ends, deltas, lost,
+        with_rows(out), with_rows(grad), lse, ends, deltas, lost,
         *lse.stride()[:2], q_starts, out.shape[2], tiles,
         HEADS=heads, V=width, BLOCK_V=padded_size(width), BLOCK_M=block, num_warps=4, num_stages=1,
     )  # fmt: skip

@@ -21,6 +21,11 @@ def with_strides(tensor: Tensor | None, *shape: int) -> tuple[Tensor | int, ...]
     return None if tensor is None else (tensor, *tensor.expand(shape).stride())
 
 
+def with_rows(tensor: Tensor) -> tuple[Tensor | int, ...]:
+    """A tensor `[batch, heads, tokens, channels]` and its strides but the last, which is one."""
+    return tensor, *tensor.stride()[:3]
+
+
 def two_pieces(size: int) -> tuple[int, int]:
     """Tiles of powers of two, at least 16, that hold `size` channels side by side with the least
     padding: (128, 64) for 192, (512, 0) for 512 or 500."""
