@@ -113,7 +113,17 @@ class Kernel(ABC, Generic[SpecT]):
         return 1.0
 
     def run(self, spec: SpecT, inputs: Inputs) -> Outputs:
-        """Launch on the inputs."""
+        """Launch on the inputs. Raises `Problem` A828 where a gradient would get lost."""
+        if torch.is_grad_enabled() and any(
+            isinstance(x, Tensor) and x.requires_grad for x in inputs.values()
+        ):
+            raise Problem(
+                "A828",
+                f"`{self.name}` launched by itself gives no gradients",
+                why="an input requires one, and gradients are enabled",
+                help="use torch.no_grad(), or flash_attention and linear_attention of "
+                "attnopt.codegen, which give gradients",
+            )
         return type(self).launcher(**inputs, **self.constants(spec))
 
     @property

@@ -190,6 +190,8 @@ def flash_prefill(
     heads, kv_heads, depth, width = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
     if k.shape[3] != depth or k.shape[:3] != v.shape[:3] or k.shape[0] != q.shape[0]:
         raise ValueError(f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not match")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise ValueError("a launch gives no gradients: see flash_prefill_backward")
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads cannot share {kv_heads} key/value heads")
     if varied and not (bias is None and keep is None and padding is None):

@@ -38,6 +38,8 @@ from attnopt.codegen.target import Target
 from attnopt.compiler.contract import Miss, choice
 from attnopt.compiler.spec import CAUSAL, AttentionSpec, Mask
 
+GRADIENTS = ("q", "k", "v", "bias", "sinks")  # what there are gradients of, in their order
+
 
 @triton.jit(do_not_specialize=["queries", "keys", "offset", "left", "sink", "tiles"])
 def _key_gradients(
@@ -217,7 +219,7 @@ def flash_prefill_backward(
     q_warps: int = 4,
     q_stages: int = 2,
 ) -> Any:
-    """The gradients of the inputs that `wanted` names, in the order q, k, v, bias, sinks.
+    """The gradients of the inputs that `wanted` names, in the order of `GRADIENTS`.
 
     Inputs and options as of `flash_prefill`, whose output is `out`, with the log-sum-exps `lse`;
     `grad` `[batch, heads, S, V]` is the output's gradient. Gradients have the shapes and dtypes of
@@ -293,7 +295,7 @@ def flash_prefill_backward(
     if sinks is not None and "sinks" in wanted:  # a sink weighs a value of zeros
         weights = torch.where(ends.isinf(), 0.0, torch.exp(sinks.float() - lse[..., None])[..., 0])
         found["sinks"] = -(weights * deltas)[..., None].sum_to_size(sinks.shape).to(sinks.dtype)
-    return tuple(found[name] for name in ("q", "k", "v", "bias", "sinks") if name in wanted)
+    return tuple(found[name] for name in GRADIENTS if name in wanted)
 
 
 @dataclass(frozen=True)
@@ -352,7 +354,7 @@ class FlashPrefillBackward(Kernel[AttentionSpec]):
         """What stands for the forward pass: logits of variance one have about these ends."""
         given = FlashPrefill.inputs(spec, load, device)
         size = (load.batch, spec.heads, load.queries, spec.v_dim)
-        made = {"dtype": load.torch_dtype, "device": device}
+        made: dict[str, Any] = {"dtype": load.torch_dtype, "device": device}
         ends = torch.full(size[:3], log(max(1, load.keys)) + 0.5, device=device)
         return {
             **given, "grad": torch.randn(size, **made), "out": torch.randn(size, **made),

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import triton
 from torch import Tensor
 
 from attnopt.codegen.kernel import Inputs, Load
@@ -16,7 +15,6 @@ from attnopt.codegen.kernels.flash_prefill_backward import (
     flash_prefill_backward,
 )
 from attnopt.codegen.kernels.references.flash_prefill import flash_prefill as plain
-from attnopt.codegen.pieces.alibi import alibi
 from attnopt.compiler.spec import CAUSAL, FULL, AttentionSpec, Mask
 from tests.tolerance import assert_close
 
