@@ -259,7 +259,7 @@ def flash_prefill_backward(
         with_strides(bias, *shape), with_strides(keep, *shape),
         with_strides(padding, sequences, k.shape[2]), scale, softcap, left, sink, data,
     )  # fmt: skip
-    given = (with_rows(q), with_rows(k), with_rows(v), with_rows(grad), ends, deltas)
+    shared = (with_rows(q), with_rows(k), with_rows(v), with_rows(grad), ends, deltas)
     numbers = (*lse.stride()[:2], q_starts, k_starts, q.shape[2], k.shape[2], offset)
 
     def rows(like: Tensor) -> Tensor:
@@ -275,7 +275,7 @@ def flash_prefill_backward(
             dbias = torch.zeros(shape, dtype=bias.dtype, device=q.device)
         tiles = triton.cdiv(queries, block_m)
         _query_gradients[(tiles * heads * sequences,)](
-            *given, with_rows(dq), None if dbias is None else (dbias, *dbias.stride()),
+            *shared, with_rows(dq), None if dbias is None else (dbias, *dbias.stride()),
             *numbers, tiles, *edits, **sizes, BLOCK_M=block_m, BLOCK_N=step_n,
             num_warps=q_warps, num_stages=q_stages,
         )  # fmt: skip
@@ -289,7 +289,7 @@ def flash_prefill_backward(
             total = lost.unflatten(1, (kv_heads, group)).sum((2, 3))
             back = (total, *total.stride()[:2])
         _key_gradients[(tiles * kv_heads * sequences,)](
-            *given, with_rows(dk), with_rows(dv), back, *numbers, tiles, *edits,
+            *shared, with_rows(dk), with_rows(dv), back, *numbers, tiles, *edits,
             **sizes, BLOCK_M=step_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     if sinks is not None and "sinks" in wanted:  # a sink weighs a value of zeros

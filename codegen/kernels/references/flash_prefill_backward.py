@@ -18,7 +18,8 @@ def flash_prefill_backward(
     """The gradients of q, k, v, and of bias and sinks where given, in the dtype of the inputs;
     `out` and `lse` are taken as they are. Logits are differentiated by torch."""
     batch, heads, queries, keys = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
-    q, k, given = (None if x is None else x.detach().requires_grad_() for x in (q, k, bias))
+    q, k = (x.detach().requires_grad_() for x in (q, k))
+    given = None if bias is None else bias.detach().requires_grad_()
     with torch.enable_grad():
         logits = masked_logits(q, k, bias=given, **options)
     none = (lse == float("-inf"))[..., None]
@@ -26,7 +27,7 @@ def flash_prefill_backward(
     delta = (grad * out).sum(3, keepdim=True)
     group = heads // k.shape[1]
     slopes = weights * (grad @ v.repeat_interleave(group, 1).mT - delta)
-    wanted = [x for x in (q, k, given) if x is not None]
+    wanted = [q, k] if given is None else [q, k, given]
     dq, dk, *rest = torch.autograd.grad(logits, wanted, slopes.detach())
     if mean_of_none:
         weights = torch.where(none, 1.0 / max(keys, 1), weights)
