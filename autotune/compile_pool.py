@@ -96,7 +96,7 @@ class _Worker:
 
     def run(self, job: Job, seconds: float) -> Compiled:
         """What came of a job; the process is ended where it takes longer than `seconds`."""
-        given = pickle.dumps(job)
+        given = pickle.dumps(pickle.dumps(job))
         process = self._started()
         assert process.stdin and process.stdout
         late = threading.Event()
@@ -113,6 +113,8 @@ class _Worker:
             made: Compiled = pickle.load(process.stdout)
             return made
         except (EOFError, OSError, pickle.UnpicklingError):
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(5.0)  # for the exit code of what closed its output
             self.end()
             if late.is_set():
                 return Failed(f"takes more than {seconds:g} s to compile")
@@ -161,18 +163,20 @@ def serve() -> None:
     outlet.flush()
     while True:
         try:
-            job: Job = pickle.load(sys.stdin.buffer)
+            given: bytes = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
-        pickle.dump(compile_here(job), outlet)
+        pickle.dump(compile_here(given), outlet)
         outlet.flush()
 
 
-def compile_here(job: Job) -> Compiled:
-    """What comes of compiling in this process."""
+def compile_here(given: bytes) -> Compiled:
+    """What comes of compiling a pickled job in this process."""
     try:
+        job: Job = pickle.loads(given)
         return statics(job.kernel, job.spec, job.load, job.target)
-    # A compiler may fail in any way, and a launcher may refuse tile sizes; it is told.
+    # A compiler may fail in any way, a launcher may refuse tile sizes, and the kernel's module may
+    # not be found from here; it is told.
     except Exception as error:  # noqa: BLE001
         said = str(getattr(error, "why", "") or error).strip().splitlines() or [""]
         return Failed("does not compile", f"{type(error).__name__}: {said[0]}")

@@ -7,16 +7,15 @@ launched one by one.
 
 from __future__ import annotations
 
-import gc
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from attnopt.autotune.timing import no_collection
 from attnopt.codegen.target import Target
 
 Sampler = Callable[[], float]
@@ -117,7 +116,7 @@ class Gpu:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         try:
-            with _no_collection(), torch.cuda.graph(graph, pool=self._pool):
+            with no_collection(), torch.cuda.graph(graph, pool=self._pool):
                 _run_all(runs)
         except RuntimeError:
             torch.cuda.synchronize(self.where)
@@ -159,17 +158,3 @@ def _driver() -> str:
             if found:
                 return found.group()
     return str(torch.version.cuda or torch.version.hip or "")
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Keep Python's garbage collector out of a capture: freeing a kernel of triton there unloads a
-    module, which breaks it."""
-    was = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()

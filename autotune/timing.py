@@ -146,7 +146,7 @@ def compare(
     device = _warm(contenders, batches, warmup)
     repeats = _repeats(contenders, batches, device, shortest, clock)
     taken: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    with _no_collection():
+    with no_collection():
         while goes_on(taken, clock() - started, seconds, rounds, precision):
             done = len(taken[contenders[0].name])
             for contender in rotated(contenders, done):
@@ -278,8 +278,9 @@ def goes_on(
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
-    """Keep Python's garbage collector out of the samples."""
+def no_collection() -> Iterator[None]:
+    """Keep Python's garbage collector out of samples, and out of captures of a graph: freeing a
+    kernel of triton there unloads a module, which breaks it."""
     was = gc.isenabled()
     gc.collect()
     gc.disable()

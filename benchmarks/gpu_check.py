@@ -7,13 +7,13 @@ Each launch is repeated, and has to give the same bits: what moves between runs 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from attnopt.autotune.kernel_race import poisoned
 from attnopt.codegen.kernel import Kernel, Load, kernels
 from attnopt.codegen.shipped import chosen
 from attnopt.codegen.target import Target
@@ -80,17 +80,6 @@ def check(cls: type[Kernel[Any]], spec: Any, load: Load, target: Target, device:
     )
     wrong = "" if error <= ALLOWED[load.dtype] else f"an error of {error:.1e}"
     return Checked(cls.name, said, load, error, wrong or ("moves between runs" if moved else ""))
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """Within it, new memory of torch is filled with NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
 
 
 def _flat(outputs: Any) -> list[Tensor]:

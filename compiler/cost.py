@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -93,18 +92,10 @@ def cost(program: Program, load: Workload | None = None) -> Cost:
     )  # fmt: skip
 
 
-def pairs(mask: Mask, queries: int, keys: int) -> float:
-    """How many (query, key) pairs a mask keeps."""
-    if queries == keys:
-        return mask.density(queries) * queries * keys
-    i, j = np.arange(queries)[:, None], np.arange(keys)[None, :]  # this runs under fake tensors too
-    return float(np.sum(mask.keep(i, j)))
-
-
 def attention_flops(q: Any, k: Any, v: Any, spec: str) -> float:
     """Operations of one canonical attention, from the shapes of q, k and v and the spec's text."""
     per_pair = 2.0 * (q[-1] + v[-1])
-    return float(q[0] * q[1] * per_pair * pairs(parse_spec(spec).mask, q[2], k[2]))
+    return float(q[0] * q[1] * per_pair * parse_spec(spec).mask.pairs(q[2], k[2]))
 
 
 @register_flop_formula(torch.ops.attnopt.attention)  # so that torch's FlopCounterMode counts it too
@@ -203,7 +194,7 @@ def _fake_like(value: Tensor, mode: FakeTensorMode) -> Tensor:
 def _sdpa_flops(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
     q, k, v = args[:3]
     causal = bool(kwargs.get("is_causal", args[5] if len(args) > 5 else False))
-    kept = pairs(Mask("causal" if causal else "full"), q.shape[-2], k.shape[-2])
+    kept = Mask("causal" if causal else "full").pairs(q.shape[-2], k.shape[-2])
     heads = q.shape[:-2].numel()
     return float(heads * 2.0 * (q.shape[-1] + v.shape[-1]) * kept)
 

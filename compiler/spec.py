@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from attnopt.compiler import text
@@ -62,15 +63,25 @@ class Mask:
         j = torch.arange(keys, device=device)[None, :]
         return self.keep(i, j)  # type: ignore[no-any-return]
 
+    def pairs(self, queries: int, keys: int) -> int:
+        """How many (query, key) pairs are read, both counted from the same first position."""
+        i = np.arange(queries)  # not torch: this runs under fake tensors too
+        if self.kind == "full":
+            return queries * keys
+        later = 1 if self.kind == "causal" or self.causal else self.left
+        end = np.minimum(i + later, keys)
+        if self.kind == "causal":
+            return int(np.sum(end))
+        start = np.maximum(i - self.left + 1, 0)
+        sink = min(self.sink, keys)
+        apart = np.minimum(start, sink)
+        if not self.causal:
+            apart = apart + np.maximum(sink - np.maximum(end, start), 0)
+        return int(np.sum(np.maximum(end - start, 0) + apart))
+
     def density(self, length: int) -> float:
         """Share of the length x length score matrix that is read (a number from 0 to 1)."""
-        if self.kind == "full":
-            return 1.0
-        if self.kind == "causal":
-            return (length + 1) / (2 * length)
-        if self.causal:
-            return sum(map(self.reads, range(1, length + 1))) / (length * length)
-        return min(1.0, (2 * self.left - 1) / length)
+        return self.pairs(length, length) / (length * length)
 
     def reads(self, length: int) -> int:
         """How many keys the last of `length` positions reads."""

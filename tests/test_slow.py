@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 
 from tests.tree import ROOT
 
@@ -10,6 +11,10 @@ from tests.tree import ROOT
 def test_every_slow_test_exists() -> None:
     for line in (ROOT / "tests/slow.txt").read_text(encoding="utf-8").split():
         file, *_, name = line.split("::")
-        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
-        names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-        assert name in names, line
+        assert name in _functions(file), line
+
+
+@cache
+def _functions(file: str) -> set[str]:
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}

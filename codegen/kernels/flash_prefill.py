@@ -179,7 +179,7 @@ def flash_prefill(
 
     Sequences of various lengths: q `[1, heads, all of S, D]` and so on, `q_starts` and `k_starts`
     int32 `[sequences + 1]`, and `longest` the most queries of one; the last queries then stand at
-    the last keys.
+    the last keys, and rows beyond the last sequence have no key.
 
     Hooks are `@triton.jit` functions of scalars and broadcasting tiles:
     `keep_hook(batch, head, i, j, data)` and `score_hook(logits, batch, head, i, j, data)`, with
@@ -203,10 +203,14 @@ def flash_prefill(
     queries = longest if varied else q.shape[2]
     shape = (sequences, heads, q.shape[2], k.shape[2])
     rows = torch.empty(q.shape[0], q.shape[2], heads, width, dtype=q.dtype, device=q.device)
+    if varied:
+        rows.zero_()
     out = rows.transpose(1, 2)
     lse = None
     if with_lse:
         lse = torch.empty(q.shape[0], heads, q.shape[2], dtype=torch.float32, device=q.device)
+        if varied:
+            lse.fill_(float("-inf"))
     group = heads // kv_heads
     pack = group if packed else 1
     tiles = triton.cdiv(queries * pack, block_m)
@@ -309,11 +313,15 @@ class FlashPrefill(Kernel[AttentionSpec]):
 
     @classmethod
     def work(cls, spec: AttentionSpec, load: Load) -> Work:
-        density = spec.mask.density(load.keys) if load.queries == load.keys else 1.0
-        scores = load.batch * spec.heads * load.queries * load.keys * density
+        pairs, item = spec.mask.pairs(load.queries, load.keys), load.torch_dtype.itemsize
         wide = spec.head_dim + spec.v_dim
         tokens = load.batch * (load.queries * spec.heads + load.keys * spec.kv_heads)
-        return Work(2.0 * scores * wide, float(tokens * wide * load.torch_dtype.itemsize))
+        extras = {  # of the sizes that `inputs` gives them
+            "bias": pairs * spec.heads * item, "keep": pairs * load.batch,
+            "padding": load.batch * load.keys, "sinks": spec.heads * item,
+        }  # fmt: skip
+        moved = tokens * wide * item + sum(extras[name] for name in spec.extras)
+        return Work(2.0 * load.batch * spec.heads * pairs * wide, float(moved))
 
     def waste(self, spec: AttentionSpec, load: Load) -> float:
         pack = spec.group if self.packed else 1

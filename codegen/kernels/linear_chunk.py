@@ -78,7 +78,10 @@ def linear_chunk(
     Returns the output; with `with_final`, also S after the last token, and z where `normalised`;
     with `with_total`, also what rows were divided by, `[batch, heads, S]` in float32. Not `causal`,
     every query reads the state after the last token. `segment` is a multiple of `block_c`, or 0.
+    Raises `ValueError` where there is no token.
     """
+    if q.shape[2] == 0:
+        raise ValueError("there is no token to attend from")
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     batch, heads, tokens, depth = q.shape
     width, holders = v.shape[3], state_heads or k.shape[1]

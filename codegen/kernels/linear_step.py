@@ -117,8 +117,11 @@ def linear_step(
     and `sums` `[batch, state_heads, features]` where `normalised`, both float32, are updated in
     place. `decay` as `linear_chunk` takes it. `block_v` spans all of V where `normalised`.
 
-    Returns the output, the state, and the sums where `normalised`.
+    Returns the output, the state, and the sums where `normalised`. Raises `ValueError` where the
+    state is not dense in its last dimension.
     """
+    if state.stride(3) != 1:
+        raise ValueError("a state that is updated in place must be dense in its last dimension")
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     batch, heads, tokens, depth = q.shape
     width, holders = v.shape[3], state.shape[1]

@@ -89,13 +89,17 @@ def merge_partials(
 ) -> Any:
     """Attention over all keys from attention over disjoint sets of them.
 
-    `parts` `[parts, batch, heads, S, V]` of any float dtype, its last dimension dense, with the
-    natural log-sum-exps `lse` `[parts, batch, heads, S]` in float32; or a tuple of each, for
-    results that lie apart. The result `[batch, heads, S, V]` is written to `out` where given (its
-    last dimension dense, in its dtype), and returned with the log-sum-exps `[batch, heads, S]` in
-    float32 where `with_lse`. A query whose every set is empty gives zeros and -inf.
+    `parts` `[parts, batch, heads, S, V]` of any float dtype with the natural log-sum-exps `lse`
+    `[parts, batch, heads, S]` in float32; or a tuple of each, for results that lie apart. The
+    result `[batch, heads, S, V]` is written to `out` where given (its last dimension dense, in its
+    dtype), and returned with the log-sum-exps `[batch, heads, S]` in float32 where `with_lse`. A
+    query whose every set is empty gives zeros and -inf. Raises `ValueError` where `out` is not
+    dense in its last dimension.
     """
-    stacks = parts if isinstance(parts, tuple) else (parts,)
+    if out is not None and out.stride(3) != 1:
+        raise ValueError("what is written to must be dense in its last dimension")
+    given = parts if isinstance(parts, tuple) else (parts,)
+    stacks = tuple(x if x.stride(4) == 1 else x.contiguous() for x in given)
     sums = lse if isinstance(lse, tuple) else (lse,)
     batch, heads, queries, width = stacks[0].shape[1:]
     if out is None:

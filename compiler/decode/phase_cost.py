@@ -27,7 +27,6 @@ import torch
 from torch import fx
 
 from attnopt.compiler import text
-from attnopt.compiler.cost import pairs
 from attnopt.compiler.decode import latents
 from attnopt.compiler.decode.split import Split, split
 from attnopt.compiler.errors import Problem
@@ -155,7 +154,7 @@ def phases(
     return SitePhases(
         site,
         Phase(
-            flops * whole * pairs(spec.mask, load.prompt, load.prompt),
+            flops * whole * spec.mask.pairs(load.prompt, load.prompt),
             moved * load.prompt * (spec.heads * whole + made),
         ),
         Phase(flops * single * keys, moved * (keys * cached + spec.heads * single)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,6 +19,7 @@ from attnopt.codegen.target import target
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.spec import CAUSAL, AttentionSpec
 from tests.codegen.doubling import Doubling
+from tests.tree import ROOT
 
 A100, LOAD = target("a100"), Load(1, 1000, 1000)
 
@@ -45,8 +47,9 @@ class Refusing(Doubling):
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[CompilePool]:
-    """One process, as tests share the machine."""
-    with CompilePool(1, 300.0) as made:
+    """One process, as tests share the machine; it finds the kernels of these tests."""
+    with pytest.MonkeyPatch.context() as patched, CompilePool(1, 300.0) as made:
+        patched.syspath_prepend(str(ROOT))
         yield made
 
 
@@ -64,6 +67,15 @@ def test_kernels_compile_in_order_though_this_process_may_interpret(
 def test_what_a_launcher_refuses_is_told(pool: CompilePool) -> None:
     (made,) = pool([Job(Refusing(), 2.0, LOAD, A100)])
     assert made == Failed("does not compile", "ValueError: a block of 64 is not for this spec")
+
+
+def test_a_kernel_that_no_other_process_can_import_is_told(
+    pool: CompilePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "nowhere", sys.modules[__name__])
+    monkeypatch.setattr(Refusing, "__module__", "nowhere")
+    (made,) = pool([Job(Refusing(), 2.0, LOAD, A100)])
+    assert made == Failed("does not compile", "ModuleNotFoundError: No module named 'nowhere'")
 
 
 def test_a_process_that_crashes_is_started_again(pool: CompilePool) -> None:

@@ -45,7 +45,10 @@ def refused(name, launch):
 told = {
     "small": {name: taken(small, name) for name in ("h100", "b200", "a100", "mi300x")},
     "grid": small.grid,
-    "spilling": {name: taken(tile(128, 16, warps=1), name) for name in ("h100", "mi300x")},
+    "spilling": {
+        name: taken(tile(rows, 16, warps=1), name)
+        for name, rows in (("h100", 128), ("mi300x", 256))
+    },
     "large": taken(tile(64, 1024), "mi300x"),
     "cpu": refused("cpu", small),
     "broken": refused("h100", tile(32, 16, broken=True)),

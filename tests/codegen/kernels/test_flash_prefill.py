@@ -296,6 +296,17 @@ def test_sequences_of_various_lengths(mask: Mask, fill: str, packed: bool) -> No
     agree(spec, Load(), FlashPrefill(64 if packed else 32, 32, packed), **various(spec))
 
 
+def test_rows_beyond_the_last_sequence_have_no_key() -> None:
+    spec = spec_of()
+    inputs = various(spec)
+    for name in ("q_starts", "k_starts"):
+        inputs[name] = inputs[name][:-2]
+    out, lse = flash_prefill(**inputs, **TILES.constants(spec), with_lse=True)
+    end = QUERIES[-3]
+    assert not out[:, :, end:].any() and bool(lse[:, :, end:].isneginf().all())
+    assert bool(out[:, :, :1].any()) and bool(lse[:, :, :1].isfinite().all())
+
+
 def test_more_queries_than_keys_by_far() -> None:
     """Rows that stand before the first key read nothing, neither do they read out of bounds."""
     for mask in (CAUSAL, WINDOWS[2], WINDOWS[6]):

@@ -180,6 +180,12 @@ def test_support_is_told() -> None:
         assert miss is not None and word in miss.reason
 
 
+def test_no_tokens_are_refused() -> None:
+    spec = spec_of()
+    with pytest.raises(ValueError, match="no token"):
+        LinearChunk(16, 16).run(spec, LinearChunk.inputs(spec, Load(1, 0, 0, "float32")))
+
+
 def test_defaults_are_in_the_space() -> None:
     for name in known():
         if name != "cpu":

@@ -89,3 +89,10 @@ def test_the_state_is_what_a_step_moves() -> None:
     moved = LinearStep.work(spec, Load(8, 1, 1)).bytes
     state = 8 * 32 * 128 * 128 * 4
     assert 2 * state < moved < 2.05 * state
+
+
+def test_a_state_that_lies_apart_is_refused() -> None:
+    spec = spec_of()
+    inputs = LinearStep.inputs(spec, Load(1, 1, 1, "float32"))
+    with pytest.raises(ValueError, match="dense in its last dimension"):
+        LinearStep(16).run(spec, {**inputs, "state": inputs["state"].mT})

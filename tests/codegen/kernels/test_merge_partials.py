@@ -70,3 +70,10 @@ def test_half_precisions_and_strided_outputs(dtype: torch.dtype) -> None:
 def test_large_log_sum_exps_do_not_overflow() -> None:
     parts, lse = torch.randn(2, 1, 1, 1, 16), torch.tensor([1000.0, 1001.0]).reshape(2, 1, 1, 1)
     assert_close(merge_partials(parts, lse), plain.merge_partials(parts.double(), lse.double())[0])
+
+
+def test_parts_that_lie_apart_are_read_and_outputs_that_do_are_refused() -> None:
+    parts, lse = torch.randn(3, 2, 2, 16, 4).mT, torch.randn(3, 2, 2, 4)
+    assert_close(merge_partials(parts, lse), plain.merge_partials(parts.double(), lse.double())[0])
+    with pytest.raises(ValueError, match="dense in its last dimension"):
+        merge_partials(parts, lse, torch.zeros(2, 2, 16, 4).mT)
