@@ -132,10 +132,15 @@ class Kernel(ABC, Generic[SpecT]):
         return text.dump(self)
 
     @classmethod
-    def space(cls) -> dict[str, tuple[Any, ...]]:
-        """What the tuner may choose: for each field declared by `choice`, its values."""
-        fields = cls.__dataclass_fields__
-        return {k: f.metadata["choices"] for k, f in fields.items() if "choices" in f.metadata}
+    def space(cls, target: Target | None = None) -> dict[str, tuple[Any, ...]]:
+        """What the tuner may choose: for each field declared by `choice`, its values; on a target,
+        those of another `vendor` keep their default."""
+        found = {}
+        for name, declared in cls.__dataclass_fields__.items():
+            if "choices" in (facts := declared.metadata):
+                other = target is not None and facts.get("vendor", target.vendor) != target.vendor
+                found[name] = (declared.default,) if other else facts["choices"]
+        return found
 
     @classmethod
     def every(cls) -> Iterator[Self]:
