@@ -77,7 +77,7 @@ def search(
     tries = _Tries(default, spec, load, target, compile)
     tries.run([default])
     ended = time.monotonic() + seconds
-    space = cls.space()
+    space = cls.space(target)
     small = math.prod(map(len, space.values())) <= trials
     picks = _Whole(tries, space, seed) if small else _Sampled(tries, space, seed)
     while len(tries.outcomes) < trials and time.monotonic() < ended:

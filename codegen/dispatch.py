@@ -6,6 +6,9 @@ brings cuDNN's and FlashAttention's kernels, which a kernel in Triton does not b
 tensor, the written-out reference. One that misses the spec is passed over; one that fails on the
 device is too, with one warning. Once a bucket has had its first call nothing waits for the device,
 so later calls may be captured in a graph. Running out of memory is never taken for a failure.
+
+Where gradients are wanted, only ways that give them are taken: the generated kernel with its
+backward kernels, or what torch differentiates. Each is then tried forward and backward.
 """
 
 from __future__ import annotations
@@ -18,7 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
+from attnopt.codegen.flash_attention import differentiable as _learning
 from attnopt.codegen.flex import flex, runs_on_flex
 from attnopt.codegen.kernel import Kernel, Load, kernels
 from attnopt.codegen.shipped import chosen
@@ -48,7 +53,8 @@ class Dispatch:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *extras: Tensor) -> Tensor:
         batch, queries, keys = q.shape[0], q.shape[2], k.shape[2]
         sizes = (batch.bit_length(), queries.bit_length(), keys.bit_length())
-        bucket = (*sizes, queries == keys, q.dtype)
+        learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *extras))
+        bucket = (*sizes, queries == keys, q.dtype, learns)
         way = self._ways.get(bucket)
         if way is not None:
             return way(q, k, v, *extras)
@@ -60,11 +66,15 @@ class Dispatch:
         """Try the ways in turn on the bucket's first inputs, and keep the first that works."""
         load = Load(q.shape[0], q.shape[2], k.shape[2], str(q.dtype).removeprefix("torch."))
         passed = self.passed[bucket] = []
-        for name, way in _ways(self.spec, self.target, load):
+        learns: bool = bucket[-1]
+        for name, way in _ways(self.spec, self.target, load, learns):
             if isinstance(way, Miss):
                 passed.append(f"{name}: {way.reason}")
                 continue
             try:
+                if learns and not _gives_gradients(way, q, k, v, *extras):
+                    passed.append(f"{name}: it gives no gradients")
+                    continue
                 out = way(q, k, v, *extras)
             except failures() as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -116,10 +126,26 @@ def _dispatch(spec: AttentionSpec, device: int) -> Dispatch:
     return Dispatch(spec, at_hand(device))
 
 
-def _ways(spec: AttentionSpec, target: Target, load: Load) -> list[tuple[str, Way | Miss]]:
+def _gives_gradients(way: Way, *tensors: Tensor) -> bool:
+    """Whether a way does, found out on copies, of which the caller's graph knows nothing."""
+    given = [x.detach().requires_grad_(x.requires_grad) for x in tensors]
+    with saved_tensors_hooks(lambda x: x, lambda x: x):  # not those of a checkpoint around it
+        out = way(*given)
+        if out.requires_grad:
+            towards = [x for x in given if x.requires_grad]
+            torch.autograd.grad(out, towards, torch.zeros_like(out), allow_unused=True)
+    return out.requires_grad
+
+
+def _ways(
+    spec: AttentionSpec, target: Target, load: Load, learns: bool = False
+) -> list[tuple[str, Way | Miss]]:
     return [
         ("scaled_dot_product_attention", _fused(spec, load)),
-        *((name, _generated(cls, spec, target, load)) for name, cls in _prefill_kernels()),
+        *(
+            (name, _learning(spec, target, load) if learns else _generated(cls, spec, target, load))
+            for name, cls in _prefill_kernels()
+        ),
         ("FlexAttention", _flexible(spec)),
         ("scaled_dot_product_attention with a mask", _masked(spec)),
         ("the reference", _bound(attend.reference, spec)),

@@ -113,7 +113,17 @@ class Kernel(ABC, Generic[SpecT]):
         return 1.0
 
     def run(self, spec: SpecT, inputs: Inputs) -> Outputs:
-        """Launch on the inputs."""
+        """Launch on the inputs. Raises `Problem` A828 where a gradient would get lost."""
+        if torch.is_grad_enabled() and any(
+            isinstance(x, Tensor) and x.requires_grad for x in inputs.values()
+        ):
+            raise Problem(
+                "A828",
+                f"`{self.name}` launched by itself gives no gradients",
+                why="an input requires one, and gradients are enabled",
+                help="use torch.no_grad(), or flash_attention and linear_attention of "
+                "attnopt.codegen, which give gradients",
+            )
         return type(self).launcher(**inputs, **self.constants(spec))
 
     @property
@@ -122,10 +132,15 @@ class Kernel(ABC, Generic[SpecT]):
         return text.dump(self)
 
     @classmethod
-    def space(cls) -> dict[str, tuple[Any, ...]]:
-        """What the tuner may choose: for each field declared by `choice`, its values."""
-        fields = cls.__dataclass_fields__
-        return {k: f.metadata["choices"] for k, f in fields.items() if "choices" in f.metadata}
+    def space(cls, target: Target | None = None) -> dict[str, tuple[Any, ...]]:
+        """What the tuner may choose: for each field declared by `choice`, its values; on a target,
+        those of another `vendor` keep their default."""
+        found = {}
+        for name, declared in cls.__dataclass_fields__.items():
+            if "choices" in (facts := declared.metadata):
+                other = target is not None and facts.get("vendor", target.vendor) != target.vendor
+                found[name] = (declared.default,) if other else facts["choices"]
+        return found
 
     @classmethod
     def every(cls) -> Iterator[Self]:

@@ -187,11 +187,11 @@ class Refused(Exception):
         self.miss = miss
 
 
-def choice(*values: Any, default: Any) -> Any:
-    """A dataclass field whose search space is `values`."""
+def choice(*values: Any, default: Any, **facts: Any) -> Any:
+    """A dataclass field whose search space is `values`; `facts` go into its metadata."""
     if default not in values:
         raise ValueError(f"default {default!r} is not among {values!r}")
-    return field(default=default, metadata={"choices": values})
+    return field(default=default, metadata={"choices": values, **facts})
 
 
 def option(*values: Any, default: Any) -> Any:

@@ -55,22 +55,18 @@ def _bound(spec: AttentionSpec) -> Callable[..., Tensor]:
 
 
 def _dispatched(backend: attend.Backend, spec: AttentionSpec) -> Callable[..., Tensor]:
-    """The canonical op where a compiler looks on or gradients are wanted, which it has; otherwise
-    the backend itself, without the op's own time."""
+    """The canonical op where a compiler looks on; otherwise the backend itself, with its gradients
+    and without the op's own time."""
     line = spec.text
 
     def attention(q: Tensor, k: Tensor, v: Tensor, *extras: Tensor) -> Tensor:
         traced = type(q) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling()
-        if traced or _wants_gradients(q, k, v, *extras):
+        if traced:
             made: Tensor = ATTENTION(q, k, v, extras, line)
             return made
         return backend(q, k, v, extras, spec)
 
     return attention
-
-
-def _wants_gradients(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def export(program: Program, bind: Bind | None = None) -> torch.export.ExportedProgram:

@@ -1,8 +1,9 @@
 """The canonical op `attnopt::attention(q, k, v, extras, spec)`: kernels and gradient.
 
 The implementation runs the backend that the spec names (`attend.run`), beside it stands the shape
-kernel; the gradient recomputes the reference (what is dispatched on a GPU: the fused attention) and
-differentiates it, so every raised or rewritten graph runs, exports, compiles and trains.
+kernel; the gradient recomputes the reference (what is dispatched on a GPU: the same dispatch, or
+under a compiler the fused attention) and differentiates it, so every raised or rewritten graph
+runs, exports, compiles and trains.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attnopt.compiler import attend
-from attnopt.compiler.spec import parse_spec
+from attnopt.compiler.spec import AttentionSpec, parse_spec
 
 
 @torch.library.custom_op("attnopt::attention", mutates_args=())
@@ -38,17 +39,25 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     saved = [tensor.detach() for tensor in ctx.saved_tensors]
-    for tensor in saved:
-        tensor.requires_grad_(tensor.is_floating_point())
+    needs = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[3])
+    for tensor, needed in zip(saved, needs, strict=True):
+        tensor.requires_grad_(needed)
     with torch.enable_grad():
         spec = parse_spec(ctx.spec)
-        dense = spec.backend != "triton" or attend.runs_on_sdpa(spec)
-        form = attend.reference if dense else attend.sdpa
+        form = _differentiable(spec, saved[0])
         out = form(saved[0], saved[1], saved[2], saved[3:], spec)
     wanted = [tensor for tensor in saved if tensor.requires_grad]
     grads = iter(torch.autograd.grad(out, wanted, grad, allow_unused=True))
     found = [next(grads) if tensor.requires_grad else None for tensor in saved]
     return found[0], found[1], found[2], found[3:], None
+
+
+def _differentiable(spec: AttentionSpec, q: Tensor) -> attend.Backend:
+    if spec.backend != "triton":
+        return attend.reference
+    if type(q) is Tensor and not torch.compiler.is_compiling():
+        return attend.run  # its ways give gradients
+    return attend.reference if attend.runs_on_sdpa(spec) else attend.sdpa
 
 
 attention.register_autograd(_backward, setup_context=_setup)

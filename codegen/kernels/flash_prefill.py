@@ -23,77 +23,60 @@ from torch import Tensor
 from attnopt.codegen.kernel import Inputs, Kernel, Load, Outputs, Work
 from attnopt.codegen.kernels.references import flash_prefill as plain
 from attnopt.codegen.matrix_units import matrix_units
-from attnopt.codegen.pieces.attend import attend
+from attnopt.codegen.pieces.attend import attend, mean_values
 from attnopt.codegen.pieces.online_softmax import FLOOR, LOG2E, finish
-from attnopt.codegen.pieces.sizes import padded_size, with_strides
+from attnopt.codegen.pieces.reach import extent, key_tiles
+from attnopt.codegen.pieces.sizes import compiler_options, padded_size, with_strides
 from attnopt.codegen.pieces.tiles import load_tile
-from attnopt.codegen.shared_memory import stages_that_fit
+from attnopt.codegen.shared_memory import loop_stages
 from attnopt.codegen.target import Target
 from attnopt.compiler.contract import Miss, choice
 from attnopt.compiler.spec import CAUSAL, AttentionSpec, Mask
 
 
 @triton.jit
-def _mean_values(
-    v, keys, v_stride, V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr
+def _prefill_tile(
+    program, tensors, strides, sizes, edits, reach,
+    MASK: tl.constexpr, EDITS: tl.constexpr, MEAN: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The mean of all values [1, BLOCK_V]: what a row gets whose every logit is the same."""
-    n = tl.arange(0, BLOCK_N)
-    e = tl.arange(0, BLOCK_V)
-    total = tl.zeros([BLOCK_V], tl.float32)
-    for start in tl.range(0, keys, BLOCK_N):
-        at = v + tl.cast(start, tl.int64) * v_stride + n[:, None] * v_stride + e[None, :]
-        there = (start + n < keys)[:, None] & (e < V)[None, :]
-        total += tl.sum(tl.load(at, mask=there, other=0.0).to(tl.float32), 0)
-    return (total / tl.maximum(keys, 1))[None, :]
-
-
-@triton.jit(do_not_specialize=["queries", "keys", "offset", "left", "sink", "tiles"])
-def _flash_prefill(
-    q, k, v, out, lse,
-    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
-    out_batch, out_head, out_token, lse_batch, lse_head,
-    q_starts, k_starts, queries, keys, offset, tiles,
-    bias, keep, padding, sinks, scale, cap, left, sink, data,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, CAPPED: tl.constexpr,
-    MEAN: tl.constexpr, KEEP_HOOK: tl.constexpr, SCORE_HOOK: tl.constexpr,
-    D: tl.constexpr, V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    # One axis, because the others end at 65535: tiles, in them heads, in them sequences.
-    program = tl.program_id(0)
+    """One tile of queries: number `program` of a row of them, longest first, in them heads, in them
+    sequences. Bundles as `_flash_prefill` makes them."""
+    HEADS: tl.constexpr = TILE[0]
+    GROUP: tl.constexpr = TILE[1]
+    PACK: tl.constexpr = TILE[2]
+    D: tl.constexpr = TILE[3]
+    V: tl.constexpr = TILE[4]
+    BLOCK_D: tl.constexpr = TILE[5]
+    BLOCK_V: tl.constexpr = TILE[6]
+    BLOCK_M: tl.constexpr = TILE[7]
+    BLOCK_N: tl.constexpr = TILE[8]
+    PRECISION: tl.constexpr = TILE[9]
+    q, k, v, out, lse = tensors
+    (
+        q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
+        out_batch, out_head, out_token, lse_batch, lse_head,
+    ) = strides  # fmt: skip
+    q_starts, k_starts, queries, keys, offset, tiles = sizes
+    bias, keep, padding, sinks, scale, cap, data = edits
     block = tiles - 1 - program % tiles
     heads = program // tiles % (HEADS // PACK) * PACK
     b = (program // tiles // (HEADS // PACK)).to(tl.int64)
-    base = b
-    if q_starts is not None:  # one row of packed tokens for all sequences
-        first_query = tl.load(q_starts + b)
-        queries = tl.load(q_starts + b + 1) - first_query
-        first_key = tl.load(k_starts + b)
-        keys = tl.load(k_starts + b + 1) - first_key
-        offset = keys - queries
-        base = b * 0
-        q += first_query.to(tl.int64) * q_token
-        out += first_query.to(tl.int64) * out_token
-        k += first_key.to(tl.int64) * k_token
-        v += first_key.to(tl.int64) * v_token
-        if lse is not None:
-            lse += first_query
-    if block * BLOCK_M >= queries * PACK:
-        return
+    base, first_query, queries, first_key, keys, offset = extent(
+        b, q_starts, k_starts, queries, keys, offset
+    )
+    keys = tl.where(block * BLOCK_M < queries * PACK, keys, 0)  # a short sequence has no such tile
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     position = row // PACK
     h = (heads + row % PACK).to(tl.int64)[:, None]  # all of one key/value head
-    token = position.to(tl.int64)[:, None]
+    token = first_query + position.to(tl.int64)[:, None]
     i = (offset + position)[:, None]
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_V)
     there = (position < queries)[:, None]
     q_at = q + base * q_batch + h * q_head + token * q_token
     q_tile = load_tile(q_at + d[None, :], there, (d < D)[None, :], True, D != BLOCK_D)
-    k += base * k_batch + (heads // GROUP).to(tl.int64) * k_head
-    v += base * v_batch + (heads // GROUP).to(tl.int64) * v_head
+    k += base * k_batch + (heads // GROUP).to(tl.int64) * k_head + first_key * k_token
+    v += base * v_batch + (heads // GROUP).to(tl.int64) * v_head + first_key * v_token
 
     top = tl.full([BLOCK_M], FLOOR, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -106,45 +89,27 @@ def _flash_prefill(
 
     lowest = offset + block * BLOCK_M // PACK
     highest = offset + tl.minimum((block * BLOCK_M + BLOCK_M - 1) // PACK, queries - 1)
-    end = keys  # behind the last key that some row reads
-    whole = keys  # and behind the last of those that all rows read
-    if CAUSAL:
-        end = tl.minimum(keys, highest + 1)
-        whole = tl.minimum(keys, lowest + 1)
-    elif WINDOW:
-        end = tl.minimum(keys, tl.maximum(highest + left, sink))
-        whole = tl.minimum(keys, lowest + left)
-    # From here on in tiles of keys: [0, sinking) and [first, last) are read; of them
-    # [inner, whole) by every row, so that nothing need be masked there.
-    last = tl.cdiv(tl.maximum(end, 0), BLOCK_N)
-    first, inner, sinking = 0, 0, 0
-    if WINDOW:
-        first = tl.minimum(tl.maximum(lowest - left + 1, 0) // BLOCK_N, last)
-        inner = tl.minimum(tl.cdiv(tl.maximum(highest - left + 1, 0), BLOCK_N), last)
-        if SINK:
-            sinking = tl.minimum(tl.cdiv(sink, BLOCK_N), first)
-    whole = tl.maximum(tl.maximum(whole, 0) // BLOCK_N, inner)
-
+    # Tiles of keys [0, sinking) and [first, last) are read; of them [inner, whole) by every row.
+    sinking, first, inner, whole, last = key_tiles(
+        lowest, highest, keys, reach[0], reach[1], MASK[0], MASK[1], MASK[2], BLOCK_N
+    )
     source = (k, v, k_token, v_token, keys)
     rows = (b, h, i, position[:, None], queries)
-    edits = (bias, keep, padding, scale, cap, data)
-    reach = (left, sink)
-    MASK: tl.constexpr = (CAUSAL, WINDOW, SINK)
-    EDITS: tl.constexpr = (CAPPED, SCORE_HOOK, KEEP_HOOK)
-    TILE: tl.constexpr = (D, V, BLOCK_D, BLOCK_V, BLOCK_N, PRECISION)
+    changes = (bias, keep, padding, scale, cap, data)
+    SHAPE: tl.constexpr = (D, V, BLOCK_D, BLOCK_V, BLOCK_N, PRECISION)
     for tile in tl.range(inner, whole):
         state = attend(
-            state, q_tile, tile * BLOCK_N, source, rows, edits, reach, MASK, EDITS, TILE, False
+            state, q_tile, tile * BLOCK_N, source, rows, changes, reach, MASK, EDITS, SHAPE, False
         )
     # The rest in one loop, sink tokens, then the window's left edge, then the end, because every
     # further copy of the body costs registers.
     for step in tl.range(0, sinking + (inner - first) + (last - whole)):
         tile = step
-        if WINDOW:
+        if MASK[1]:  # a window
             tile = tl.where(step < sinking, step, step - sinking + first)
         tile = tl.where(tile < inner, tile, tile - inner + whole)
         state = attend(
-            state, q_tile, tile * BLOCK_N, source, rows, edits, reach, MASK, EDITS, TILE, True
+            state, q_tile, tile * BLOCK_N, source, rows, changes, reach, MASK, EDITS, SHAPE, True
         )
 
     top, total, acc = state
@@ -152,13 +117,49 @@ def _flash_prefill(
     if MEAN:
         empty = (total == 0) & (position < queries)
         if tl.max(empty.to(tl.int32), 0) > 0:
-            mean = _mean_values(v, keys, v_token, V, BLOCK_V, BLOCK_N)
+            mean = mean_values(v, keys, v_token, V, BLOCK_V, BLOCK_N)
             result = tl.where(empty[:, None], mean, result)
     out_at = out + base * out_batch + h * out_head + token * out_token + e[None, :]
     tl.store(out_at, result.to(out.dtype.element_ty), mask=there & (e < V)[None, :])
     if lse is not None:
         lse_at = lse + base * lse_batch + h * lse_head + token
         tl.store(lse_at, ended[:, None], mask=there)
+
+
+@triton.jit(do_not_specialize=["queries", "keys", "offset", "left", "sink", "tiles", "programs"])
+def _flash_prefill(
+    q, k, v, out, lse,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
+    out_batch, out_head, out_token, lse_batch, lse_head,
+    q_starts, k_starts, queries, keys, offset, tiles, programs,
+    bias, keep, padding, sinks, scale, cap, left, sink, data,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, CAPPED: tl.constexpr,
+    MEAN: tl.constexpr, KEEP_HOOK: tl.constexpr, SCORE_HOOK: tl.constexpr,
+    D: tl.constexpr, V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PERSISTENT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    tensors = (q, k, v, out, lse)
+    strides = (
+        q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
+        out_batch, out_head, out_token, lse_batch, lse_head,
+    )  # fmt: skip
+    sizes = (q_starts, k_starts, queries, keys, offset, tiles)
+    edits = (bias, keep, padding, sinks, scale, cap, data)
+    reach = (left, sink)
+    MASK: tl.constexpr = (CAUSAL, WINDOW, SINK)
+    EDITS: tl.constexpr = (CAPPED, SCORE_HOOK, KEEP_HOOK)
+    TILE: tl.constexpr = (
+        HEADS, GROUP, PACK, D, V, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, PRECISION,
+    )  # fmt: skip
+    # One axis, because the others end at 65535.
+    if PERSISTENT:
+        for program in tl.range(tl.program_id(0), programs, tl.num_programs(0), num_stages=1):
+            _prefill_tile(program, tensors, strides, sizes, edits, reach, MASK, EDITS, MEAN, TILE)
+    else:
+        program = tl.program_id(0)
+        _prefill_tile(program, tensors, strides, sizes, edits, reach, MASK, EDITS, MEAN, TILE)
 
 
 def flash_prefill(
@@ -189,8 +190,12 @@ def flash_prefill(
     block_m: int = 128,
     block_n: int = 64,
     packed: bool = False,
+    waves: int = 0,
+    units: int = 132,
     warps: int = 4,
     stages: int = 2,
+    maxnreg: int = 0,
+    waves_per_eu: int = 0,
 ) -> Any:
     """softmax(scale q k^T + bias) v over the keys that each query may read.
 
@@ -209,12 +214,19 @@ def flash_prefill(
     Hooks are `@triton.jit` functions of scalars and broadcasting tiles:
     `keep_hook(batch, head, i, j, data)` and `score_hook(logits, batch, head, i, j, data)`, with
     `data` a tuple of tensors and numbers.
+
+    With `waves`, no more than so many programs for each of `units` processors are launched, which
+    turn to one tile of queries after another. `maxnreg` (NVIDIA) and `waves_per_eu` (AMD) tell the
+    compiler how many registers a thread may take, and how many waves share a unit's (0: its own
+    choice).
     """
     varied = q_starts is not None
     sequences = q.shape[0] if q_starts is None else q_starts.shape[0] - 1
     heads, kv_heads, depth, width = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
     if k.shape[3] != depth or k.shape[:3] != v.shape[:3] or k.shape[0] != q.shape[0]:
         raise ValueError(f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not match")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise ValueError("a launch gives no gradients: see flash_prefill_backward")
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads cannot share {kv_heads} key/value heads")
     if varied and not (bias is None and keep is None and padding is None):
@@ -237,26 +249,27 @@ def flash_prefill(
     group = heads // kv_heads
     pack = group if packed else 1
     tiles = triton.cdiv(queries * pack, block_m)
-    _flash_prefill[(tiles * (heads // pack) * sequences,)](
+    programs = tiles * (heads // pack) * sequences
+    _flash_prefill[(min(programs, waves * units) if waves else programs,)](
         q, k, v, out, lse,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         *((0, 0) if lse is None else lse.stride()[:2]),
-        q_starts, k_starts, q.shape[2], k.shape[2], offset, tiles,
+        q_starts, k_starts, q.shape[2], k.shape[2], offset, tiles, programs,
         with_strides(bias, *shape), with_strides(keep, *shape),
         with_strides(padding, sequences, k.shape[2]), with_strides(sinks, *shape[:3], 1),
         scale, softcap, left, sink, data,
         HEADS=heads, GROUP=group, PACK=pack, CAUSAL=causal, WINDOW=window, SINK=sink > 0,
         CAPPED=softcap > 0, MEAN=mean_of_none, KEEP_HOOK=keep_hook, SCORE_HOOK=score_hook,
         D=depth, V=width, BLOCK_D=padded_size(depth), BLOCK_V=padded_size(width),
-        BLOCK_M=block_m, BLOCK_N=block_n, PRECISION=precision,
-        num_warps=warps, num_stages=stages,
+        BLOCK_M=block_m, BLOCK_N=block_n, PERSISTENT=waves > 0, PRECISION=precision,
+        num_warps=warps, num_stages=stages, **compiler_options(maxnreg, waves_per_eu),
     )  # fmt: skip
     return (out, lse) if with_lse else out
 
 
 @dataclass(frozen=True)
 class FlashPrefill(Kernel[AttentionSpec]):
-    """`flash_prefill` with its tile sizes."""
+    """`flash_prefill` with its tile sizes. `units` are the target's, `default` sets them."""
 
     name: ClassVar[str] = "flash_prefill"
     source: ClassVar[str] = "FlashAttention-2 (Dao 2023)"
@@ -267,6 +280,10 @@ class FlashPrefill(Kernel[AttentionSpec]):
     packed: bool = choice(False, True, default=False)
     warps: int = choice(1, 2, 4, 8, default=4)
     stages: int = choice(1, 2, 3, 4, default=2)
+    waves: int = choice(0, 1, 2, default=0)
+    maxnreg: int = choice(0, 128, 168, 224, default=0, vendor="nvidia")
+    waves_per_eu: int = choice(0, 1, 2, 3, 4, default=0, vendor="amd")
+    units: int = 132
 
     @classmethod
     def supports(cls, spec: AttentionSpec, target: Target) -> Miss | None:
@@ -298,10 +315,10 @@ class FlashPrefill(Kernel[AttentionSpec]):
         rows = triton.next_power_of_2(load.queries * (group if packed else 1))
         block_m = min(block_m, max(16, rows))
         kept = block_m * padded_size(spec.head_dim) * item
-        while block_n > 16 and not _stages(target, kept, block_n * wide * item):
+        while block_n > 16 and not loop_stages(target, kept, block_n * wide * item):
             block_n //= 2
-        stages = max(1, _stages(target, kept, block_n * wide * item))
-        return cls(block_m, block_n, packed, warps, stages)
+        stages = max(1, loop_stages(target, kept, block_n * wide * item))
+        return cls(block_m, block_n, packed, warps, stages, units=target.units)
 
     @classmethod
     def inputs(cls, spec: AttentionSpec, load: Load, device: str = "cpu") -> Inputs:
@@ -324,7 +341,8 @@ class FlashPrefill(Kernel[AttentionSpec]):
         return {
             **mask_arguments(spec.mask), "scale": spec.scale, "softcap": spec.softcap,
             "mean_of_none": spec.fill == "min", "block_m": self.block_m, "block_n": self.block_n,
-            "packed": self.packed, "warps": self.warps, "stages": self.stages,
+            "packed": self.packed, "waves": self.waves, "units": self.units, "warps": self.warps,
+            "stages": self.stages, "maxnreg": self.maxnreg, "waves_per_eu": self.waves_per_eu,
         }  # fmt: skip
 
     @classmethod
@@ -370,16 +388,6 @@ class FlashPrefill(Kernel[AttentionSpec]):
             for depth in (64, 128)
             for mask in (CAUSAL, Mask("window", left=1024, sink=4))
         )
-
-
-def _stages(target: Target, kept: int, streamed: int) -> int:
-    """Stages of the loop over the keys, 0 where its tiles do not fit into shared memory."""
-    if target.vendor == "amd":  # queries stay in registers there, and one stage takes fewest
-        return stages_that_fit(target, 0, streamed, 1)
-    if target.capability in ("9.0", "10.0"):  # whose matrix instructions read shared memory
-        return stages_that_fit(target, kept, streamed, 3)
-    buffers = stages_that_fit(target, kept, streamed, 2 if target.shared_per_block > 2**17 else 1)
-    return buffers + 1 if buffers else 0  # of which one is in registers
 
 
 def mask_arguments(mask: Mask) -> dict[str, Any]:

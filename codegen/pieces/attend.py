@@ -55,3 +55,18 @@ def attend(
     )  # fmt: skip
     top, total, out = state
     return absorb(top, total, out, logits, factor, v_tile, PRECISION)
+
+
+@triton.jit
+def mean_values(
+    v, keys, v_stride, V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """The mean of all values [1, BLOCK_V]: what a row gets whose every logit is the same."""
+    n = tl.arange(0, BLOCK_N)
+    e = tl.arange(0, BLOCK_V)
+    total = tl.zeros([BLOCK_V], tl.float32)
+    for start in tl.range(0, keys, BLOCK_N):
+        at = v + tl.cast(start, tl.int64) * v_stride + n[:, None] * v_stride + e[None, :]
+        there = (start + n < keys)[:, None] & (e < V)[None, :]
+        total += tl.sum(tl.load(at, mask=there, other=0.0).to(tl.float32), 0)
+    return (total / tl.maximum(keys, 1))[None, :]

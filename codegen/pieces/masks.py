@@ -51,13 +51,15 @@ def scored(
             logits = soft_cap(logits, cap)
         if SCORE_HOOK is not None:
             logits = SCORE_HOOK(logits, b, h, i, j, data)
+        logits = logits * LOG2E
         if bias is not None:
             at = bias[0] + b * bias[1] + h * bias[2] + row.to(tl.int64) * bias[3]
             at += j.to(tl.int64) * bias[4]
             added = tl.load(at, mask=(row < rows) & (j < keys), other=0.0).to(tl.float32)
             # A row of the lowest number alone weighs its keys alike, as long as that stays finite.
-            logits += tl.where(added == float("-inf"), added, tl.maximum(added, LOWEST))
-        logits *= LOG2E
+            # It is the lowest only now: multiplied by log2(e) afterwards, it would be rounded in
+            # one place, and not where a compiler fuses the product with taking off the maximum.
+            logits += tl.where(added == float("-inf"), added, tl.maximum(added * LOG2E, LOWEST))
     if keep is not None:
         at = keep[0] + b * keep[1] + h * keep[2] + row.to(tl.int64) * keep[3]
         at += j.to(tl.int64) * keep[4]

@@ -21,6 +21,11 @@ def with_strides(tensor: Tensor | None, *shape: int) -> tuple[Tensor | int, ...]
     return None if tensor is None else (tensor, *tensor.expand(shape).stride())
 
 
+def with_rows(tensor: Tensor) -> tuple[Tensor | int, ...]:
+    """A tensor `[batch, heads, tokens, channels]` and its strides but the last, which is one."""
+    return tensor, *tensor.stride()[:3]
+
+
 def two_pieces(size: int) -> tuple[int, int]:
     """Tiles of powers of two, at least 16, that hold `size` channels side by side with the least
     padding: (128, 64) for 192, (512, 0) for 512 or 500."""
@@ -28,3 +33,9 @@ def two_pieces(size: int) -> tuple[int, int]:
     if large < 16 or large == size or padded_size(size - large) == large:
         return padded_size(size), 0
     return large, padded_size(size - large)
+
+
+def compiler_options(maxnreg: int, waves_per_eu: int) -> dict[str, int]:
+    """Options that one vendor's compiler has and the other's refuses, where they are not zero."""
+    given = {"maxnreg": maxnreg, "waves_per_eu": waves_per_eu}
+    return {name: value for name, value in given.items() if value}

@@ -13,6 +13,7 @@ from torch import Tensor
 from attnopt.codegen.kernel import Inputs, Load, kernels, read_kernel
 from attnopt.codegen.kernels.flash_prefill import FlashPrefill, flash_prefill, mask_arguments
 from attnopt.codegen.kernels.references import flash_prefill as plain
+from attnopt.codegen.pieces.sizes import compiler_options
 from attnopt.codegen.target import known, target
 from attnopt.compiler.spec import CAUSAL, FULL, AttentionSpec, Mask
 from tests.tolerance import assert_close
@@ -294,6 +295,25 @@ def various(spec: AttentionSpec, dtype: torch.dtype = torch.float32) -> Inputs:
 def test_sequences_of_various_lengths(mask: Mask, fill: str, packed: bool) -> None:
     spec = spec_of(mask, fill=fill)
     agree(spec, Load(), FlashPrefill(64 if packed else 32, 32, packed), **various(spec))
+
+
+@pytest.mark.parametrize("mask", [FULL, CAUSAL, WINDOWS[2]], ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+def test_few_programs_turn_to_all_tiles(mask: Mask, packed: bool) -> None:
+    spec = spec_of(mask, fill="min")
+    few = FlashPrefill(32, 32, packed, waves=2, units=3)
+    agree(spec, Load(2, 70, 100, "float32"), few)
+    agree(spec, Load(), few, **various(spec))
+
+
+def test_each_vendor_has_its_own_compiler_options() -> None:
+    for name, own, other in (
+        ("h100", "maxnreg", "waves_per_eu"),
+        ("mi300x", "waves_per_eu", "maxnreg"),
+    ):
+        space = FlashPrefill.space(target(name))
+        assert len(space[own]) > 1 and space[other] == (0,)
+    assert compiler_options(0, 0) == {} and compiler_options(168, 0) == {"maxnreg": 168}
 
 
 def test_rows_beyond_the_last_sequence_have_no_key() -> None:
