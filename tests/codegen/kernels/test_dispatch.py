@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from triton.runtime.errors import OutOfResources
 
 from attnopt.codegen import dispatch
 from attnopt.codegen.dispatch import Dispatch
+from attnopt.codegen.kernel import Load
 from attnopt.codegen.target import target
 from attnopt.compiler import attend
 from attnopt.compiler.spec import CAUSAL, FULL, AttentionSpec, Mask
@@ -144,3 +146,70 @@ def test_choosing_again_takes_less_than_twenty_microseconds(
             run(q, k, v)
         best = min(best, (time.perf_counter() - begun) / 100)
     assert best < 20e-6
+
+
+def _learned(run: Dispatch, inputs: tuple[Tensor, ...], extras: list[Tensor]) -> list[Tensor]:
+    """Gradients of a sum of squares to every floating-point input."""
+    given = [x.detach().requires_grad_(x.is_floating_point()) for x in (*inputs, *extras)]
+    run(*given).square().sum().backward()
+    return [x.grad for x in given if x.grad is not None]
+
+
+@pytest.mark.parametrize(
+    "spec", [CAPPED, CAPPED.with_(softcap=0.0, mask=FULL, extras=("bias", "padding"))], ids=str
+)
+def test_gradients_come_from_the_generated_kernels(spec: AttentionSpec) -> None:
+    run = Dispatch(spec, H100)
+    inputs, extras = _inputs(spec), _extras(spec)
+    with torch.no_grad():
+        run(*inputs, *extras)
+    got = _learned(run, inputs, extras)
+    wide = [x.double().requires_grad_() if x.is_floating_point() else x for x in (*inputs, *extras)]
+    attend.reference(wide[0], wide[1], wide[2], wide[3:], spec).square().sum().backward()
+    wanted = [x.grad for x in wide if x.grad is not None]
+    for x, y in zip(got, wanted, strict=True):
+        assert_close(x / y.abs().max(), y / y.abs().max())
+    unlearned, learned = run.passed.values()
+    assert unlearned == learned and len(run._ways) == 2
+
+
+def test_where_there_is_no_backward_kernel_torch_differentiates() -> None:
+    spec = CAPPED.with_(softcap=0.0, mask=FULL, extras=("padding",))
+    run = Dispatch(spec, target("t4"))
+    assert len(_learned(run, _inputs(spec), _extras(spec))) == 3
+    ((_, generated, flexible),) = run.passed.values()
+    assert generated.startswith("flash_prefill: its gradients: Triton has no matrix units on")
+    assert flexible.startswith("FlexAttention: it is not used")
+
+
+def test_a_way_without_gradients_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = CAPPED.with_(softcap=0.0, mask=FULL, extras=("padding",))
+    cls = dispatch.kernels()["flash_prefill"]
+    bare = dispatch._generated(cls, spec, H100, Load(2, 40, 40, "float32"))
+    without = torch.no_grad()(bare)
+    monkeypatch.setattr(dispatch, "_learning", lambda *_: without)
+    run = Dispatch(spec, H100)
+    assert len(_learned(run, _inputs(spec), _extras(spec))) == 3
+    assert "flash_prefill: it gives no gradients" in run.passed.popitem()[1]
+
+
+def test_a_backward_kernel_that_fails_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise OutOfResources(300000, 232448, "shared memory")
+
+    monkeypatch.setattr("attnopt.codegen.flash_attention.flash_prefill_backward", fails)
+    spec = CAPPED.with_(softcap=0.0, mask=FULL, extras=("padding",))
+    run = Dispatch(spec, H100)
+    with pytest.warns(UserWarning, match="flash_prefill failed on NVIDIA H100"):
+        assert len(_learned(run, _inputs(spec), _extras(spec))) == 3
+
+
+def test_gradients_under_a_checkpoint() -> None:
+    """What is tried at first is not what the checkpoint computes again."""
+    run = Dispatch(CAPPED, H100)
+    given = [x.requires_grad_() for x in _inputs(CAPPED)]
+    checkpoint(run, *given, use_reentrant=False).sum().backward()
+    again = [x.detach().requires_grad_() for x in given]
+    run(*again).sum().backward()
+    for x, y in zip(given, again, strict=True):
+        assert x.grad is not None and y.grad is not None and torch.equal(x.grad, y.grad)
