@@ -49,7 +49,9 @@ class Entry:
         return dataclasses.asdict(self)
 
 
-def chosen(cls: type[Kernel[Any]], spec: Any, target: Target, load: Load) -> Kernel[Any]:
+def chosen(
+    cls: type[Kernel[Any]], spec: Any, target: Target, load: Load, device: str = ""
+) -> Kernel[Any]:
     """The tile sizes to take without tuning: those of the entry for this bucket of sizes, else of
     the nearest that is not far, else the kernel's default.
 
