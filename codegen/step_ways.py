@@ -4,8 +4,12 @@ They are `split_decode`, which reads keys and values once for all heads and new 
 them, `flash_prefill` for several new tokens (first where these alone fill the device), and torch's
 own attention.
 
-Keys are read up to the newest token, whose place is known on the host. The number of splits, a
-constant of the code, follows the largest size of a bucket, so that nothing is compiled within one.
+Keys are read up to the newest token, whose place is known on the host. How a launch is split, which
+constants of its code follow, is planned for the largest size of a bucket, so that later calls of
+one compile nothing.
+
+The rotation of queries and keys stays with the graph: `rope_qk` would have to be found there, and
+torch.compile joins it with the write into the cache as well.
 """
 
 from __future__ import annotations
