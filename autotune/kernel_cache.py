@@ -1,4 +1,5 @@
 """Tuned tile sizes, kept from run to run: one JSON file for each kernel, spec and bucket of sizes.
+What was measured is read at dispatch too (`attnopt.codegen.own_tiles`).
 
 A file's name is a digest of all that the result depends on: the kernel's linked source, the spec,
 the bucket, the target, the device with its driver, and the versions of triton and torch. Several
@@ -11,27 +12,29 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import sys
-import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from attnopt.autotune import record
 from attnopt.autotune.kernel_device import Device
-from attnopt.autotune.kernel_tuner import Tuned, spec_text, tiles_of, tune, versions
+from attnopt.autotune.kernel_tuner import Tuned, spec_text, tiles_of, tune
 from attnopt.codegen.kernel import Kernel, Load
-from attnopt.codegen.link import link
-from attnopt.codegen.shipped import bucket
-from attnopt.codegen.static_score import SPILLS
+from attnopt.codegen.own_tiles import (
+    FOLDER,
+    FORMAT,
+    cache_folder,
+    forget,
+    ignored,
+    misfit,
+    source_digest,
+    versions,
+)
+from attnopt.codegen.shipped import bucket, kind
 from attnopt.codegen.target import Target
-from attnopt.compiler.errors import Notice, Problem
+from attnopt.compiler.errors import Problem
 from attnopt.compiler.whole_file import write_whole
 
-FOLDER = "ATTNOPT_CACHE"
-"""The environment variable that names another folder for what is kept."""
-_FORMAT = 1
+_BESIDE = ("kind", "source")
 
 
 class KernelCache:
@@ -59,18 +62,19 @@ class KernelCache:
         path = self.path(cls, spec, load, target, device)
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
-            if facts.pop("format") != _FORMAT:
+            if facts.pop("format") != FORMAT:
                 raise ValueError("it is of another format")
+            facts = {key: value for key, value in facts.items() if key not in _BESIDE}
             kept = record.read(Tuned, facts)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, AttributeError, TypeError, Problem) as error:
             why = error.what if isinstance(error, Problem) else f"{type(error).__name__}: {error}"
-            _ignored(path, why)
+            ignored(path, why)
             return None
         stale = _stale(kept, cls, spec, target)
         if stale:
-            _ignored(path, stale)
+            ignored(path, stale)
             return None
         return kept
 
@@ -91,8 +95,10 @@ class KernelCache:
                 "A502", f"cannot make the folder {path.parent}", why=error.strerror or str(error),
                 help=f"name another folder in the environment variable {FOLDER}",
             ) from error  # fmt: skip
-        content = {"format": _FORMAT, **record.dump(tuned)}
+        beside = {"kind": kind(spec), "source": source_digest(cls)}  # what dispatch asks for
+        content = {"format": FORMAT, **beside, **record.dump(tuned)}
         write_whole(path, json.dumps(content, indent=1) + "\n")
+        forget()
         return path
 
     def tuned(
@@ -135,51 +141,12 @@ def key(
     }
 
 
-def source_digest(cls: type[Kernel[Any]]) -> str:
-    """The SHA-256 of the launcher and all it reaches; of its module where it cannot be linked."""
-    try:
-        linked = link([cls.launcher])
-        text = f"{linked.imports}\n{linked.definitions}"
-    except (ValueError, ImportError, OSError, TypeError):
-        text = Path(str(sys.modules[cls.__module__].__file__)).read_text(encoding="utf-8")
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def cache_folder() -> Path:
-    """Where attnopt keeps what it can make again: `ATTNOPT_CACHE`, else the platform's folder."""
-    if os.environ.get(FOLDER):
-        return Path(os.environ[FOLDER])
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local") / "attnopt"
-    if sys.platform == "darwin":
-        return Path.home() / "Library/Caches/attnopt"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attnopt"
-
-
 def _stale(kept: Tuned, cls: type[Kernel[Any]], spec: Any, target: Target) -> str:
     """Why what is kept is not right any more, empty where it is."""
-    space = cls.space()
     if (kept.kernel, kept.spec, kept.target) != (cls.name, spec_text(spec), target.name):
         return "it is about something else"
-    if set(kept.tiles) != set(space):
-        return f"its tile sizes are {', '.join(kept.tiles)}, the kernel's {', '.join(space)}"
-    for name, value in kept.tiles.items():
-        if value not in space[name]:
-            return f"{name} cannot be {value!r} any more"
+    impossible = misfit(cls, kept.tiles, kept.took, target.shared_per_block)
+    if impossible:
+        return impossible
     missed = cls.supports(spec, target)
-    if missed is not None:
-        return missed.reason
-    return next(filter(None, (_too_much(took, target) for took in kept.took)), "")
-
-
-def _too_much(took: Mapping[str, Any], target: Target) -> str:
-    if took.get("shared", 0) > target.shared_per_block:
-        return f"it takes {took['shared']} bytes of shared memory of {target.shared_per_block}"
-    return f"it spills {took['spills']} bytes" if took.get("spills", 0) > SPILLS else ""
-
-
-def _ignored(path: Path, why: str) -> None:
-    notice = Notice(
-        "A839", "kept tile sizes are ignored", str(path), why, "the next tuning writes them anew"
-    )
-    warnings.warn(str(notice), RuntimeWarning, stacklevel=3)
+    return "" if missed is None else missed.reason

@@ -15,8 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import torch
-
 from attnopt.autotune import kernel_search
 from attnopt.autotune.compile_pool import CompilePool
 from attnopt.autotune.environment import environment
@@ -25,6 +23,7 @@ from attnopt.autotune.kernel_race import Failing, Track, race
 from attnopt.autotune.kernel_search import TRIALS, Candidate, Compile, Found
 from attnopt.autotune.timing import Progress, Ratio
 from attnopt.codegen.kernel import Kernel, Load
+from attnopt.codegen.own_tiles import versions
 from attnopt.codegen.target import Target
 from attnopt.compiler import text
 from attnopt.compiler.errors import Problem
@@ -242,13 +241,6 @@ def spec_text(spec: Any) -> str:
     if not dataclasses.is_dataclass(spec) or isinstance(spec, type):
         return repr(spec)
     return text.dump(spec) if hasattr(spec, "name") else repr(spec)
-
-
-def versions() -> dict[str, str]:
-    """The versions that compiled code depends on."""
-    import triton
-
-    return {"triton": str(triton.__version__), "torch": str(torch.__version__)}
 
 
 def told(tuned: Tuned) -> Sequence[str]:

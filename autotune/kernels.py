@@ -2,9 +2,10 @@
 
     python -m attnopt.autotune.kernels --target h100 [--kernel NAME] [--write]
 
-On the device that the target names, tile sizes are timed; elsewhere only defaults that do not fit
-the target are mended, by a static score, and said to be estimated. `--write` puts what was found
-into `codegen/tuned/<target>.json`: what was measured, and what was mended.
+On the device that the target names, tile sizes are timed, and kept in the user's cache, where
+dispatch on that device finds them; elsewhere only defaults that do not fit the target are mended,
+by a static score, and said to be estimated. `--write` puts what was found into
+`codegen/tuned/<target>.json`: what was measured, and what was mended.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from attnopt.autotune.kernel_device import gpu_here
+from attnopt.autotune.kernel_cache import KernelCache
+from attnopt.autotune.kernel_device import Device, gpu_here
 from attnopt.autotune.kernel_search import TRIALS
 from attnopt.autotune.kernel_tuner import Tuned, told, tune
 from attnopt.autotune.timing import Progress
@@ -61,11 +63,21 @@ def _run(asked: argparse.Namespace) -> int:
                 failed += 1
                 continue
             print("\n".join(told(made)), flush=True)
+            if made.evidence == "measured" and device is not None:
+                _keep(made, cls, spec, wanted, device)
             if made.evidence == "measured" or made.changed:
                 found.append(entry(made, spec))
     if asked.write and found:
         print(f"written: {write(wanted, found)}")
     return 1 if failed else 0
+
+
+def _keep(made: Tuned, cls: type[Kernel[Any]], spec: Any, wanted: Target, device: Device) -> None:
+    """Into the user's cache; where that cannot be written, the result is still worth having."""
+    try:
+        KernelCache().put(made, cls, spec, wanted, device)
+    except Problem as problem:
+        print(problem, flush=True)
 
 
 def entry(tuned: Tuned, spec: Any) -> Entry:

@@ -1,54 +1,45 @@
-"""Which implementation runs an attention on a GPU, chosen once per bucket of sizes.
+"""Which implementation runs an attention among tokens on a GPU, chosen once per bucket of sizes.
 
 The ways, best first: torch's fused attention where it needs no mask tensor (on NVIDIA's devices it
 brings cuDNN's and FlashAttention's kernels, which a kernel in Triton does not beat there; see
 `benchmarks/gpu.py`), the generated kernel, FlexAttention, torch's fused attention with a mask
-tensor, the written-out reference. One that misses the spec is passed over; one that fails on the
-device is too, with one warning. Once a bucket has had its first call nothing waits for the device,
-so later calls may be captured in a graph. Running out of memory is never taken for a failure.
+tensor, the written-out reference. How one is passed over is in `attnopt.codegen.ways`; the
+attention of new tokens to a cache is in `attnopt.codegen.step_dispatch`. Where gradients are
+wanted, the generated kernel comes with its backward kernels.
 
-Where gradients are wanted, only ways that give them are taken: the generated kernel with its
-backward kernels, or what torch differentiates. Each is then tried forward and backward.
+`block_sparse_prefill` is not among them: `flash_prefill` already leaves out the tiles that windows
+and sink tokens do not read, without lists of blocks, and a spec knows no mask by head.
 """
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
-from attnopt.codegen.flash_attention import differentiable as _learning
+from attnopt.codegen.flash_attention import differentiable
 from attnopt.codegen.flex import flex, runs_on_flex
 from attnopt.codegen.kernel import Kernel, Load, kernels
 from attnopt.codegen.shipped import chosen
 from attnopt.codegen.target import Target, at_hand
+from attnopt.codegen.ways import Way, Ways, misses
 from attnopt.compiler import attend
 from attnopt.compiler.contract import Miss
 from attnopt.compiler.spec import AttentionSpec
 
-CHECK = "ATTNOPT_CHECK_KERNELS"
-"""Set to 1: the first call of each bucket is compared with the reference in float32."""
 
-_ALLOWED = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 4e-2}  # norms of error
-Way = Callable[..., Tensor]
-
-
-class Dispatch:
+class Dispatch(Ways):
     """One attention spec on one target, called as `dispatch(q, k, v, *extras)` with the shapes of
-    `attnopt.compiler.spec`. `passed` tells why each way before the chosen one was passed over, by
-    bucket. `check` compares first calls; None asks the environment variable `CHECK`."""
+    `attnopt.compiler.spec`."""
 
-    def __init__(self, spec: AttentionSpec, target: Target, check: bool | None = None) -> None:
-        self.spec, self.target = spec, target
-        self.check = os.environ.get(CHECK) == "1" if check is None else check
-        self.passed: dict[tuple[Any, ...], list[str]] = {}
-        self._ways: dict[tuple[Any, ...], Way] = {}
+    def __init__(
+        self, spec: AttentionSpec, target: Target, check: bool | None = None, device: str = ""
+    ) -> None:
+        super().__init__(target, check, device)
+        self.spec = spec
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *extras: Tensor) -> Tensor:
         batch, queries, keys = q.shape[0], q.shape[2], k.shape[2]
@@ -58,44 +49,14 @@ class Dispatch:
         way = self._ways.get(bucket)
         if way is not None:
             return way(q, k, v, *extras)
-        return self._first(bucket, q, k, v, extras)
+        load = Load(batch, queries, keys, str(q.dtype).removeprefix("torch."))
 
-    def _first(
-        self, bucket: tuple[Any, ...], q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor]
-    ) -> Tensor:
-        """Try the ways in turn on the bucket's first inputs, and keep the first that works."""
-        load = Load(q.shape[0], q.shape[2], k.shape[2], str(q.dtype).removeprefix("torch."))
-        passed = self.passed[bucket] = []
-        learns: bool = bucket[-1]
-        for name, way in _ways(self.spec, self.target, load, learns):
-            if isinstance(way, Miss):
-                passed.append(f"{name}: {way.reason}")
-                continue
-            try:
-                if learns and not _gives_gradients(way, q, k, v, *extras):
-                    passed.append(f"{name}: it gives no gradients")
-                    continue
-                out = way(q, k, v, *extras)
-            except failures() as error:
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                passed.append(f"{name}: {reason}")
-                _warn(f"{name} failed on {self.target.title} and is passed over: {reason}")
-                continue
-            wrong = self._wrong(out, q, k, v, extras) if self.check else ""
-            if wrong:
-                passed.append(f"{name}: {wrong}")
-                _warn(f"{name} is wrong on {self.target.title} and is passed over: {wrong}")
-                continue
-            self._ways[bucket] = way
-            return out
-        raise AssertionError("the reference runs every spec")
+        def wanted() -> Tensor:
+            wide = [x.float() if x.is_floating_point() else x for x in extras]
+            return attend.reference(q.float(), k.float(), v.float(), wide, self.spec)
 
-    def _wrong(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor]) -> str:
-        wide = [x.float() if x.is_floating_point() else x for x in extras]
-        want = attend.reference(q.float(), k.float(), v.float(), wide, self.spec)
-        error = float((out.float() - want).norm() / want.norm().clamp_min(1e-30))
-        allowed = _ALLOWED.get(q.dtype, 1e-3)
-        return "" if error <= allowed else f"an error of {error:.1e}, where {allowed:g} is allowed"
+        ways = _ways(self.spec, self.target, load, learns, self.device)
+        return self._first(bucket, ways, (q, k, v, *extras), wanted, learns)
 
 
 def attention(
@@ -111,41 +72,18 @@ def attention(
         return run(q, k, v, *extras)
 
 
-def failures() -> tuple[type[Exception], ...]:
-    """What a kernel raises that does not fit or does not compile on a device."""
-    from torch._dynamo.exc import TorchDynamoException
-    from torch._inductor.exc import InductorError
-    from triton.compiler.errors import CompilationError
-    from triton.runtime.errors import TritonError
-
-    return (CompilationError, TritonError, InductorError, TorchDynamoException)
-
-
 @lru_cache(maxsize=256)
 def _dispatch(spec: AttentionSpec, device: int) -> Dispatch:
-    return Dispatch(spec, at_hand(device))
-
-
-def _gives_gradients(way: Way, *tensors: Tensor) -> bool:
-    """Whether a way does, found out on copies, of which the caller's graph knows nothing."""
-    given = [x.detach().requires_grad_(x.requires_grad) for x in tensors]
-    with saved_tensors_hooks(lambda x: x, lambda x: x):  # not those of a checkpoint around it
-        out = way(*given)
-        if out.requires_grad:
-            towards = [x for x in given if x.requires_grad]
-            torch.autograd.grad(out, towards, torch.zeros_like(out), allow_unused=True)
-    return out.requires_grad
+    return Dispatch(spec, at_hand(device), device=torch.cuda.get_device_name(device))
 
 
 def _ways(
-    spec: AttentionSpec, target: Target, load: Load, learns: bool = False
+    spec: AttentionSpec, target: Target, load: Load, learns: bool = False, device: str = ""
 ) -> list[tuple[str, Way | Miss]]:
+    made = _with_gradients if learns else _generated
     return [
         ("scaled_dot_product_attention", _fused(spec, load)),
-        *(
-            (name, _learning(spec, target, load) if learns else _generated(cls, spec, target, load))
-            for name, cls in _prefill_kernels()
-        ),
+        *((name, made(cls, spec, target, load, device)) for name, cls in _prefill_kernels()),
         ("FlexAttention", _flexible(spec)),
         ("scaled_dot_product_attention with a mask", _masked(spec)),
         ("the reference", _bound(attend.reference, spec)),
@@ -160,17 +98,25 @@ def _fused(spec: AttentionSpec, load: Load) -> Way | Miss:
     return _bound(attend.sdpa, spec)
 
 
-def _generated(cls: type[Kernel[Any]], spec: AttentionSpec, target: Target, load: Load) -> Any:
-    missed = cls.supports(spec, target)
+def _generated(
+    cls: type[Kernel[Any]], spec: AttentionSpec, target: Target, load: Load, device: str = ""
+) -> Any:
+    missed = misses(cls, spec, target, load)
     if missed is not None:
         return missed
-    constants = chosen(cls, spec, target, load).constants(spec)
+    constants = chosen(cls, spec, target, load, device).constants(spec)
     launcher, names = cls.launcher, spec.extras
 
     def run(q: Tensor, k: Tensor, v: Tensor, *extras: Tensor) -> Any:
         return launcher(q, k, v, **dict(zip(names, extras, strict=True)), **constants)
 
     return run
+
+
+def _with_gradients(
+    cls: type[Kernel[Any]], spec: AttentionSpec, target: Target, load: Load, device: str = ""
+) -> Way | Miss:
+    return differentiable(spec, target, load, device)
 
 
 def _flexible(spec: AttentionSpec) -> Way | Miss:
@@ -194,9 +140,3 @@ def _fallback(spec: AttentionSpec) -> attend.Backend:
 @lru_cache(maxsize=1)
 def _prefill_kernels() -> tuple[tuple[str, type[Kernel[Any]]], ...]:
     return tuple((name, cls) for name, cls in kernels().items() if name == "flash_prefill")
-
-
-@lru_cache(maxsize=64)
-def _warn(message: str) -> None:
-    """Once per message."""
-    warnings.warn(message, stacklevel=4)

@@ -18,6 +18,7 @@ from attnopt.codegen.kernels.flash_prefill_backward import (
 )
 from attnopt.codegen.shipped import chosen
 from attnopt.codegen.target import Target
+from attnopt.codegen.ways import misses
 from attnopt.compiler.contract import Miss
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.spec import AttentionSpec
@@ -38,14 +39,16 @@ def flash_attention(
     return run(q, k, v, *extras)
 
 
-def differentiable(spec: AttentionSpec, target: Target, load: Load) -> Callable[..., Tensor] | Miss:
-    """A function of (q, k, v, *extras) with gradients, its tiles chosen for the sizes; or why there
-    is none."""
-    missed = FlashPrefillBackward.supports(spec, target)
+def differentiable(
+    spec: AttentionSpec, target: Target, load: Load, device: str = ""
+) -> Callable[..., Tensor] | Miss:
+    """A function of (q, k, v, *extras) with gradients, its tiles chosen for the sizes (and the
+    device of that name); or why there is none."""
+    missed = misses(FlashPrefillBackward, spec, target, load)
     if missed is not None:
         return Miss(f"its gradients: {missed.reason}", missed.help)
-    forward = chosen(FlashPrefill, spec, target, load).constants(spec)
-    backward = chosen(FlashPrefillBackward, spec, target, load).constants(spec)
+    forward = chosen(FlashPrefill, spec, target, load, device).constants(spec)
+    backward = chosen(FlashPrefillBackward, spec, target, load, device).constants(spec)
     names = spec.extras
 
     def run(q: Tensor, k: Tensor, v: Tensor, *extras: Tensor) -> Tensor:

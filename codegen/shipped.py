@@ -49,15 +49,24 @@ class Entry:
         return dataclasses.asdict(self)
 
 
-def chosen(cls: type[Kernel[Any]], spec: Any, target: Target, load: Load) -> Kernel[Any]:
-    """The tile sizes to take without tuning: those of the entry for this bucket of sizes, else of
-    the nearest that is not far, else the kernel's default.
+def chosen(
+    cls: type[Kernel[Any]], spec: Any, target: Target, load: Load, device: str = ""
+) -> Kernel[Any]:
+    """The tile sizes to take: those of the entry for this bucket of sizes, else of the nearest that
+    is not far, else the kernel's default. What was tuned on this very `device`, where its name is
+    given, goes before what ships (`attnopt.codegen.own_tiles`).
 
     An entry holds for all specs that differ from its own in scale and number of heads alone (heads
     per key/value head being equal), in one dtype.
     """
     default = cls.default(spec, target, load)
-    found = nearest(entries(target.name), cls.name, kind(spec), load)
+    found = None
+    if device:
+        from attnopt.codegen.own_tiles import own_entries  # it builds on this module
+
+        found = nearest(own_entries(cls, target, device), cls.name, kind(spec), load)
+    if found is None:
+        found = nearest(entries(target.name), cls.name, kind(spec), load)
     return default if found is None else dataclasses.replace(default, **found.tiles)
 
 
@@ -87,7 +96,10 @@ def kind(spec: Any) -> str:
     facts = {key: value for key, value in text.changed(spec).items() if key not in alike}
     if hasattr(spec, "heads") and hasattr(spec, "kv_heads"):
         facts["group"] = spec.heads // spec.kv_heads
-    inner = " ".join(f"{key}={text.dump_value(value)}" for key, value in facts.items())
+    inner = " ".join(
+        f"{key}={kind(value) if hasattr(value, 'kv_heads') else text.dump_value(value)}"
+        for key, value in facts.items()
+    )
     return f"{getattr(spec, 'name', type(spec).__name__)}{{{inner}}}"
 
 

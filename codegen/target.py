@@ -9,7 +9,7 @@ import math
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import lru_cache
 from importlib.resources import files
@@ -19,6 +19,8 @@ from typing import Any
 from attnopt.compiler.errors import Problem
 
 CPU = "cpu"
+_FORMS = ("sxm", "pcie", "nvl")  # of modules, which differ in power, clocks and memory
+_MEMORY = 0.15  # how far a driver's figure may be off the datasheet's, which counts in other units
 _HOW = (
     "to add a device, copy one of the files of attnopt/codegen/targets, fill in its datasheet's "
     "figures and pass it as --target path/to/device.toml"
@@ -87,8 +89,9 @@ def target(name: str) -> Target:
 
 
 def at_hand(device: int = 0) -> Target:
-    """The GPU of this number: the known target whose title its name holds, else one with the
-    figures that its driver tells, and no peaks. Raises `Problem` A401 without a GPU."""
+    """The GPU of this number: the known target whose title its name holds, with figures of its own
+    where it is another form of it; else one with the figures that its driver tells, and no peaks.
+    Raises `Problem` A401 without a GPU."""
     import torch  # reading a file of figures does not need it
 
     if not torch.cuda.is_available():
@@ -97,7 +100,7 @@ def at_hand(device: int = 0) -> Target:
     plain = facts.name.lower().replace("rtx ", "rtx")
     for name in known():
         if re.search(rf"(?<![a-z0-9]){name}(?![a-z0-9])", plain):
-            return target(name)
+            return _as_it_is(target(name), facts)
     amd = torch.version.hip is not None
     return Target(
         name=plain, title=facts.name, vendor="amd" if amd else "nvidia", architecture="unknown",
@@ -107,7 +110,42 @@ def at_hand(device: int = 0) -> Target:
         shared_per_unit=getattr(facts, "shared_memory_per_multiprocessor", 65536),
         registers_per_unit=getattr(facts, "regs_per_multiprocessor", 65536),
         l2=getattr(facts, "L2_cache_size", 0), memory=facts.total_memory,
+        bandwidth=_bandwidth(facts),
     )  # fmt: skip
+
+
+def _as_it_is(like: Target, facts: Any) -> Target:
+    """A known target as the driver has it: the same where processors and memory are the same and
+    the name tells of no other form (an H100 may be an SXM, PCIe or NVL module, or a slice of one);
+    else with its own sizes, and peaks in proportion to its processors. The target's name stays,
+    because tile sizes follow what all forms have alike."""
+    units, memory = int(facts.multi_processor_count), int(facts.total_memory)
+    forms = [
+        form for form in _FORMS if re.search(rf"(?<![a-z]){form}(?![a-z])", facts.name.lower())
+    ]
+    other = any(form not in like.title.lower() for form in forms)
+    same_memory = abs(memory / like.memory - 1) <= _MEMORY
+    if units == like.units and same_memory and not other:
+        return like
+    share = units / like.units
+    told = _bandwidth(facts)
+    return replace(
+        like, title=facts.name, units=units, memory=memory,
+        bandwidth=told or like.bandwidth * min(1.0, share),
+        peak={name: value * share for name, value in like.peak.items()},
+        l2=getattr(facts, "L2_cache_size", 0) or like.l2,
+        source=f"its driver, and {like.source}",
+        note=f"its peaks are those of {like.title} times {units} of {like.units} processors, "
+        "whatever its clock; its bandwidth is "
+        + ("its driver's" if told else f"no more than that of {like.title}"),
+    )  # fmt: skip
+
+
+def _bandwidth(facts: Any) -> float:
+    """Bytes per second that the driver tells: two words for each clock of the memory; 0 where it
+    tells none."""
+    clock, width = getattr(facts, "memory_clock_rate", 0), getattr(facts, "memory_bus_width", 0)
+    return 2.0 * float(clock) * 1e3 * float(width) / 8 if clock and width else 0.0
 
 
 def _from_file(path: Path) -> Target:

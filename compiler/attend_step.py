@@ -1,12 +1,16 @@
-"""Attention of new tokens to the keys of a cache, in plain torch.
+"""Attention of new tokens to the keys of a cache: in plain torch, or on a GPU, for the backend
+"triton", by what is dispatched there.
 
 Extras are those of the new rows, `[..., S, T]` for S queries and T keys; shapes otherwise as in
-`attnopt.compiler.spec`.
+`attnopt.compiler.spec`. `line` is the text of the spec, which torch.compile could not make.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +18,100 @@ from torch import Tensor
 from attnopt.compiler import attend, native
 from attnopt.compiler.attend_split import parts_for, split_keys
 from attnopt.compiler.spec import FULL, AttentionSpec
+
+
+def among(
+    q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: AttentionSpec, line: str
+) -> Tensor:
+    """Attention among the tokens of a prompt."""
+    if spec.backend == "triton" and traced(q):
+        made: Tensor = torch.ops.attnopt.attention.default(q, k, v, extras, line)
+        return made
+    return attend.run(q, k, v, extras, spec)
+
+
+def to_newest(
+    q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: AttentionSpec, line: str
+) -> Tensor:
+    """Attention of the newest tokens to the keys of all tokens, in order; their own come last."""
+    if on_gpu(spec, q):
+        return _dispatched(q, k, v, extras, spec, line, k.shape[2], False)
+    return newest(q, k, v, extras, spec)
+
+
+def to_ring(
+    q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: AttentionSpec, line: str,
+    end: Any,
+) -> Tensor:  # fmt: skip
+    """Attention of the newest of `end` tokens to a ring that holds their keys too (see
+    `positions`); the extras are those of its slots."""
+    if on_gpu(spec, q):
+        return _dispatched(q, k, v, extras, spec, line, end, True)
+    return ringed(q, k, v, extras, spec, end)
+
+
+def newest(
+    q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: AttentionSpec
+) -> Tensor:
+    """`to_newest` in plain torch."""
+    new, end = q.shape[2], k.shape[2]
+    if new == 1:
+        return to_all(q, k, v, extras, spec)
+    j = torch.arange(end, device=q.device)
+    return to_positions(q, k, v, extras, spec, end - new + j[:new], j)
+
+
+def ringed(
+    q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: AttentionSpec, end: Any
+) -> Tensor:
+    """`to_ring` in plain torch."""
+    new = q.shape[2]
+    i = end - new + torch.arange(new, device=q.device)
+    return to_positions(q, k, v, extras, spec, i, positions(k, spec.mask.sink, end))
+
+
+def positions(keys: Tensor, sink: int, length: Any) -> Tensor:
+    """The position that each slot of a ring holds after `length` tokens, -1 where none, `[slots]`.
+
+    Token p lies in slot p while p < sink, else in turn in the slots behind these.
+    """
+    slot = torch.arange(keys.shape[2], device=keys.device)
+    last = length - 1
+    turned = last - (last - slot) % max(keys.shape[2] - sink, 1)
+    held = torch.where(slot < sink, slot, torch.where(turned < sink, -1, turned))
+    return torch.where(held < length, held, -1)
+
+
+def on_gpu(spec: AttentionSpec, q: Tensor) -> bool:
+    """Whether a step is dispatched (`attnopt.codegen.step_dispatch`)."""
+    return spec.backend == "triton" and is_gpu(q)
+
+
+def is_gpu(q: Tensor) -> bool:
+    """Whether a tensor is on a device that kernels are generated for."""
+    return q.device.type == "cuda"
+
+
+def traced(q: Tensor) -> bool:
+    """Whether a compiler looks on, which has to be shown an operator."""
+    return torch.compiler.is_compiling() or type(q) not in (Tensor, torch.nn.Parameter)
+
+
+@lru_cache(maxsize=8)
+def dispatching(name: str) -> Callable[..., Tensor]:
+    """A function of `attnopt.codegen.step_dispatch`, which builds on this module."""
+    found: Callable[..., Tensor] = getattr(import_module("attnopt.codegen.step_dispatch"), name)
+    return found
+
+
+def _dispatched(
+    q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: AttentionSpec, line: str,
+    end: Any, ring: bool,
+) -> Tensor:  # fmt: skip
+    if traced(q):
+        made: Tensor = torch.ops.attnopt.attention_step(q, k, v, extras, line, end, ring)
+        return made
+    return dispatching("attention_step")(q, k, v, extras, spec, end, ring)
 
 
 def to_positions(

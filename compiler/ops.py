@@ -3,7 +3,8 @@
 The implementation runs the backend that the spec names (`attend.run`), beside it stands the shape
 kernel; the gradient recomputes the reference (what is dispatched on a GPU: the same dispatch, or
 under a compiler the fused attention) and differentiates it, so every raised or rewritten graph
-runs, exports, compiles and trains.
+runs, exports, compiles and trains. `attention_step` and `latent_step` are what it is in a decoder's
+step on a GPU, without gradients.
 """
 
 from __future__ import annotations
@@ -14,21 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnopt.compiler import attend
+from attnopt.compiler import attend, attend_step
 from attnopt.compiler.spec import AttentionSpec, parse_spec
 
 
 @torch.library.custom_op("attnopt::attention", mutates_args=())
 def attention(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: str) -> Tensor:
     """Softmax(scale q k^T + masks) v as `spec` says; shapes as in `attnopt.compiler.spec`."""
-    out = attend.run(q, k, v, extras, parse_spec(spec))
-    return out.transpose(1, 2).contiguous().transpose(1, 2)
+    return _as_tokens(attend.run(q, k, v, extras, parse_spec(spec)))
 
 
 @attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: str) -> Tensor:
-    batch, heads, queries = q.shape[0], q.shape[1], q.shape[2]
-    return q.new_empty((batch, queries, heads, v.shape[3])).transpose(1, 2)
+    return _like_tokens(q, v.shape[3])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -63,3 +62,46 @@ def _differentiable(spec: AttentionSpec, q: Tensor) -> attend.Backend:
 attention.register_autograd(_backward, setup_context=_setup)
 
 ATTENTION = torch.ops.attnopt.attention.default
+
+
+@torch.library.custom_op("attnopt::attention_step", mutates_args=())
+def attention_step(
+    q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: str, end: int, ring: bool
+) -> Tensor:
+    """`attend_step.to_newest` or `to_ring`, dispatched."""
+    run = attend_step.dispatching("attention_step")
+    return _as_tokens(run(q, k, v, extras, parse_spec(spec), end, ring))
+
+
+@attention_step.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: str, end: int, ring: bool
+) -> Tensor:
+    return _like_tokens(q, v.shape[3])
+
+
+@torch.library.custom_op("attnopt::latent_step", mutates_args=())
+def latent_step(
+    q: Tensor, kept: Tensor, up_k: Tensor, up_v: Tensor, bias: Tensor, extras: Sequence[Tensor],
+    spec: str, rope_at: int,
+) -> Tensor:  # fmt: skip
+    """`attend_latent.step`, dispatched."""
+    run = attend_step.dispatching("latent_step")
+    return _as_tokens(run(q, kept, up_k, up_v, bias, extras, parse_spec(spec), rope_at))
+
+
+@latent_step.register_fake
+def _(
+    q: Tensor, kept: Tensor, up_k: Tensor, up_v: Tensor, bias: Tensor, extras: Sequence[Tensor],
+    spec: str, rope_at: int,
+) -> Tensor:  # fmt: skip
+    return _like_tokens(q, up_v.shape[1])
+
+
+def _as_tokens(out: Tensor) -> Tensor:
+    """In memory `[batch, S, heads, dim]`, as a fake is."""
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _like_tokens(q: Tensor, width: int) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[2], q.shape[1], width)).transpose(1, 2)

@@ -39,7 +39,7 @@ _TILE = 40960  # bytes of latents that a program takes at a time, at most
 _LARGE = 200_000  # bytes of shared memory where products of 64 rows run beside everything else
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def _latent_decode(
     q_latent, q_rope, latents, k_rope, out, lse, lengths, starts,
     q_batch, q_head, q_token, qr_batch, qr_head, qr_token,
@@ -172,7 +172,7 @@ def latent_decode(
     `[batch]`; `padding` bool [batch, slots] is true at real tokens. Query t reads tokens up to
     length - T + t where `causal`. A query without a token gives zeros.
 
-    `longest` is the most tokens of one sequence, where that is known to be less than the slots.
+    `longest` is for how many tokens of one sequence the launch is planned, 0 for all slots.
     `splits` 0 splits so that `units` processors with `waves` programs each are busy.
     """
     q_latent, q_rope, latents, k_rope = (
@@ -183,7 +183,7 @@ def latent_decode(
     page = 1 if table is None else latents.shape[1]
     slots = latents.shape[1] if table is None else table.shape[1] * page
     blocks = ceil_div(heads * queries, block_m)
-    tiles = ceil_div(min(slots, longest) if longest else slots, block_n)
+    tiles = ceil_div(longest or slots, block_n)
     lengths, starts = (x if x is None else x.contiguous() for x in (lengths, starts))
     if splits == 0:
         # a partial result is written and read in float32
@@ -266,7 +266,7 @@ class LatentDecode(Kernel[LatentSpec]):
             block_m, warps = (64, 8) if async_products else (32, 4)
         if block_m * spec.rank > 128 * 32 * warps:
             block_m, warps = 16, 8
-        sizes = (128, 64, 32, 16)
+        sizes: tuple[int, ...] = (128, 64, 32, 16)
         if not matrix_units(target, load.dtype):  # every thread keeps its rows and columns
             block_m, warps, sizes = 16, (4 if spec.rank <= 512 else 8), (16,)
         buffers = 1 if amd else 3 if block_m == 64 else 2

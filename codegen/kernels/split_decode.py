@@ -87,7 +87,7 @@ def _sweep(
     return top, total, out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def _split_decode(
     q, k, v, out, lse, lengths, starts,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
@@ -241,7 +241,7 @@ def split_decode(
     `sinks` broadcasts to [batch, heads, T, 1], `slopes` (of ALiBi) to [batch, heads]. Hooks as
     `flash_prefill` has them. A query without a key gives zeros.
 
-    `longest` is the most tokens of one sequence, where that is known to be less than the slots.
+    `longest` is for how many tokens of one sequence the launch is planned, 0 for all slots.
     `splits` 0 splits so that `units` processors with `waves` programs each are busy.
     """
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
@@ -256,7 +256,7 @@ def split_decode(
     group = heads // kv_heads
     block_m = min(64, padded_size(group * queries))
     blocks = ceil_div(group * queries, block_m)
-    read, runs = min(slots, longest) if longest else slots, 0
+    read, runs = longest or slots, 0
     if window and not ring:
         read = min(read, left + sink + queries)
     if selected is not None:

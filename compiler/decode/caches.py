@@ -8,15 +8,16 @@ positions `start` to `start + S - 1`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from attnopt.compiler import attend_step
 from attnopt.compiler.attend_routed import calls, to_active
-from attnopt.compiler.attend_step import to_all, to_positions
-from attnopt.compiler.spec import AttentionSpec
+from attnopt.compiler.attend_step import positions, to_newest, to_positions, to_ring
+from attnopt.compiler.spec import FULL, AttentionSpec
 
 Widths = tuple[tuple[int, int], ...]
 
@@ -34,6 +35,10 @@ class Contiguous:
     """
 
     spec: AttentionSpec
+    line: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "line", self.spec.text)
 
     @property
     def widths(self) -> Widths:
@@ -71,9 +76,7 @@ class Contiguous:
             at = None if on is None else calls(on, k, v, self.spec)
             if at is not None:
                 return to_active(q, k, v, extras, self.spec, at)
-            return to_all(q, k, v, extras, self.spec)
-        j = torch.arange(end, device=q.device)
-        return to_positions(q, k, v, extras, self.spec, start + j[:new], j)
+        return to_newest(q, k, v, extras, self.spec, self.line)
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,15 @@ class Ring:
 
     spec: AttentionSpec
     slack: int = 0
+    line: str = field(init=False, repr=False, compare=False)
+    unmasked: AttentionSpec = field(init=False, repr=False, compare=False)
+    unmasked_line: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        unmasked = self.spec.with_(mask=FULL)
+        made = {"line": self.spec.text, "unmasked": unmasked, "unmasked_line": unmasked.text}
+        for name, value in made.items():
+            object.__setattr__(self, name, value)
 
     @property
     def widths(self) -> Widths:
@@ -123,32 +135,67 @@ class Ring:
         self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, start: Any,
         extras: Sequence[Tensor],
     ) -> Tensor:  # fmt: skip
-        """As `Contiguous.step`. One token reads the ring that it was stored in; several read the
-        ring as it was, and themselves."""
+        """As `Contiguous.step`. As many tokens as can be taken back, and one more, read the ring
+        that they were stored in; several read the ring as it was, and themselves."""
         new = q.shape[2]
-        fresh = start + torch.arange(new, device=q.device)
-        if new == 1:
+        end = start + new
+        if new <= self.slack + 1:
             self.store(k, v, keys, values, start)
-            k, v, held = keys, values, self._held(start + 1, keys)
+            extras = self._columns(extras, positions(keys, self.spec.mask.sink, end))
+            if new == 1 and not self.slack and attend_step.on_gpu(self.spec, q):
+                return self._all(q, keys, values, end, extras)
+            return to_ring(q, keys, values, extras, self.spec, self.line, end)
+        if attend_step.on_gpu(self.spec, q):
+            out = self._in_order(q, k, v, keys, values, start, extras)
         else:
-            held = torch.cat((self._held(start, keys), fresh))
-            k, v = torch.cat((keys, k), 2), torch.cat((values, v), 2)
+            fresh = start + torch.arange(new, device=q.device)
+            held = torch.cat((positions(keys, self.spec.mask.sink, start), fresh))
+            k_all, v_all = torch.cat((keys, k), 2), torch.cat((values, v), 2)
+            extras = self._columns(extras, held)
+            out = to_positions(q, k_all, v_all, extras, self.spec, fresh, held)
+        self.store(k, v, keys, values, start)
+        return out
+
+    def _all(
+        self, q: Tensor, keys: Tensor, values: Tensor, end: Any, extras: Sequence[Tensor]
+    ) -> Tensor:
+        """Attention to every slot that is taken, in no order: the ring holds no other keys than
+        those that the newest token reads."""
+        taken = min(end, keys.shape[2])
+        k, v = keys[:, :, :taken], values[:, :, :taken]
         extras = [
+            x if name == "sinks" or x.shape[-1] == 1 else x[..., :taken]
+            for name, x in zip(self.spec.extras, extras, strict=True)
+        ]
+        return to_newest(q, k, v, extras, self.unmasked, self.unmasked_line)
+
+    def _in_order(
+        self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, start: Any,
+        extras: Sequence[Tensor],
+    ) -> Tensor:  # fmt: skip
+        """Attention to the sinks, what of the ring is in the first new token's window, and the new
+        tokens, as if there were no others: a window looks back equally far."""
+        sinks = min(start, self.spec.mask.sink)
+        first = max(sinks, start - self.spec.mask.left + 1)
+        near = torch.arange(first, start, device=q.device)
+        slot = torch.where(
+            near < self.spec.mask.sink, near,
+            self.spec.mask.sink + (near - self.spec.mask.sink) % self.turn,
+        )  # fmt: skip
+        k, v = (
+            torch.cat((old[:, :, :sinks], old.index_select(2, slot), new), 2)
+            for old, new in ((keys, k), (values, v))
+        )
+        fresh = torch.arange(first, start + q.shape[2], device=q.device)
+        held = torch.cat((torch.arange(sinks, device=q.device), fresh))
+        return to_newest(q, k, v, self._columns(extras, held), self.spec, self.line)
+
+    def _columns(self, extras: Sequence[Tensor], held: Tensor) -> list[Tensor]:
+        """The extras at positions."""
+        return [
             x if name == "sinks" or x.shape[-1] == 1 else x[..., held.clamp(min=0)]
             for name, x in zip(self.spec.extras, extras, strict=True)
         ]
-        out = to_positions(q, k, v, extras, self.spec, fresh, held)
-        if new > 1:
-            self.store(k[:, :, -new:], v[:, :, -new:], keys, values, start)
-        return out
-
-    def _held(self, length: Any, keys: Tensor) -> Tensor:
-        """The position that each slot holds after `length` tokens, -1 where none, `[slots]`."""
-        sink, slot = self.spec.mask.sink, torch.arange(keys.shape[2], device=keys.device)
-        last = length - 1
-        turned = last - (last - slot) % self.turn
-        held = torch.where(slot < sink, slot, torch.where(turned < sink, -1, turned))
-        return torch.where(held < length, held, -1)
 
 
 def cache_of(spec: AttentionSpec, slack: int = 0) -> Contiguous | Ring:

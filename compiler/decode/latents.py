@@ -10,14 +10,14 @@ read off a spelling but found by evaluating the graph on unit vectors, and tried
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses import FakeTensor
 
-from attnopt.compiler.attend_step import to_all, to_positions
+from attnopt.compiler import attend_latent
 from attnopt.compiler.decode.split import Split
 from attnopt.compiler.layout import is_symbol, same_size
 from attnopt.compiler.program import Program, attribute
@@ -37,7 +37,8 @@ class Latent:
     heads share, node `shared` `[batch, 1, seq, dim]`, joined to one vector of `width`.
 
     `up_k` `[kv_heads, head_dim, width]` and `up_v` `[kv_heads, v_dim, rank]` make keys and values
-    of it, `bias` `[kv_heads, v_dim]` is added to the values.
+    of it, `bias` `[kv_heads, v_dim]` is added to the values. `rope_at` is the first channel of the
+    keys where the shared part stands as it is, -1 where there is none such.
     """
 
     spec: AttentionSpec
@@ -46,6 +47,12 @@ class Latent:
     up_k: Tensor
     up_v: Tensor
     bias: Tensor
+    line: str = field(init=False, repr=False, compare=False)
+    rope_at: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "line", self.spec.text)
+        object.__setattr__(self, "rope_at", attend_latent.rope_at(self.up_k, self.rank))
 
     @property
     def rank(self) -> int:
@@ -77,21 +84,19 @@ class Latent:
 
         q is `[batch, heads, S, head_dim]`; the extras are those of the new rows.
         """
-        batch, heads, new, dim = q.shape
-        end = start + new
         self.store(joined, kept, start)
-        groups, width = up_k.shape[0], up_k.shape[2]
-        absorbed = q.reshape(batch, groups, -1, dim) @ up_k
-        keys = kept[:, :, :end]
-        spec = self.spec.with_(kv_heads=1, head_dim=width, v_dim=up_v.shape[2])
-        given = absorbed.reshape(batch, heads, new, width), keys, keys[..., : up_v.shape[2]]
-        if new == 1:
-            mixed = to_all(*given, extras, spec)
-        else:
-            j = torch.arange(end, device=q.device)
-            mixed = to_positions(*given, extras, spec, start + j[:new], j)
-        values = mixed.reshape(batch, groups, -1, mixed.shape[3]) @ up_v.transpose(1, 2)
-        return (values + bias[:, None]).reshape(batch, heads, new, -1)
+        held = kept[:, :, : start + q.shape[2]]
+        return attend_latent.step(
+            q, held, up_k, up_v, bias, extras, self.spec, self.line, self.rope_at
+        )
+
+    def prompt(
+        self, q: Tensor, k: Tensor, v: Tensor, joined: Tensor, extras: Sequence[Tensor]
+    ) -> Tensor:
+        """Attention among the tokens of a prompt, whose keys and values are made."""
+        return attend_latent.prompt(
+            q, k, v, joined, extras, self.spec, self.line, self.rank, self.rope_at
+        )
 
 
 def joined(latent: Tensor, shared: Tensor | None = None) -> Tensor:

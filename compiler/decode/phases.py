@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.graph import CodeGen
 
-from attnopt.compiler import attend
+from attnopt.compiler import attend_step
 from attnopt.compiler.decode.caches import Contiguous, Ring
 from attnopt.compiler.decode.convolutions import Convolution, uncut
 from attnopt.compiler.decode.latents import Latent, joined
@@ -198,7 +198,10 @@ def prefilled(cache: Cache, operands: int) -> Callable[..., Tensor]:
         given, kept = rest[:operands], rest[operands : operands + parts]
         start, *extras = rest[operands + parts :]
         store(*given[-parts:], *kept, start)
-        return attend.run(q, given[0], given[1], extras, spec)
+        if isinstance(cache, Latent):
+            k, v, stored = given
+            return cache.prompt(q, k, v, stored, extras)
+        return attend_step.among(q, given[0], given[1], extras, spec, cache.line)
 
     return attention
 

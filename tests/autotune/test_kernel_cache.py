@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 
 from attnopt.autotune import kernel_cache
-from attnopt.autotune.kernel_cache import KernelCache, cache_folder, kernel_of, source_digest
+from attnopt.autotune.kernel_cache import KernelCache, kernel_of
 from attnopt.autotune.kernel_tuner import Tuned, tune
 from attnopt.autotune.statistics import Interval
 from attnopt.autotune.timing import Ratio
+from attnopt.codegen import own_tiles
 from attnopt.codegen.kernel import Load
 from attnopt.codegen.kernels.flash_prefill import FlashPrefill
+from attnopt.codegen.own_tiles import cache_folder, source_digest
 from attnopt.codegen.target import target
 from attnopt.compiler.errors import Problem
 from tests.autotune.tiled import Compiler, FakeDevice, Tiled, TiledSpec, larger_is_better
@@ -98,7 +100,7 @@ def test_the_digest_is_of_the_linked_source(monkeypatch: pytest.MonkeyPatch) -> 
     whole = source_digest(FlashPrefill)
     assert whole == source_digest(FlashPrefill) != source_digest(Tiled)
     linked = SimpleNamespace(imports="import torch", definitions="def f(): ...")
-    monkeypatch.setattr(kernel_cache, "link", lambda functions: linked)
+    monkeypatch.setattr(own_tiles, "link", lambda functions: linked)
     assert source_digest(FlashPrefill) == source_digest(Tiled) != whole
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -60,25 +62,69 @@ def test_not_for_a_cpu_nor_without_triton(monkeypatch: pytest.MonkeyPatch) -> No
     assert all(not o.applied and "triton is not installed" in o.reason for o in outcomes)
 
 
+def _here(
+    monkeypatch: pytest.MonkeyPatch, name: str, units: int, memory: float, **more: int
+) -> None:
+    """A GPU that its driver says this of."""
+    facts = SimpleNamespace(
+        name=name, major=8, minor=9, multi_processor_count=units, total_memory=int(memory), **more
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+
+
 @pytest.mark.parametrize(
     ("told", "meant"),
     [
         ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100"),
         ("NVIDIA L4", "l4"), ("NVIDIA L40S", "l40s"), ("NVIDIA GeForce RTX 4090", "rtx4090"),
-        ("Tesla T4", "t4"), ("NVIDIA H200", "h200"), ("NVIDIA L40", "nvidia l40"),
+        ("Tesla T4", "t4"), ("NVIDIA H200", "h200"),
     ],
 )  # fmt: skip
 def test_the_gpu_at_hand_is_known_by_its_name(
     monkeypatch: pytest.MonkeyPatch, told: str, meant: str
 ) -> None:
-    class Facts:
-        name, major, minor, multi_processor_count, total_memory = told, 8, 9, 142, 48 << 30
+    like = targets.target(meant)
+    _here(monkeypatch, told, like.units, 0.95 * like.memory)
+    assert targets.at_hand() == like
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Facts)
+
+def test_a_gpu_that_no_file_is_about_has_its_drivers_figures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clocks = {"memory_clock_rate": 9_001_000, "memory_bus_width": 384}
+    _here(monkeypatch, "NVIDIA L40", 142, 48 << 30, **clocks)
     got = targets.at_hand()
-    assert got.name == meant
-    assert got.units == (142 if meant == "nvidia l40" else targets.target(meant).units)
+    assert (got.name, got.units, got.memory) == ("nvidia l40", 142, 48 << 30)
+    assert not got.peak and round(got.bandwidth / 1e9) == 864
+
+
+@pytest.mark.parametrize(
+    ("told", "units", "memory", "clocks"),
+    [
+        ("NVIDIA H100 PCIe", 114, 80e9, (1_593_000, 5120)),
+        ("NVIDIA H100 NVL", 132, 94e9, (2_619_000, 6016)),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 16, 10e9, ()),
+        ("NVIDIA A100-SXM4-40GB", 108, 40e9, (1_215_000, 5120)),
+        ("NVIDIA A100 80GB PCIe", 108, 80e9, (1_512_000, 5120)),
+    ],
+)
+def test_another_form_of_a_gpu_has_figures_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, told: str, units: int, memory: float, clocks: tuple[int, ...]
+) -> None:
+    more = dict(zip(("memory_clock_rate", "memory_bus_width"), clocks, strict=False))
+    _here(monkeypatch, told, units, memory, **more)
+    got = targets.at_hand()
+    like = targets.target(got.name)
+    assert (got.title, got.units, got.memory) == (told, units, int(memory))
+    assert got.shared_per_block == like.shared_per_block
+    assert got.peak["bfloat16"] == like.peak["bfloat16"] * units / like.units
+    assert f"times {units} of {like.units} processors" in got.note and like.title in got.note
+    datasheet = {114: 2.04e12, 132: 3.94e12}.get(units, 1.555e12 if memory == 40e9 else 1.935e12)
+    if clocks:
+        assert abs(got.bandwidth / datasheet - 1) < 0.01
+    else:
+        assert got.bandwidth == like.bandwidth * units / like.units
 
 
 def test_without_a_gpu_there_is_none_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:

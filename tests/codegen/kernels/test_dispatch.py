@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from triton.runtime.errors import OutOfResources
 
-from attnopt.codegen import dispatch
+from attnopt.codegen import dispatch, ways
 from attnopt.codegen.dispatch import Dispatch
 from attnopt.codegen.kernel import Load
 from attnopt.codegen.target import target
@@ -27,9 +27,9 @@ CAPPED = AttentionSpec(4, 2, 32, 32, 32**-0.5, CAUSAL, softcap=5.0)
 
 @pytest.fixture(autouse=True)
 def _fresh_warnings() -> Iterator[None]:
-    dispatch._warn.cache_clear()
+    ways.warn.cache_clear()
     yield
-    dispatch._warn.cache_clear()
+    ways.warn.cache_clear()
 
 
 def _inputs(spec: AttentionSpec, queries: int = 40, keys: int = 40) -> tuple[Tensor, ...]:
