@@ -187,7 +187,7 @@ def test_a_way_without_gradients_is_passed_over(monkeypatch: pytest.MonkeyPatch)
     cls = dispatch.kernels()["flash_prefill"]
     bare = dispatch._generated(cls, spec, H100, Load(2, 40, 40, "float32"))
     without = torch.no_grad()(bare)
-    monkeypatch.setattr(dispatch, "_learning", lambda *_: without)
+    monkeypatch.setattr(dispatch, "_with_gradients", lambda *_: without)
     run = Dispatch(spec, H100)
     assert len(_learned(run, _inputs(spec), _extras(spec))) == 3
     assert "flash_prefill: it gives no gradients" in run.passed.popitem()[1]
