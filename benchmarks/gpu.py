@@ -16,6 +16,7 @@ import sys
 import time
 from dataclasses import asdict
 from datetime import date
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,12 @@ if not __package__:  # run as a file
 import torch  # noqa: E402
 
 from attnopt.autotune.environment import environment  # noqa: E402
+from attnopt.codegen.kernel import kernels  # noqa: E402
 from attnopt.codegen.shipped import chosen  # noqa: E402
 from attnopt.codegen.target import Target, at_hand, target  # noqa: E402
 from benchmarks.gpu_case import Case, Outcome, measure  # noqa: E402
 from benchmarks.gpu_cases import cases  # noqa: E402
-from benchmarks.gpu_check import check_all  # noqa: E402
+from benchmarks.gpu_check import check_all, check_gradients  # noqa: E402
 from benchmarks.gpu_timing import Times, cuda_clock  # noqa: E402
 
 
@@ -91,11 +93,13 @@ def _measured(lines: list[Case], device: Target, chosen: argparse.Namespace) -> 
 
 
 def _checked(device: Target, names: tuple[str, ...]) -> tuple[set[str], dict[str, Any]]:
-    """Which of the named kernels (and of those that they launch) are wrong, and the document's
-    head."""
+    """Which of the named kernels (and of those that they launch, and of their gradients') are
+    wrong, and the document's head."""
     red: set[str] = set()
     errors: dict[str, float] = {}
-    for found in check_all(device, names=(*names, "flash_prefill", "split_decode")):
+    named = {*names, "flash_prefill", "split_decode"}
+    named |= {f"{name}_backward" for name in named} & set(kernels())
+    for found in chain(check_all(device, names=tuple(named)), check_gradients(device)):
         if found.skipped:
             print(f"not checked: {found.kernel} {found.spec}: {found.skipped}", flush=True)
             continue

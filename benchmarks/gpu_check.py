@@ -14,10 +14,15 @@ import torch
 from torch import Tensor
 
 from attnopt.autotune.kernel_race import poisoned
+from attnopt.codegen.flash_attention import flash_attention
 from attnopt.codegen.kernel import Kernel, Load, kernels
+from attnopt.codegen.kernels.flash_prefill import FlashPrefill
+from attnopt.codegen.kernels.flash_prefill_backward import FlashPrefillBackward
 from attnopt.codegen.shipped import chosen
 from attnopt.codegen.target import Target
+from attnopt.compiler import attend
 from attnopt.compiler.contract import Miss
+from attnopt.compiler.spec import CAUSAL, AttentionSpec, Mask
 
 LENGTHS = (1, 63, 100, 257, 1000, 1500)  # the last is beyond the windows of the examples
 REPEATS = 5
@@ -59,8 +64,8 @@ def check_all(
                 try:
                     yield check(cls, spec, small, target, device)
                 except Exception as error:  # noqa: BLE001 (a crash is a red check, and is told)
-                    told = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
-                    yield Checked(name, getattr(spec, "text", str(spec)), small, float("inf"), told)
+                    said = getattr(spec, "text", str(spec))
+                    yield Checked(name, said, small, float("inf"), _told(error))
 
 
 def check(cls: type[Kernel[Any]], spec: Any, load: Load, target: Target, device: str) -> Checked:
@@ -82,8 +87,55 @@ def check(cls: type[Kernel[Any]], spec: Any, load: Load, target: Target, device:
     return Checked(cls.name, said, load, error, wrong or ("moves between runs" if moved else ""))
 
 
+def check_gradients(
+    target: Target,
+    device: str = "cuda",
+    lengths: tuple[int, ...] = (63, 1000),
+    dtype: str = "bfloat16",
+) -> Iterator[Checked]:
+    """Attention forward and backward, the log-sum-exps handed on, against autograd in float64."""
+    plain = AttentionSpec(8, 2, 64, 64, 0.125, CAUSAL)
+    specs = (
+        plain.with_(head_dim=128, v_dim=128, mask=Mask("window", left=200, sink=4)),
+        plain.with_(softcap=20.0, extras=("padding", "sinks")),
+        plain.with_(extras=("bias", "keep"), fill="min"),
+    )
+    missed = FlashPrefillBackward.supports(plain, target)
+    for spec in specs:
+        for length in lengths:
+            load = Load(2, length, length, dtype)
+            name, said = FlashPrefillBackward.name, f"forward and backward {spec.text}"
+            if missed is not None:
+                yield Checked(name, said, load, 0.0, skipped=missed.reason)
+                continue
+            try:
+                error = _error_of_gradients(spec, load, target, device)
+                wrong = "" if error <= 2 * ALLOWED[load.dtype] else f"an error of {error:.1e}"
+            except Exception as failed:  # noqa: BLE001 (a crash is a red check, and is told)
+                error, wrong = float("inf"), _told(failed)
+            yield Checked(name, said, load, error, wrong)
+
+
+def _error_of_gradients(spec: AttentionSpec, load: Load, target: Target, device: str) -> float:
+    given = FlashPrefill.inputs(spec, load, device)
+    leaves, wide = _leaves(given), _leaves(_wide(given))
+    with poisoned():
+        flash_attention(spec, target, *leaves).square().sum().backward()
+    attend.reference(wide[0], wide[1], wide[2], wide[3:], spec).square().sum().backward()
+    pairs = [(a.grad, b.grad) for a, b in zip(leaves, wide, strict=True)]
+    return max(_error(a, b) for a, b in pairs if a is not None and b is not None)
+
+
+def _leaves(inputs: Mapping[str, Any]) -> list[Tensor]:
+    return [x.detach().requires_grad_(x.is_floating_point()) for x in inputs.values()]
+
+
 def _flat(outputs: Any) -> list[Tensor]:
     return [outputs] if isinstance(outputs, Tensor) else [x for x in outputs if x is not None]
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
 
 
 def _copied(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -155,7 +155,7 @@ def test_dispatch_launches_with_them(cache: KernelCache) -> None:
 def test_prefill_asks_for_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(dispatch, "chosen", lambda *given: asked.append(given) or DEFAULT)
-    dispatch._ways(SPEC, H100, LOAD, DEVICE.name)
+    dispatch._ways(SPEC, H100, LOAD, device=DEVICE.name)
     assert asked == [(FlashPrefill, SPEC, H100, LOAD, DEVICE.name)]
 
 

@@ -107,6 +107,20 @@ def test_kernels_are_checked_against_float64(length: int) -> None:
     assert length == 1 or found.error > 0
 
 
+def test_gradients_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def checked(name: str) -> list[gpu_check.Checked]:
+        return list(gpu_check.check_gradients(target(name), "cpu", (20,), "float32"))
+
+    found = checked("h100")
+    assert len(found) == 3 and all(0 < x.error < 1e-5 and not x.wrong for x in found)
+    assert all("no matrix units" in x.skipped for x in checked("t4"))
+    right = gpu_check.flash_attention
+    monkeypatch.setattr(gpu_check, "flash_attention", lambda *given: right(*given) * 1.01)
+    assert all("an error of" in x.wrong for x in checked("h100"))
+    monkeypatch.setattr(gpu_check, "flash_attention", lambda *given: given[99])
+    assert all(x.wrong.startswith("IndexError") for x in checked("h100"))
+
+
 def test_the_check_finds_wrong_missing_and_moving_results(monkeypatch: pytest.MonkeyPatch) -> None:
     right = FlashPrefill.run
     load = Load(1, 16, 16, "float32")
