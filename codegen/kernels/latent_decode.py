@@ -253,7 +253,7 @@ class LatentDecode(Kernel[LatentSpec]):
 
     @classmethod
     def default(cls, spec: LatentSpec, target: Target, load: Load) -> Self:
-        return cls._fitting(spec, target, load) or cls(16, 16, 0, 1, 4, 1, target.units)
+        return cls._fitting(spec, target, load) or cls(16, 16, 0, 1, 8, 1, target.units)
 
     @classmethod
     def _fitting(cls, spec: LatentSpec, target: Target, load: Load) -> Self | None:
@@ -266,9 +266,9 @@ class LatentDecode(Kernel[LatentSpec]):
             block_m, warps = (64, 8) if async_products else (32, 4)
         if block_m * spec.rank > 128 * 32 * warps:
             block_m, warps = 16, 8
-        sizes = (128, 64, 32, 16)
+        sizes: tuple[int, ...] = (128, 64, 32, 16)
         if not matrix_units(target, load.dtype):  # every thread keeps its rows and columns
-            block_m, warps, sizes = 16, (4 if spec.rank <= 512 else 8), (16,)
+            block_m, warps, sizes = 16, (4 if spec.rank <= 256 else 8), (16,)
         buffers = 1 if amd else 3 if block_m == 64 else 2
         for block_n in sizes:
             tile, kept = block_n * line, 0 if amd else block_m * line
