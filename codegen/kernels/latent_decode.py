@@ -253,7 +253,8 @@ class LatentDecode(Kernel[LatentSpec]):
 
     @classmethod
     def default(cls, spec: LatentSpec, target: Target, load: Load) -> Self:
-        return cls._fitting(spec, target, load) or cls(16, 16, 0, 1, 8, 1, target.units)
+        warps = 4 if target.vendor == "amd" else 8
+        return cls._fitting(spec, target, load) or cls(16, 16, 0, 1, warps, 1, target.units)
 
     @classmethod
     def _fitting(cls, spec: LatentSpec, target: Target, load: Load) -> Self | None:
