@@ -19,12 +19,12 @@ def matrix_units(target: Target, dtype: str) -> bool:
 
 
 def below_ampere(target: Target, limit: str) -> Miss | None:
-    """Why tiles that are beyond a limit cannot be multiplied on the target, None where it has
-    matrix instructions in Triton for half precision."""
+    """Why tiles beyond `limit` cannot be multiplied on the target, None where Triton has matrix
+    instructions for it."""
     if matrix_units(target, "float16"):
         return None
     return Miss(
         f"{limit} on {target.title}: Triton has no matrix instructions below compute capability "
-        f"8.0, and multiplies one number at a time there",
-        help="torch's own attention uses this device's matrix units",
+        "8.0, and multiplies one number at a time there",
+        help="torch's own kernels use this device's matrix units",
     )

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from attnopt.codegen.kernel import Work
+from attnopt.codegen.matrix_units import matrix_units
 from attnopt.codegen.target import Target
 from attnopt.compiler.cost import Cost, NodeCost, Workload, cost
 from attnopt.compiler.errors import Problem
@@ -108,12 +109,16 @@ def estimate(
 
 
 def estimated(work: Work, dtype: str, target: Target) -> float:
-    """Estimated seconds of one attention kernel: the longer of its arithmetic and its traffic.
+    """Estimated seconds of one attention kernel in Triton: the longer of its arithmetic, at the
+    float32 peak where Triton has no matrix instructions for the dtype, and its traffic.
 
     Raises `Problem` A405 for a dtype that the target has no peak for.
     """
     shares = {**ASSUMED, **target.achievable}
-    arithmetic = work.flops / (_peak(target, dtype) * shares["attention"])
+    peak = _peak(target, dtype)
+    if not matrix_units(target, dtype):
+        peak = min(peak, target.peak.get("float32", peak))
+    arithmetic = work.flops / (peak * shares["attention"])
     return max(arithmetic, work.bytes / (target.bandwidth * shares["bandwidth"]))
 
 

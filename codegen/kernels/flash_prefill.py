@@ -311,7 +311,8 @@ class FlashPrefill(Kernel[AttentionSpec]):
             block_m = 128 if wide <= 256 else 64
             block_n = 32 if held or {"bias", "keep", "padding"} & {*spec.extras} else 64
         else:  # every thread keeps its rows and columns in registers
-            block_m, block_n = 32, (32 if wide <= 256 else 16)
+            block_m, block_n = 32, (32 if wide <= 128 else 16)
+            warps = 4 if wide <= 256 else 8
         rows = triton.next_power_of_2(load.queries * (group if packed else 1))
         block_m = min(block_m, max(16, rows))
         kept = block_m * padded_size(spec.head_dim) * item

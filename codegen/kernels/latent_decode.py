@@ -253,7 +253,8 @@ class LatentDecode(Kernel[LatentSpec]):
 
     @classmethod
     def default(cls, spec: LatentSpec, target: Target, load: Load) -> Self:
-        return cls._fitting(spec, target, load) or cls(16, 16, 0, 1, 4, 1, target.units)
+        warps = 4 if target.vendor == "amd" else 8
+        return cls._fitting(spec, target, load) or cls(16, 16, 0, 1, warps, 1, target.units)
 
     @classmethod
     def _fitting(cls, spec: LatentSpec, target: Target, load: Load) -> Self | None:
@@ -268,7 +269,7 @@ class LatentDecode(Kernel[LatentSpec]):
             block_m, warps = 16, 8
         sizes: tuple[int, ...] = (128, 64, 32, 16)
         if not matrix_units(target, load.dtype):  # every thread keeps its rows and columns
-            block_m, warps, sizes = 16, (4 if spec.rank <= 512 else 8), (16,)
+            block_m, warps, sizes = 16, (4 if spec.rank <= 256 else 8), (16,)
         buffers = 1 if amd else 3 if block_m == 64 else 2
         for block_n in sizes:
             tile, kept = block_n * line, 0 if amd else block_m * line

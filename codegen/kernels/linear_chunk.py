@@ -136,7 +136,7 @@ class LinearChunk(Kernel[LinearSpec]):
     @classmethod
     def default(cls, spec: LinearSpec, target: Target, load: Load) -> Self:
         depth = padded_size(spec.key_dim)
-        more = spec.normalised or spec.decay == "token"
+        more = spec.normalised or spec.decay == "token" or depth > 128
         heavy = (1 + spec.two_sided) * (more and spec.feature != "identity")
         return cls(**tile_sizes(
             target, load, spec.heads, depth, depth * (2 if spec.two_sided else 1),
@@ -277,8 +277,8 @@ def direct(target: Target) -> bool:
 
 def tiles(target: Target, item: int, rows: int, heavy: int) -> tuple[int, int, int]:
     """Tokens, values and warps of a program whose state has `rows` rows, such that its registers
-    hold the state and what it is multiplied with; `heavy` (1, or 2 on two sides) says that it maps
-    features and has more to do.
+    hold the state and what it is multiplied with; `heavy` (1, or 2 where features have two sides or
+    come in float32) says that it maps features and has more to do.
 
     Matrix instructions that read their operands from shared memory want 64 tokens; where operands
     are registers, fewer of everything fit.
@@ -298,7 +298,7 @@ def tiles(target: Target, item: int, rows: int, heavy: int) -> tuple[int, int, i
             return 64, (16 if target.capability == "gfx90a" else 32), 4
         return 64, 64, 4
     if rows > 128:
-        return 16, 16, 4
+        return 16, 16, (8 if heavy and target.capability == "12.0" else 4)
     if rows > 64:
         small = heavy > 1 or (heavy and target.capability == "12.0")
         return 32, (16 if small else 32), 4

@@ -78,3 +78,9 @@ def test_one_kernel_takes_the_longer_of_its_arithmetic_and_its_traffic() -> None
     assert estimated(Work(1.0, 2.039e12 * 0.8 * 3), "bfloat16", on) == pytest.approx(3.0)
     with pytest.raises(Problem, match="no peak for bfloat16"):
         estimated(Work(1.0, 1.0), "bfloat16", target("t4"))
+
+
+def test_a_kernel_without_matrix_instructions_takes_the_float32_peak() -> None:
+    on = target("t4")
+    assert estimated(Work(8.1e12 * 0.4, 1.0), "float16", on) == pytest.approx(1.0)
+    assert estimated(Work(8.1e12 * 0.4, 1.0), "float32", on) == pytest.approx(1.0)
