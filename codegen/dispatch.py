@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from attnopt.codegen.flash_attention import differentiable as _learning
 from attnopt.codegen.flex import flex, runs_on_flex
 from attnopt.codegen.kernel import Kernel, Load, kernels
 from attnopt.codegen.shipped import chosen
@@ -171,6 +170,12 @@ def _generated(cls: type[Kernel[Any]], spec: AttentionSpec, target: Target, load
         return launcher(q, k, v, **dict(zip(names, extras, strict=True)), **constants)
 
     return run
+
+
+def _learning(spec: AttentionSpec, target: Target, load: Load) -> Any:
+    from attnopt.codegen.flash_attention import differentiable  # it needs triton
+
+    return differentiable(spec, target, load)
 
 
 def _flexible(spec: AttentionSpec) -> Way | Miss:

@@ -122,7 +122,10 @@ def test_import_attnopt_imports_nothing_heavy() -> None:
     assert run.stdout.split() == []
 
 
-_OF_TRITON = ("codegen.kernels.", "codegen.pieces.", "codegen.record", "codegen.aot")
+_OF_TRITON = (
+    "codegen.kernels.", "codegen.pieces.", "codegen.record", "codegen.aot",
+    "codegen.flash_attention", "codegen.linear_attention",
+)  # fmt: skip
 _WITHOUT = """
 import importlib, sys
 
