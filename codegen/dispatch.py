@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnopt.codegen.flash_attention import differentiable
 from attnopt.codegen.flex import flex, runs_on_flex
 from attnopt.codegen.kernel import Kernel, Load, kernels
 from attnopt.codegen.shipped import chosen
@@ -116,6 +115,8 @@ def _generated(
 def _with_gradients(
     cls: type[Kernel[Any]], spec: AttentionSpec, target: Target, load: Load, device: str = ""
 ) -> Way | Miss:
+    from attnopt.codegen.flash_attention import differentiable  # it needs triton
+
     return differentiable(spec, target, load, device)
 
 

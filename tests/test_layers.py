@@ -124,7 +124,7 @@ def test_import_attnopt_imports_nothing_heavy() -> None:
 
 _OF_TRITON = (
     "codegen.kernels.", "codegen.pieces.", "codegen.record", "codegen.aot",
-    "codegen.linear_attention",
+    "codegen.flash_attention", "codegen.linear_attention",
 )  # fmt: skip
 _WITHOUT = """
 import importlib, sys

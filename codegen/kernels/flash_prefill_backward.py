@@ -328,9 +328,9 @@ class FlashPrefillBackward(Kernel[AttentionSpec]):
         wide = padded_size(spec.head_dim) + padded_size(spec.v_dim)
         held, step, q_held, q_step, warps = 128, 64, 128, 64, 8
         if not matrix_units(target, load.dtype):  # all of it in registers
-            held, step, q_held, q_step, warps = 32, 16, 32, 16, 4
+            held, step, q_held, q_step, warps = 32, 16, 32, 16, 4 if wide <= 128 else 8
         elif wide > 256:
-            held, step, q_held, q_step = 64, 32, 64, 32
+            held, step, q_held, q_step = 32, 32, 64, 32
         elif target.vendor == "amd":
             held, step, q_step, warps = (128, 32, 32, 8) if wide <= 128 else (64, 32, 32, 4)
         elif wide > 128 and target.capability == "9.0":
