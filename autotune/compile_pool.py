@@ -112,15 +112,18 @@ class _Worker:
             process.stdin.flush()
             made: Compiled = pickle.load(process.stdout)
             return made
-        except (EOFError, OSError, pickle.UnpicklingError):
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(5.0)  # for the exit code of what closed its output
+        except (EOFError, OSError, pickle.UnpicklingError) as error:
+            if not isinstance(error, pickle.UnpicklingError):
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(5.0)  # for the exit code of what closed its output
             self.end()
             if late.is_set():
                 return Failed(f"takes more than {seconds:g} s to compile")
             return Failed("crashes the compiler", f"exit code {process.returncode}")
         finally:
             timer.cancel()
+            if late.is_set():  # also where the answer came at the same moment
+                self.end()
 
     def end(self) -> None:
         """End the process and what it started."""

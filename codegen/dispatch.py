@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -24,10 +25,12 @@ from attnopt.codegen.flex import flex, runs_on_flex
 from attnopt.codegen.kernel import Kernel, Load, kernels
 from attnopt.codegen.shipped import chosen
 from attnopt.codegen.target import Target, at_hand
-from attnopt.codegen.ways import Way, Ways, misses
+from attnopt.codegen.ways import Way, Ways, learning, misses
 from attnopt.compiler import attend
 from attnopt.compiler.contract import Miss
 from attnopt.compiler.spec import AttentionSpec
+
+_MOST_CELLS = 2**29  # bytes of the mask that FlexAttention makes its block mask of
 
 
 class Dispatch(Ways):
@@ -43,8 +46,8 @@ class Dispatch(Ways):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *extras: Tensor) -> Tensor:
         batch, queries, keys = q.shape[0], q.shape[2], k.shape[2]
         sizes = (batch.bit_length(), queries.bit_length(), keys.bit_length())
-        learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *extras))
-        bucket = (*sizes, queries == keys, q.dtype, learns)
+        learns = learning(q, k, v, *extras)
+        bucket = (*sizes, queries == keys, q.dtype, k.dtype, v.dtype, learns)
         way = self._ways.get(bucket)
         if way is not None:
             return way(q, k, v, *extras)
@@ -83,7 +86,7 @@ def _ways(
     return [
         ("scaled_dot_product_attention", _fused(spec, load)),
         *((name, made(cls, spec, target, load, device)) for name, cls in _prefill_kernels()),
-        ("FlexAttention", _flexible(spec)),
+        ("FlexAttention", _flexible(spec, load)),
         ("scaled_dot_product_attention with a mask", _masked(spec)),
         ("the reference", _bound(attend.reference, spec)),
     ]
@@ -120,8 +123,10 @@ def _with_gradients(
     return differentiable(spec, target, load, device)
 
 
-def _flexible(spec: AttentionSpec) -> Way | Miss:
+def _flexible(spec: AttentionSpec, load: Load) -> Way | Miss:
     reason = runs_on_flex(spec)
+    if not reason and load.queries * load.keys > _MOST_CELLS:
+        reason = "its block mask is made of a mask of all queries and keys, which is too large"
     return Miss(reason) if reason else _bound(flex, spec)
 
 
@@ -140,4 +145,6 @@ def _fallback(spec: AttentionSpec) -> attend.Backend:
 
 @lru_cache(maxsize=1)
 def _prefill_kernels() -> tuple[tuple[str, type[Kernel[Any]]], ...]:
+    if find_spec("triton") is None:
+        return ()
     return tuple((name, cls) for name, cls in kernels().items() if name == "flash_prefill")

@@ -19,13 +19,14 @@ from attnopt.codegen.kernel import Load
 from attnopt.codegen.latent_spec import LatentSpec
 from attnopt.codegen.step_ways import StepDispatch, bucket_of, load_of, longest, never_empty
 from attnopt.codegen.target import Target
-from attnopt.codegen.ways import Way, Ways
+from attnopt.codegen.ways import Way, Ways, learning
 from attnopt.compiler import attend, attend_step
 from attnopt.compiler.attend_latent import absorbed, one_head
 from attnopt.compiler.contract import Miss
 from attnopt.compiler.spec import AttentionSpec
 
 _NO_ROPE = 16  # channels of zeros that stand for the rotary query where no key has such a part
+_MADE = 0.1  # share of the memory that keys and values may take that are made for one call
 Whole = Callable[..., Tensor]
 
 
@@ -43,7 +44,9 @@ class LatentDispatch(Ways):
     def __call__(
         self, q: Tensor, kept: Tensor, up_k: Tensor, up_v: Tensor, bias: Tensor, *extras: Tensor
     ) -> Tensor:
-        bucket = bucket_of(q, kept)
+        if learning(q, kept, up_k, up_v, bias, *extras):  # of which kernels for steps know nothing
+            return self._plain(q, kept, up_k, up_v, bias, *extras)
+        bucket = bucket_of(q, kept, up_k)
         way = self._ways.get(bucket)
         if way is not None:
             return way(q, kept, up_k, up_v, bias, *extras)
@@ -81,6 +84,8 @@ class LatentDispatch(Ways):
     def _decoded(self, load: Load, width: int, rank: int) -> Way | Miss:
         spec, ready = never_empty(self.spec, load.queries)
         found = _plain_enough(spec)
+        if width == rank < _NO_ROPE:
+            found = Miss(f"latents of {rank} numbers without a rotary part are too few")
         if found is None:
             found = self.kernel("latent_decode", self._about(width, rank), load)
         if isinstance(found, Miss):
@@ -107,6 +112,10 @@ class LatentDispatch(Ways):
             return launch
         if self.spec.kv_heads != self.spec.heads:
             return Miss("heads that share keys are not made of latents one by one")
+        made = load.batch * self.spec.heads * longest(load) * load.torch_dtype.itemsize
+        made *= self.spec.head_dim + self.spec.v_dim
+        if made > self.target.memory * _MADE:
+            return Miss(f"keys and values of all heads would take {made / 1e9:.0f} GB")
         own = _own(self.spec.head_dim, self.rope_at, width - rank)
 
         def run(
@@ -154,7 +163,9 @@ class PromptDispatch(Ways):
         self.spec, self.rope_at, self.whole = spec, rope_at, whole
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, shared: Tensor, *extras: Tensor) -> Tensor:
-        bucket = bucket_of(q, k)
+        if learning(q, k, v, shared, *extras):
+            return self.whole(q, k, v, extras, self.spec)
+        bucket = bucket_of(q, k, v)
         way = self._ways.get(bucket)
         if way is not None:
             return way(q, k, v, shared, *extras)

@@ -6,7 +6,7 @@ own attention.
 
 Keys are read up to the newest token, whose place is known on the host. How a launch is split, which
 constants of its code follow, is planned for the largest size of a bucket, so that later calls of
-one compile nothing.
+one compile nothing (but for a mask whose strides begin or cease to be multiples of 16).
 
 The rotation of queries and keys stays with the graph: `rope_qk` would have to be found there, and
 torch.compile joins it with the write into the cache as well.
@@ -23,7 +23,7 @@ from torch import Tensor
 from attnopt.codegen.decode_spec import DecodeSpec
 from attnopt.codegen.kernel import Load
 from attnopt.codegen.target import Target
-from attnopt.codegen.ways import Bucket, Way, Ways
+from attnopt.codegen.ways import Bucket, Way, Ways, learning
 from attnopt.compiler import attend, attend_step
 from attnopt.compiler.contract import Miss
 from attnopt.compiler.spec import AttentionSpec
@@ -49,7 +49,9 @@ class StepDispatch(Ways):
         self.spec, self.ring = spec.with_(backend="reference"), ring
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, end: int, *extras: Tensor) -> Tensor:
-        bucket = bucket_of(q, k)
+        if learning(q, k, v, *extras):  # of which kernels for steps know nothing
+            return self._plain(q, k, v, end, *extras)
+        bucket = bucket_of(q, k, v)
         way = self._ways.get(bucket)
         if way is not None:
             return way(q, k, v, end, *extras)
@@ -139,10 +141,11 @@ def never_empty(spec: AttentionSpec, queries: int) -> tuple[AttentionSpec, Ready
     return spec.with_(fill="-inf", extras=names), ready
 
 
-def bucket_of(q: Tensor, k: Tensor) -> Bucket:
+def bucket_of(q: Tensor, k: Tensor, v: Tensor) -> Bucket:
     """The bucket of a step: the batch stays as it is while a state is read."""
     new = q.shape[2]
-    return q.shape[0], new if new <= _FEW else -new.bit_length(), k.shape[2].bit_length(), q.dtype
+    sizes = q.shape[0], new if new <= _FEW else -new.bit_length(), k.shape[2].bit_length()
+    return *sizes, q.dtype, k.dtype, v.dtype
 
 
 def load_of(q: Tensor, k: Tensor) -> Load:

@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -29,6 +30,9 @@ CHECK = "ATTNOPT_CHECK_KERNELS"
 
 _ALLOWED = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 4e-2}  # norms of error
 _DTYPES = ("float32", "float16", "bfloat16")
+MOST_BATCH = 65535  # where the second and third axis of a grid end
+# What no other way would mend, and what is the same error in the next.
+_FINAL = (torch.OutOfMemoryError, torch.AcceleratorError)
 Way = Callable[..., Tensor]
 Bucket = tuple[Any, ...]
 
@@ -52,6 +56,7 @@ class Ways:
         `wanted` is what comes out in float32; `learns` asks for gradients of the arguments, which
         are tensors then."""
         passed = self.passed[bucket] = []
+        last = ways[-1][0]
         for name, way in ways:
             if isinstance(way, Miss):
                 passed.append(f"{name}: {way.reason}")
@@ -62,6 +67,8 @@ class Ways:
                     continue
                 out = way(*args)
             except failures() as error:
+                if name == last or isinstance(error, _FINAL):
+                    raise
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 passed.append(f"{name}: {reason}")
                 warn(f"{name} failed on {self.target.title} and is passed over: {reason}")
@@ -73,10 +80,12 @@ class Ways:
                 continue
             self._ways[bucket] = way
             return out
-        raise AssertionError("the reference runs every spec")
+        raise AssertionError("the last way runs every spec")
 
     def kernel(self, name: str, spec: Any, load: Load) -> Way | Miss:
         """The launcher of a kernel with the tile sizes to take, or why it is not for a spec."""
+        if find_spec("triton") is None:
+            return Miss("triton is not installed", help="pip install 'attnopt[gpu]'")
         cls = kernels()[name]
         missed = misses(cls, spec, self.target, load)
         if missed is not None:
@@ -90,17 +99,29 @@ def misses(cls: type[Kernel[Any]], spec: Any, target: Target, load: Load) -> Mis
     """Why a kernel is not for a spec, or not in the dtype of a load; None where it is."""
     if load.dtype not in _DTYPES:
         return Miss(f"kernels do not compute in {load.dtype}")
+    if load.batch > MOST_BATCH:
+        return Miss(f"a batch of {load.batch} is more than {MOST_BATCH}")
     return cls.supports(spec, target)
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """What a kernel raises that does not fit or does not compile on a device."""
+    """What a kernel raises that does not fit, does not compile or does not launch on a device: the
+    passes of triton's compiler and its launches raise a plain `RuntimeError`."""
     from torch._dynamo.exc import TorchDynamoException
     from torch._inductor.exc import InductorError
+
+    found = (RuntimeError, InductorError, TorchDynamoException)
+    if find_spec("triton") is None:
+        return found
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import TritonError
 
-    return (CompilationError, TritonError, InductorError, TorchDynamoException)
+    return (*found, CompilationError, TritonError)
+
+
+def learning(*tensors: Tensor) -> bool:
+    """Whether gradients of any of these are wanted."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _gives_gradients(way: Way, *tensors: Tensor) -> bool:

@@ -54,10 +54,11 @@ def absorbed(
     `attention(q, k, v, extras, spec)`; values are made of the result."""
     batch, heads, new, dim = q.shape
     groups, width, rank = up_k.shape[0], up_k.shape[2], up_v.shape[2]
-    rows = (q.reshape(batch, groups, -1, dim) @ up_k).reshape(batch, heads, new, width)
+    each = heads // groups * new
+    rows = (q.reshape(batch, groups, each, dim) @ up_k).reshape(batch, heads, new, width)
     mixed = attention(rows, kept, kept[..., :rank], extras, one_head(spec, width, rank))
-    values = mixed.reshape(batch, groups, -1, rank) @ up_v.transpose(1, 2)
-    return (values + bias[:, None]).reshape(batch, heads, new, -1)
+    values = mixed.reshape(batch, groups, each, rank) @ up_v.transpose(1, 2)
+    return (values + bias[:, None]).reshape(batch, heads, new, up_v.shape[1])
 
 
 def one_head(spec: AttentionSpec, width: int, rank: int) -> AttentionSpec:

@@ -67,7 +67,28 @@ def ringed(
     """`to_ring` in plain torch."""
     new = q.shape[2]
     i = end - new + torch.arange(new, device=q.device)
-    return to_positions(q, k, v, extras, spec, i, positions(k, spec.mask.sink, end))
+    held = positions(k, spec.mask.sink, end)
+    if spec.fill == "min" and {"keep", "padding"} & {*spec.extras}:
+        return _held(q, k, v, extras, spec, i, held)
+    return to_positions(q, k, v, extras, spec, i, held)
+
+
+def _held(
+    q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: AttentionSpec,
+    i: Tensor, j: Tensor,
+) -> Tensor:  # fmt: skip
+    """`to_positions` where a query without a key gives the mean of all values: of those that are
+    held, which a bias of -inf tells from empty slots."""
+    by_name = dict(zip(spec.extras, extras, strict=True))
+    keep = spec.mask.keep(i[:, None], j[None, :])[None, None]
+    if (given := by_name.pop("keep", None)) is not None:
+        keep = keep & given
+    if (padding := by_name.pop("padding", None)) is not None:
+        keep = keep & padding[:, None, None, :]
+    empty = torch.where(j >= 0, 0.0, float("-inf")).to(q.dtype)[None, None, None, :]
+    by_name["bias"] = empty + by_name["bias"] if "bias" in by_name else empty
+    by_name["keep"] = keep | (j < 0)
+    return to_all(q, k, v, [*by_name.values()], spec.with_(extras=tuple(by_name)))
 
 
 def positions(keys: Tensor, sink: int, length: Any) -> Tensor:

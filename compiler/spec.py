@@ -79,10 +79,6 @@ class Mask:
             apart = apart + np.maximum(sink - np.maximum(end, start), 0)
         return int(np.sum(np.maximum(end - start, 0) + apart))
 
-    def density(self, length: int) -> float:
-        """Share of the length x length score matrix that is read (a number from 0 to 1)."""
-        return self.pairs(length, length) / (length * length)
-
     def reads(self, length: int) -> int:
         """How many keys the last of `length` positions reads."""
         if self.kind != "window":

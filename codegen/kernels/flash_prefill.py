@@ -24,7 +24,7 @@ from attnopt.codegen.kernel import Inputs, Kernel, Load, Outputs, Work
 from attnopt.codegen.kernels.references import flash_prefill as plain
 from attnopt.codegen.matrix_units import matrix_units
 from attnopt.codegen.pieces.attend import attend, mean_values
-from attnopt.codegen.pieces.online_softmax import FLOOR, LOG2E, finish
+from attnopt.codegen.pieces.online_softmax import FLOOR, LOG2E, NEVER, finish
 from attnopt.codegen.pieces.reach import extent, key_tiles
 from attnopt.codegen.pieces.sizes import compiler_options, padded_size, with_strides
 from attnopt.codegen.pieces.tiles import load_tile
@@ -115,7 +115,7 @@ def _prefill_tile(
     top, total, acc = state
     result, ended = finish(top, total, acc)
     if MEAN:
-        empty = (total == 0) & (position < queries)
+        empty = (top < NEVER) & (position < queries)
         if tl.max(empty.to(tl.int32), 0) > 0:
             mean = mean_values(v, keys, v_token, V, BLOCK_V, BLOCK_N)
             result = tl.where(empty[:, None], mean, result)
@@ -225,7 +225,8 @@ def flash_prefill(
     heads, kv_heads, depth, width = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
     if k.shape[3] != depth or k.shape[:3] != v.shape[:3] or k.shape[0] != q.shape[0]:
         raise ValueError(f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not match")
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+    given = (q, k, v, bias, sinks)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
         raise ValueError("a launch gives no gradients: see flash_prefill_backward")
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads cannot share {kv_heads} key/value heads")

@@ -265,7 +265,8 @@ def flash_prefill_backward(
     def rows(like: Tensor) -> Tensor:
         """As the forward pass writes its output: heads next to each other in memory."""
         size = (like.shape[0], like.shape[2], like.shape[1], like.shape[3])
-        return torch.empty(size, dtype=like.dtype, device=like.device).transpose(1, 2)
+        made = torch.zeros if varied else torch.empty
+        return made(size, dtype=like.dtype, device=like.device).transpose(1, 2)
 
     found: dict[str, Tensor] = {}
     if "q" in wanted or "bias" in wanted:

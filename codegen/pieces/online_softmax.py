@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 
 FLOOR: tl.constexpr = tl.constexpr(-1.0e30)
+# Above it are the logits of keys; below, a row whose every key has a bias of the lowest number.
+NEVER: tl.constexpr = tl.constexpr(-1.0e28)
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 

@@ -9,11 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnopt.codegen.pieces.online_softmax import LOG2E
+from attnopt.codegen.pieces.online_softmax import LOG2E, NEVER
 from attnopt.codegen.pieces.reach import extent
 from attnopt.codegen.pieces.sizes import padded_size, with_rows
-
-NEVER: tl.constexpr = tl.constexpr(-1.0e28)  # log-sum-exps of rows whose every key is dropped
 
 
 @triton.jit(do_not_specialize=["queries", "tiles"])
@@ -40,7 +38,7 @@ def _row_ends(
     tl.store(ends + at, tl.where(end < NEVER, float("inf"), end * LOG2E), mask=there)
     tl.store(deltas + at, tl.sum(o_tile * g_tile, 1), mask=there)
     if lost is not None:
-        total = tl.sum(tl.where((end == float("-inf"))[:, None], g_tile, 0.0), 0)
+        total = tl.sum(tl.where((end < NEVER)[:, None], g_tile, 0.0), 0)
         tl.store(lost[0] + b * lost[1] + h * lost[2] + block * lost[3] + e, total, mask=e < V)
 
 
@@ -57,6 +55,9 @@ def row_ends(
     heads, width = out.shape[1], out.shape[3]
     sequences = out.shape[0] if q_starts is None else q_starts.shape[0] - 1
     ends, deltas = torch.empty_like(lse), torch.empty_like(lse)
+    if q_starts is not None:  # rows beyond the last sequence
+        ends.fill_(float("inf"))
+        deltas.zero_()
     block = max(16, 4096 // padded_size(width))
     tiles = triton.cdiv(longest, block)
     each: Tensor | None = None

@@ -16,6 +16,7 @@ from triton.runtime.errors import OutOfResources
 from attnopt.codegen import dispatch, ways
 from attnopt.codegen.dispatch import Dispatch
 from attnopt.codegen.kernel import Load
+from attnopt.codegen.kernels.flash_prefill import FlashPrefill
 from attnopt.codegen.target import target
 from attnopt.compiler import attend
 from attnopt.compiler.spec import CAUSAL, FULL, AttentionSpec, Mask
@@ -91,7 +92,7 @@ def test_a_kernel_that_fails_on_the_device_is_passed_over_with_one_warning(
         return run
 
     monkeypatch.setattr(dispatch, "_generated", fails)
-    monkeypatch.setattr(dispatch, "_flexible", lambda spec: dispatch.Miss("not here"))
+    monkeypatch.setattr(dispatch, "_flexible", lambda *_: dispatch.Miss("not here"))
     run = Dispatch(CAPPED, H100)
     inputs = _inputs(CAPPED)
     with pytest.warns(UserWarning, match="shared memory") as told:
@@ -100,6 +101,54 @@ def test_a_kernel_that_fails_on_the_device_is_passed_over_with_one_warning(
     assert len(told) == 1
     assert_close(got, attend.reference(*inputs, [], CAPPED))
     assert any("flash_prefill: out of resource" in reason for reason in run.passed.popitem()[1])
+
+
+def _raising(monkeypatch: pytest.MonkeyPatch, error: Exception) -> Dispatch:
+    def run(*_: Any) -> Tensor:
+        raise error
+
+    monkeypatch.setattr(dispatch, "_generated", lambda *_: run)
+    monkeypatch.setattr(dispatch, "_flexible", lambda *_: dispatch.Miss("not here"))
+    return Dispatch(CAPPED, H100)
+
+
+def test_what_a_compilers_pass_raises_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, inputs = _raising(monkeypatch, RuntimeError("PassManager::run failed")), _inputs(CAPPED)
+    with pytest.warns(UserWarning, match="PassManager"):
+        assert_close(run(*inputs), attend.reference(*inputs, [], CAPPED))
+
+
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, torch.AcceleratorError])
+def test_what_no_other_way_would_mend_is_raised(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    with pytest.raises(kind):
+        _raising(monkeypatch, kind("the device"))(*_inputs(CAPPED))
+
+
+def test_inputs_that_no_way_takes_are_told() -> None:
+    q, k, v = _inputs(CAPPED)
+    with warnings.catch_warnings(), pytest.raises((RuntimeError, ValueError)):
+        warnings.simplefilter("ignore")
+        Dispatch(CAPPED, H100)(q, k[..., :8], v)
+
+
+def test_without_triton_torch_attends(monkeypatch: pytest.MonkeyPatch) -> None:
+    dispatch._prefill_kernels.cache_clear()
+    for module in (dispatch, ways):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
+    run, inputs = Dispatch(CAPPED, H100), _inputs(CAPPED)
+    monkeypatch.setattr(dispatch, "_flexible", lambda *_: dispatch.Miss("not here"))
+    assert_close(run(*inputs), attend.reference(*inputs, [], CAPPED))
+    assert isinstance(run.kernel("flash_prefill", CAPPED, Load()), dispatch.Miss)
+    dispatch._prefill_kernels.cache_clear()
+
+
+def test_what_is_too_large_is_passed_over() -> None:
+    miss = ways.misses(FlashPrefill, CAPPED, H100, Load(batch=70000))
+    assert miss is not None and "65535" in miss.reason
+    miss = dispatch._flexible(CAPPED, Load(1, 40000, 40000))
+    assert isinstance(miss, dispatch.Miss)
 
 
 def test_other_errors_are_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +171,7 @@ def test_the_guard_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None
         return lambda *inputs: run(*inputs) * 1.01
 
     monkeypatch.setattr(dispatch, "_generated", off)
-    monkeypatch.setattr(dispatch, "_flexible", lambda spec: dispatch.Miss("not here"))
+    monkeypatch.setattr(dispatch, "_flexible", lambda *_: dispatch.Miss("not here"))
     inputs = _inputs(CAPPED)
     with pytest.warns(UserWarning, match="is wrong on NVIDIA H100"):
         got = Dispatch(CAPPED, H100, check=True)(*inputs)

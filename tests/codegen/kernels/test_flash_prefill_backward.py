@@ -20,6 +20,7 @@ from attnopt.codegen.kernels.flash_prefill_backward import (
 from attnopt.codegen.kernels.references.flash_prefill import flash_prefill as plain
 from attnopt.codegen.pieces.alibi import alibi
 from attnopt.codegen.target import known, target
+from attnopt.compiler import attend
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.spec import CAUSAL, FULL, AttentionSpec, Mask
 from tests.tolerance import assert_close
@@ -303,6 +304,35 @@ def test_sequences_of_various_lengths(mask: Mask, fill: str) -> None:
         assert_close(found["q"][:, :, a:b] / 3, want["q"] / 3)
         each[1] = each[1] + want["sinks"]
     assert_close(found["sinks"] / 10, each[1] / 10)
+
+
+def test_rows_beyond_the_last_sequence_have_no_gradient() -> None:
+    spec, load = spec_of(CAUSAL, group=2), Load(1, 40, 40, "float32")
+    starts = torch.tensor([0, 13, 30], dtype=torch.int32)
+    given = {"q_starts": starts, "k_starts": starts, "longest": 17}
+    inputs = {**FlashPrefill.inputs(spec, load), **given, "sinks": torch.randn(1, 2, 1, 1)}
+    found = gradients(spec, inputs, torch.randn(1, 2, 40, 32), SQUARE)
+    for name in ("q", "k", "v"):
+        assert not found[name][:, :, 30:].any(), name
+        assert bool(found[name].isfinite().all()) and bool(found[name][:, :, :30].any())
+    assert bool(found["sinks"].isfinite().all())
+
+
+def attend_of(spec: AttentionSpec, given: Inputs) -> Tensor:
+    return attend.reference(given["q"], given["k"], given["v"], [given["bias"]], spec)
+
+
+@pytest.mark.parametrize("mask", [CAUSAL, FULL], ids=str)
+def test_rows_of_the_lowest_bias_are_the_mean_where_a_spec_says_so(mask: Mask) -> None:
+    spec, load = spec_of(mask, group=2, fill="min", extras=("bias",)), Load(1, 20, 20, "float32")
+    inputs = FlashPrefill.inputs(spec, load)
+    inputs["bias"][..., :5, :] = torch.finfo(torch.float32).min
+    grad = torch.randn(1, 2, 20, 32)
+    assert_close(FlashPrefill(32, 16).run(spec, inputs), attend_of(spec, inputs))
+    got = gradients(spec, inputs, grad, SQUARE)
+    leaves = {n: x.clone().requires_grad_() for n, x in inputs.items()}  # in float64 not the lowest
+    (wanted,) = torch.autograd.grad(attend_of(spec, leaves), [leaves["v"]], grad)
+    assert_close(got["v"] / 3, wanted / 3)
 
 
 def test_only_what_is_wanted_is_computed() -> None:

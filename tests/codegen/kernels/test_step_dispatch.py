@@ -13,13 +13,14 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from attnopt.codegen import step_dispatch, ways
+from attnopt.codegen.kernel import Load
 from attnopt.codegen.latent_ways import LatentDispatch, PromptDispatch
 from attnopt.codegen.step_ways import StepDispatch, never_empty
 from attnopt.codegen.target import target
 from attnopt.codegen.ways import Ways
 from attnopt.compiler import attend, attend_step
 from attnopt.compiler.attend_latent import absorbed, rope_at
-from attnopt.compiler.contract import Notes, read_pass
+from attnopt.compiler.contract import Miss, Notes, read_pass
 from attnopt.compiler.decode import Decoder, derive
 from attnopt.compiler.decode.caches import Ring
 from attnopt.compiler.decode.latents import Latent
@@ -154,6 +155,15 @@ def test_a_ring_is_read_as_it_lies(new: int, end: int, extras: tuple[str, ...]) 
     assert _way(run) == ""
 
 
+@pytest.mark.parametrize("extra", ["keep", "padding"])
+def test_a_token_that_reads_nothing_of_a_ring_gets_the_mean_of_what_it_holds(extra: str) -> None:
+    spec = SPEC.with_(mask=Mask("window", left=8), fill="min", extras=(extra,))
+    q, k, v = _inputs(spec, 1, 8)
+    none = torch.zeros((2, 8) if extra == "padding" else (2, 1, 1, 8), dtype=torch.bool)
+    got = attend_step.ringed(q, k, v, [none], spec, 5)
+    assert_close(got[:, ::2, 0], v[:, :, :5].mean(2))
+
+
 def test_many_new_tokens_run_on_flash_prefill_and_float64_on_torch() -> None:
     small = target("h100").__class__(**{**vars(H100), "units": 1})
     run = StepDispatch(SPEC, small)
@@ -232,6 +242,29 @@ def test_prompts_read_the_shared_part_of_keys_as_it_is(first: bool) -> None:
     run = PromptDispatch(same, H100, at, attend.sdpa)
     run(q, k, k, shared)
     assert _way(run) == "latent_prefill"
+
+
+def test_gradients_of_steps_are_those_of_plain_torch() -> None:
+    given = _inputs(SPEC, 1, 20)
+    leaf = given[0].clone().requires_grad_()
+    run = StepDispatch(SPEC, H100)
+    out = run(leaf, *given[1:], 20)
+    assert out.requires_grad and not run._ways
+    assert_close(out.detach(), run(*given, 20))
+
+
+def test_keys_of_latents_are_not_made_where_they_take_too_much() -> None:
+    spec = AttentionSpec(128, 128, 192, 128, 0.1, CAUSAL)
+    listed = LatentDispatch(spec, H100, 128)._listed
+    for batch, fits in ((1, True), (8, False)):
+        found = dict(listed(Load(batch, 512, 16384 if fits else 131072), 576, 512))
+        assert isinstance(found["latent_prefill"], Miss) is not fits
+
+
+def test_latents_too_narrow_for_a_tile_are_passed_over() -> None:
+    run = LatentDispatch(LATENT.with_(head_dim=24), H100)
+    found = dict(run._listed(Load(2, 1, 20), 4, 4))
+    assert isinstance(found["latent_decode"], Miss) and "too few" in found["latent_decode"].reason
 
 
 def test_a_way_that_fails_is_passed_over_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:

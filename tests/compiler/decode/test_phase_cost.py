@@ -49,7 +49,6 @@ def test_a_step_reads_what_the_mask_keeps(mask: Mask) -> None:
     for cached in range(12):
         last = mask.dense(cached + 1, cached + 1)[-1]
         assert mask.reads(cached + 1) == int(last.sum())
-    assert mask.density(11) == pytest.approx(float(mask.dense(11, 11).float().mean()))
 
 
 def test_a_window_bounds_a_step_and_its_cache() -> None:
