@@ -334,7 +334,7 @@ def _dispatched(program: Program) -> Program:
 @lru_cache
 def decoders(name: str, slack: int) -> tuple[Decoder, Decoder]:
     """A decoder in plain torch, and one whose attentions are dispatched."""
-    program = narrow(10) if name == "latents alone" else zoo(name)
+    program = narrow(16) if name == "latents alone" else zoo(name)
     return derive(program, slack, check=False), derive(_dispatched(program), slack, check=False)
 
 
