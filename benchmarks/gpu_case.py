@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attnopt.codegen.kernel import Kernel, Load, Work, kernels
-from attnopt.codegen.roofline import ASSUMED
+from attnopt.codegen.roofline import estimated
 from attnopt.codegen.shipped import chosen
 from attnopt.codegen.target import Target
 from benchmarks.gpu_peers import Peer
@@ -82,14 +82,12 @@ class Case:
     def estimate(self, target: Target) -> tuple[Work, float | None]:
         """The least work, and seconds by the roofline of the target, where its peaks are known.
         Estimated, never measured."""
-        shares = {**ASSUMED, **target.achievable}
         done = [kernels()[k].work(spec, self.load) for k, spec in self.parts] or [self.work()]
         whole = Work(sum(w.flops for w in done), sum(w.bytes for w in done))
-        peak = target.peak.get(self.load.dtype, target.peak.get("float16", 0.0))
-        if not peak or not target.bandwidth:
+        dtype = self.load.dtype if self.load.dtype in target.peak else "float16"
+        if dtype not in target.peak or not target.bandwidth:
             return whole, None
-        peak, bandwidth = peak * shares["attention"], target.bandwidth * shares["bandwidth"]
-        return whole, sum(max(work.flops / peak, work.bytes / bandwidth) for work in done)
+        return whole, sum(estimated(work, dtype, target) for work in done)
 
     def contenders(self, target: Target) -> tuple[dict[str, Contender], dict[str, str]]:
         """All that run, and why the others do not."""

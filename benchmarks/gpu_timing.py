@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from attnopt.autotune.timing import rotated
+
 _ASLEEP = 4_000_000  # cycles, about two milliseconds
 Run = Callable[[], Any]
 Clock = Callable[[Run], float]
@@ -66,9 +68,7 @@ def times(
     samples: dict[str, list[float]] = {name: [] for name in names}
     for at in range(-2, rounds):
         given = inputs[at % len(inputs)]
-        turn = at % len(names)
-        order = names[turn:] + names[:turn]
-        for name in reversed(order) if (at // len(names)) % 2 else order:
+        for name in rotated(names, at):
             taken = clock(partial(contenders[name], given))
             if at >= 0:
                 samples[name].append(taken)

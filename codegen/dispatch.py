@@ -15,17 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnopt.codegen.flex import flex, runs_on_flex
-from attnopt.codegen.kernel import Kernel, Load, kernels
-from attnopt.codegen.shipped import chosen
+from attnopt.codegen.kernel import Load
 from attnopt.codegen.target import Target, at_hand
-from attnopt.codegen.ways import Way, Ways, learning, misses
+from attnopt.codegen.ways import Way, Ways, learning
 from attnopt.compiler import attend
 from attnopt.compiler.contract import Miss
 from attnopt.compiler.spec import AttentionSpec
@@ -57,8 +54,33 @@ class Dispatch(Ways):
             wide = [x.float() if x.is_floating_point() else x for x in extras]
             return attend.reference(q.float(), k.float(), v.float(), wide, self.spec)
 
-        ways = _ways(self.spec, self.target, load, learns, self.device)
-        return self._first(bucket, ways, (q, k, v, *extras), wanted, learns)
+        return self._first(bucket, self._listed(load, learns), (q, k, v, *extras), wanted, learns)
+
+    def _listed(self, load: Load, learns: bool) -> list[tuple[str, Way | Miss]]:
+        """All ways, best first."""
+        spec = self.spec
+        return [
+            ("scaled_dot_product_attention", _fused(spec, load)),
+            ("flash_prefill", self._generated(load, learns)),
+            ("FlexAttention", _flexible(spec, load)),
+            ("scaled_dot_product_attention with a mask", _masked(spec)),
+            ("the reference", _bound(attend.reference, spec)),
+        ]
+
+    def _generated(self, load: Load, learns: bool) -> Way | Miss:
+        """`flash_prefill`, where gradients are wanted with its backward kernels."""
+        launch, names = self.kernel("flash_prefill", self.spec, load), self.spec.extras
+        if isinstance(launch, Miss):
+            return launch
+        if learns:
+            from attnopt.codegen.flash_attention import differentiable  # it needs triton
+
+            return differentiable(self.spec, self.target, load, self.device)
+
+        def run(q: Tensor, k: Tensor, v: Tensor, *extras: Tensor) -> Tensor:
+            return launch(q, k, v, **dict(zip(names, extras, strict=True)))
+
+        return run
 
 
 def attention(
@@ -79,48 +101,12 @@ def _dispatch(spec: AttentionSpec, device: int) -> Dispatch:
     return Dispatch(spec, at_hand(device), device=torch.cuda.get_device_name(device))
 
 
-def _ways(
-    spec: AttentionSpec, target: Target, load: Load, learns: bool = False, device: str = ""
-) -> list[tuple[str, Way | Miss]]:
-    made = _with_gradients if learns else _generated
-    return [
-        ("scaled_dot_product_attention", _fused(spec, load)),
-        *((name, made(cls, spec, target, load, device)) for name, cls in _prefill_kernels()),
-        ("FlexAttention", _flexible(spec, load)),
-        ("scaled_dot_product_attention with a mask", _masked(spec)),
-        ("the reference", _bound(attend.reference, spec)),
-    ]
-
-
 def _fused(spec: AttentionSpec, load: Load) -> Way | Miss:
     if spec.softcap or spec.extras or spec.mask.kind == "window":
         return Miss("it would need a mask tensor")
     if spec.mask.kind == "causal" and load.queries != load.keys:
         return Miss("its causal flag is for as many queries as keys")
     return _bound(attend.sdpa, spec)
-
-
-def _generated(
-    cls: type[Kernel[Any]], spec: AttentionSpec, target: Target, load: Load, device: str = ""
-) -> Any:
-    missed = misses(cls, spec, target, load)
-    if missed is not None:
-        return missed
-    constants = chosen(cls, spec, target, load, device).constants(spec)
-    launcher, names = cls.launcher, spec.extras
-
-    def run(q: Tensor, k: Tensor, v: Tensor, *extras: Tensor) -> Any:
-        return launcher(q, k, v, **dict(zip(names, extras, strict=True)), **constants)
-
-    return run
-
-
-def _with_gradients(
-    cls: type[Kernel[Any]], spec: AttentionSpec, target: Target, load: Load, device: str = ""
-) -> Way | Miss:
-    from attnopt.codegen.flash_attention import differentiable  # it needs triton
-
-    return differentiable(spec, target, load, device)
 
 
 def _flexible(spec: AttentionSpec, load: Load) -> Way | Miss:
@@ -141,10 +127,3 @@ def _bound(backend: attend.Backend, spec: AttentionSpec) -> Way:
 
 def _fallback(spec: AttentionSpec) -> attend.Backend:
     return attend.reference if attend.runs_on_sdpa(spec) else attend.sdpa
-
-
-@lru_cache(maxsize=1)
-def _prefill_kernels() -> tuple[tuple[str, type[Kernel[Any]]], ...]:
-    if find_spec("triton") is None:
-        return ()
-    return tuple((name, cls) for name, cls in kernels().items() if name == "flash_prefill")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from attnopt.compiler import attend
+from attnopt.compiler import attend, attend_step
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.ops import ATTENTION
 from attnopt.compiler.program import Batch, Program, copy_module
@@ -46,7 +46,7 @@ def lower(program: Program, bind: Bind | None = None) -> fx.GraphModule:
 def _bound(spec: AttentionSpec) -> Callable[..., Tensor]:
     backend = attend.BACKENDS[spec.backend]
     if spec.backend == "triton":
-        return _dispatched(backend, spec)
+        return _dispatched(spec)
 
     def attention(q: Tensor, k: Tensor, v: Tensor, *extras: Tensor) -> Tensor:
         return backend(q, k, v, extras, spec)
@@ -54,17 +54,13 @@ def _bound(spec: AttentionSpec) -> Callable[..., Tensor]:
     return attention
 
 
-def _dispatched(backend: attend.Backend, spec: AttentionSpec) -> Callable[..., Tensor]:
+def _dispatched(spec: AttentionSpec) -> Callable[..., Tensor]:
     """The canonical op where a compiler looks on; otherwise the backend itself, with its gradients
     and without the op's own time."""
     line = spec.text
 
     def attention(q: Tensor, k: Tensor, v: Tensor, *extras: Tensor) -> Tensor:
-        traced = type(q) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling()
-        if traced:
-            made: Tensor = ATTENTION(q, k, v, extras, line)
-            return made
-        return backend(q, k, v, extras, spec)
+        return attend_step.among(q, k, v, extras, spec, line)
 
     return attention
 

@@ -14,8 +14,9 @@ import pytest
 from attnopt.autotune import kernels as command
 from attnopt.autotune.kernel_cache import KernelCache
 from attnopt.autotune.kernel_tuner import Tuned, tiles_of
-from attnopt.codegen import dispatch, own_tiles, shipped
+from attnopt.codegen import own_tiles, shipped, ways
 from attnopt.codegen.decode_spec import DecodeSpec
+from attnopt.codegen.dispatch import Dispatch
 from attnopt.codegen.kernel import Kernel, Load
 from attnopt.codegen.kernels.flash_prefill import FlashPrefill
 from attnopt.codegen.kernels.split_decode import SplitDecode
@@ -154,8 +155,8 @@ def test_dispatch_launches_with_them(cache: KernelCache) -> None:
 
 def test_prefill_asks_for_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(dispatch, "chosen", lambda *given: asked.append(given) or DEFAULT)
-    dispatch._ways(SPEC, H100, LOAD, device=DEVICE.name)
+    monkeypatch.setattr(ways, "chosen", lambda *given: asked.append(given) or DEFAULT)
+    Dispatch(SPEC, H100, device=DEVICE.name)._generated(LOAD, False)
     assert asked == [(FlashPrefill, SPEC, H100, LOAD, DEVICE.name)]
 
 
