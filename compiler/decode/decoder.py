@@ -49,6 +49,8 @@ class Decoder:
         self._phases: dict[tuple[str, bool], Callable[..., Tensor]] = {}
         self._single: Single | None = None
         self._with_slack: dict[int, Decoder] = {}
+        self._padded: Decoder | None = None
+        self.counted = False  # whether tables count real tokens alone
 
     @cached_property
     def device(self) -> torch.device:
@@ -90,7 +92,7 @@ class Decoder:
         if not self.split.masks and not bool(attention_mask.all()):
             raise Problem(
                 "A707", "the model was traced without an attention_mask and takes no padding",
-                help="give prompts of one length, or trace it with attention_mask among its inputs",
+                help="read them with the decoder that `taking` gives",
             )  # fmt: skip
         real = attention_mask != 0
         return {
@@ -146,6 +148,20 @@ class Decoder:
                 made.compile()
             self._with_slack[tokens] = made
         return self._with_slack[tokens]
+
+    def taking(self, attention_mask: Tensor | None) -> Decoder:
+        """This decoder, or, where the mask `[batch, prompt]` tells of padding and the model was
+        traced without, one that takes it; made once, and compiled where this one is. Raises
+        `Problem` A707 where the model's positions do not allow it."""
+        if self.split.masks or attention_mask is None or bool(attention_mask.all()):
+            return self
+        if self._padded is None:
+            from attnopt.compiler.decode.padding import padded
+
+            self._padded = padded(self)
+            if self._single is not None:
+                self._padded.compile()
+        return self._padded
 
     def grow(self, state: State, capacity: int) -> None:
         """Make room for more tokens. Raises `Problem` A704 as `state` does."""
@@ -289,6 +305,10 @@ class Decoder:
                     why=f"`{table.node}` reaches over {min(sizes)}",
                     help="make a state of a smaller capacity",
                 )  # fmt: skip
+        if self.counted:
+            real = next(iter(state.masks.values())) == self.split.real
+            pairs = zip(self.split.tables, made, strict=True)
+            return [table.counted(value, real) for table, value in pairs]
         return made
 
     @cached_property

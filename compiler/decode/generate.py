@@ -95,6 +95,7 @@ def stream(
 ) -> Iterator[Tensor]:
     """As `generate`: gives each new column, int64 `[batch]`, as soon as it is there."""
     mask = checked(decoder, input_ids, attention_mask)
+    decoder = decoder.taking(mask)
     batch, prompt = input_ids.shape
     capacity = prompt + how.max_new_tokens - 1  # the last token is not read
     state = decoder.state(batch, capacity, decoder.masks(mask))

@@ -57,7 +57,9 @@ class Past:
         decoder = self.decoder
         if self.state is None:
             rows, prompt = ids.shape
-            given = decoder.masks(None if mask is None else mask[:, :prompt])
+            seen = None if mask is None else mask[:, :prompt]
+            decoder = self.decoder = decoder.taking(seen)
+            given = decoder.masks(seen)
             try:
                 self.state = decoder.state(rows, prompt + ROOM, given)
             except Problem:  # the model has no positions for so many

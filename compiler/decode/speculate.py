@@ -70,6 +70,7 @@ def stream_speculatively(
     `tally`, where given, is filled as it goes.
     """
     mask = checked(decoder, input_ids, attention_mask)
+    decoder = decoder.taking(mask)
     batch, known = input_ids.shape
     end = known + how.max_new_tokens
     tokens = torch.zeros(batch, end, dtype=torch.int64, device=input_ids.device)

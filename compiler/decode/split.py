@@ -35,6 +35,17 @@ class Table:
     rows: int | None
     keys: int | None
 
+    def counted(self, value: Tensor, real: Tensor) -> Tensor:
+        """A value for all positions as each row of a batch needs it that counts real ones alone
+        (`real` bool `[batch, seq]`); as it is where it holds no axis of rows of a batch."""
+        if self.keys is not None or not self.rows or value.shape[0] not in (1, len(real)):
+            return value
+        shape = [1] * value.dim()
+        shape[0], shape[self.rows] = real.shape
+        at = real.cumsum(1).sub(1).clamp(min=0).reshape(shape)
+        value = value.expand(len(real), *value.shape[1:])
+        return value.gather(self.rows, at.expand_as(value))
+
 
 @dataclass(frozen=True)
 class Split:
