@@ -6,6 +6,7 @@ share a cache, each refitted, and healed on 50,000 tokens after it. What it brin
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from attnopt.autotune.data import Wanted, gather
 from attnopt.autotune.heal import healed
@@ -19,30 +20,42 @@ from benchmarks.pylm import LENGTH, MODEL
 from benchmarks.run import Row
 
 REFIT = Step("refit{}")
-FORMS: tuple[tuple[str, tuple[Step, ...]], ...] = (
-    *(
-        (f"{method} to 1/{factor}",
-         (Step(f"merge_kv_heads{{factor={factor} method={method}}}"), REFIT))
-        for factor in (2, 4, 8) for method in ("mean", "closed")
-    ),
-    *(
-        (f"latent of {keep:.0%}", (Step(f"latent_kv{{keep={keep}}}"), REFIT))
-        for keep in (0.5, 0.33, 0.25, 0.17, 0.125)
-    ),
-    *(
-        (f"{span} layers share a cache", (Step(f"share_kv_layers{{span={span}}}"), REFIT))
-        for span in (2, 3)
-    ),
-)  # fmt: skip
 HEALING = HealBudget(tokens=50_000)
+
+
+def forms(ids: Sequence[str]) -> list[tuple[str, tuple[Step, ...]]]:
+    """The forms by name, each with a refit at its end; `ids` are those of the attentions, of which
+    every third is merged to half as few heads where two factors are told."""
+    light = tuple(ids[::3])
+    heavy = tuple(id for id in ids if id not in light)
+
+    def merged(method: str, factor: int, targets: tuple[str, ...] = ("*",)) -> Step:
+        return Step(f"merge_kv_heads{{factor={factor} method={method}}}", targets)
+
+    found = dict[str, tuple[Step, ...]]()
+    for method in ("mean", "closed"):
+        for n in (2, 4, 8):
+            found[f"{method} to 1/{n}"] = (merged(method, n),)
+        for n in (2, 4):
+            both = merged(method, n, light), merged(method, 2 * n, heavy)
+            found[f"{method} to 1/{n} and 1/{2 * n}"] = both
+    for keep in (0.5, 0.33, 0.25, 0.17, 0.125):
+        found[f"latent of {keep:.0%}"] = (Step(f"latent_kv{{keep={keep}}}"),)
+    for span in (2, 3, 6):
+        found[f"{span} layers share a cache"] = (Step(f"share_kv_layers{{span={span}}}"),)
+    for n in (2, 4):
+        both = merged("closed", n), Step("share_kv_layers{span=2}")
+        found[f"closed to 1/{n}, 2 layers share a cache"] = both
+    return [(name, (*steps, REFIT)) for name, steps in found.items()]
 
 
 def rows() -> list[Row]:
     """One row per form of the cache."""
     bench = workbench(training=True)
-    whole = derive(bench.build([]).program, check=False)
+    program = bench.build([]).program
+    whole = derive(program, check=False)
     made = []
-    for name, steps in FORMS:
+    for name, steps in forms([site.id for site in program.sites]):
         refitted = bench.build(list(steps))
         before = bench.verdict(refitted)
         assert before.feasible, before.reason

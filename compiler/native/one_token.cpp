@@ -24,6 +24,10 @@ constexpr int64_t kBlock = 64;      // keys whose scores are in memory at a time
 constexpr int64_t kPart = 256;      // the fewest keys that are worth a unit of their own
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
+void prefetch(const float* row, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(row + i);
+}
+
 float dot(const float* a, const float* b, int64_t n) {
   Vec sum(0.f);
   int64_t i = 0;
@@ -32,6 +36,69 @@ float dot(const float* a, const float* b, int64_t n) {
   float made = total(sum);
   for (; i < n; i++) made += a[i] * b[i];
   return made;
+}
+
+// q k^T of one row and `keys` keys; rows of `next`, as many, are fetched for what follows.
+void dots(const float* q, const float* k, int64_t k_row, int64_t n, int64_t keys, float* to,
+          const float* next, int64_t next_row, int64_t next_n) {
+  int64_t j = 0;
+  for (; j + 4 <= keys; j += 4) {
+    const float* row = k + j * k_row;
+    Vec a(0.f), b(0.f), c(0.f), d(0.f);
+    int64_t i = 0;
+    for (; i + Vec::size() <= n; i += Vec::size()) {
+      const Vec x = Vec::loadu(q + i);
+      a = at::vec::fmadd(x, Vec::loadu(row + i), a);
+      b = at::vec::fmadd(x, Vec::loadu(row + k_row + i), b);
+      c = at::vec::fmadd(x, Vec::loadu(row + 2 * k_row + i), c);
+      d = at::vec::fmadd(x, Vec::loadu(row + 3 * k_row + i), d);
+    }
+    totals(a, b, c, d, to + j);
+    for (; i < n; i++)
+      for (int64_t m = 0; m < 4; m++) to[j + m] += q[i] * row[m * k_row + i];
+    if (next != nullptr)
+      for (int64_t m = j; m < j + 4; m++) prefetch(next + m * next_row, next_n);
+  }
+  for (; j < keys; j++) {
+    to[j] = dot(q, k + j * k_row, n);
+    if (next != nullptr) prefetch(next + j * next_row, next_n);
+  }
+}
+
+// kVecs vectors of to += shares v, over `keys` rows of v.
+template <int kVecs>
+void add_columns(float* to, const float* v, int64_t v_row, const float* shares, int64_t keys) {
+  Vec even[kVecs], odd[kVecs];
+  for (int m = 0; m < kVecs; m++) even[m] = Vec::loadu(to + m * Vec::size()), odd[m] = Vec(0.f);
+  int64_t j = 0;
+  for (; j + 2 <= keys; j += 2) {
+    const Vec one(shares[j]), two(shares[j + 1]);
+    const float* row = v + j * v_row;
+    for (int m = 0; m < kVecs; m++) {
+      even[m] = at::vec::fmadd(one, Vec::loadu(row + m * Vec::size()), even[m]);
+      odd[m] = at::vec::fmadd(two, Vec::loadu(row + v_row + m * Vec::size()), odd[m]);
+    }
+  }
+  if (j < keys) {
+    const Vec one(shares[j]);
+    for (int m = 0; m < kVecs; m++)
+      even[m] = at::vec::fmadd(one, Vec::loadu(v + j * v_row + m * Vec::size()), even[m]);
+  }
+  for (int m = 0; m < kVecs; m++) (even[m] + odd[m]).store(to + m * Vec::size());
+}
+
+// to += shares v, over `keys` rows of v.
+void add_rows(float* to, const float* v, int64_t v_row, const float* shares, int64_t keys,
+              int64_t n) {
+  int64_t i = 0;
+  for (; i + 4 * Vec::size() <= n; i += 4 * Vec::size())
+    add_columns<4>(to + i, v + i, v_row, shares, keys);
+  for (; i + 2 * Vec::size() <= n; i += 2 * Vec::size())
+    add_columns<2>(to + i, v + i, v_row, shares, keys);
+  for (; i + Vec::size() <= n; i += Vec::size())
+    add_columns<1>(to + i, v + i, v_row, shares, keys);
+  for (; i < n; i++)
+    for (int64_t j = 0; j < keys; j++) to[i] += shares[j] * v[j * v_row + i];
 }
 
 void add_scaled(float* to, const float* of, float by, int64_t n) {
@@ -63,13 +130,22 @@ void attend(const Head& head, const Sizes& size, int64_t from, int64_t to, float
   std::fill_n(tops, size.rows, kNone);
   float scores[kBlock];
   for (int64_t at = from; at < to; at += kBlock) {
-    const int64_t keys = std::min(kBlock, to - at);
+    const int64_t keys = std::min(kBlock, to - at), after = std::min(kBlock, to - at - keys);
+    const float *k = head.k + at * head.k_row, *v = head.v + at * head.v_row;
     for (int64_t r = 0; r < size.rows; r++) {
-      float top = tops[r];
-      for (int64_t j = 0; j < keys; j++) {
-        scores[j] = scale * dot(head.q + r * head.q_row, head.k + (at + j) * head.k_row, size.dim);
-        top = std::max(top, scores[j]);
-      }
+      dots(head.q + r * head.q_row, k, head.k_row, size.dim, keys, scores, r == 0 ? v : nullptr,
+           head.v_row, size.v_dim);
+      multiply(scores, scale, keys);
+      std::fill(scores + keys, scores + kBlock, kNone);
+      Vec most(kNone), sum(0.f);
+      for (int64_t j = 0; j < keys; j += Vec::size())
+        most = at::vec::maximum(most, Vec::loadu(scores + j));
+      float lanes[Vec::size()];
+      most.store(lanes);
+      const float top = std::max(tops[r], *std::max_element(lanes, lanes + Vec::size()));
+      if (r + 1 == size.rows)
+        for (int64_t j = 0; j < after; j++)
+          prefetch(k + (kBlock + j) * head.k_row, size.dim);
       if (top == kNone) continue;  // exp(-inf + inf) is no number
       float* row = out + r * size.v_dim;
       if (top > tops[r] && tops[r] != kNone) {
@@ -78,11 +154,13 @@ void attend(const Head& head, const Sizes& size, int64_t from, int64_t to, float
         sums[r] *= less;
       }
       tops[r] = top;
-      at::vec::map<float>([top](Vec x) { return (x - Vec(top)).exp(); }, scores, scores, keys);
-      for (int64_t j = 0; j < keys; j++) {
-        sums[r] += scores[j];
-        add_scaled(row, head.v + (at + j) * head.v_row, scores[j], size.v_dim);
+      for (int64_t j = 0; j < keys; j += Vec::size()) {
+        const Vec share = (Vec::loadu(scores + j) - Vec(top)).exp();
+        share.store(scores + j);
+        sum = sum + share;
       }
+      sums[r] += total(sum);
+      add_rows(row, v, head.v_row, scores, keys, size.v_dim);
     }
   }
 }

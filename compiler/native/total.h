@@ -1,5 +1,5 @@
-// The sum of a vector's elements. `at::vec::vec_reduce_all` goes through memory, which takes longer
-// than the products of a short row.
+// The sum of a vector's elements, and of four vectors'. `at::vec::vec_reduce_all` goes through memory,
+// which takes longer than the products of a short row.
 
 #pragma once
 
@@ -17,5 +17,25 @@ inline float total(at::vec::Vectorized<float> x) {
 #else
   using Vec = at::vec::Vectorized<float>;
   return at::vec::vec_reduce_all<float>([](Vec a, Vec b) { return a + b; }, x);
+#endif
+}
+
+// The sums of a, b, c and d, in this order, to `to`.
+inline void totals(at::vec::Vectorized<float> a, at::vec::Vectorized<float> b,
+                   at::vec::Vectorized<float> c, at::vec::Vectorized<float> d, float* to) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  const __m512d wide_ab = _mm512_castps_pd(ab), wide_cd = _mm512_castps_pd(cd);
+  const __m512 lanes = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(wide_ab, wide_cd)),
+                                     _mm512_castpd_ps(_mm512_unpackhi_pd(wide_ab, wide_cd)));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(lanes),
+                                    _mm512_extractf32x8_ps(lanes, 1));
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+#elif defined(CPU_CAPABILITY_AVX2)
+  const __m256 lanes = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1)));
+#else
+  to[0] = total(a), to[1] = total(b), to[2] = total(c), to[3] = total(d);
 #endif
 }
