@@ -3,6 +3,7 @@ the way."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
@@ -32,11 +33,12 @@ CASES = (
 
 
 @lru_cache
-def zoo(name: str) -> Program:
-    """A random tiny model with the exact rewrites."""
+def zoo(name: str, double: bool = True) -> Program:
+    """A random tiny model with the exact rewrites, in float64 where it is tried in that."""
     if name == "of no library":
         return traced(Small(""), input_ids=torch.randint(0, 50, (2, 12)))
     (architecture,) = [a for a in ALL if a.name == name]
+    architecture = replace(architecture, double=architecture.double and double)
     try:
         _, program = read(architecture, architecture.spellings[0])
     except ImportError as missing:
@@ -64,16 +66,18 @@ def singly(decoder: Decoder, state: State, ids: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_steps_give_what_the_whole_gives(name: str) -> None:
-    program = zoo(name)
+    """In float32; `derive` itself compares in float64."""
+    program = zoo(name, double=False)
     decoder = derive(program)
     prompt = 7
-    ids = torch.randint(3, 50, (2, prompt + STEPS))
+    ids = torch.randint(3, 50, (2, prompt + STEPS), generator=torch.Generator().manual_seed(0))
     masks = [torch.ones_like(ids) for _ in decoder.split.masks]
     expected = whole(program, decoder, ids, *masks)
     state = decoder.state(2, ids.shape[1])
     found = torch.cat([decoder.prefill(state, ids[:, :prompt]), *singly(decoder, state, ids)], 1)
 
-    assert_close(found.float(), expected.float())
+    assert expected.dtype == torch.float32
+    assert float((found - expected).abs().max()) <= 1e-4
     assert torch.equal(found.argmax(-1), expected.argmax(-1))
 
 

@@ -73,6 +73,20 @@ def pylm() -> tuple[Any, Decoder]:
     return hf, derive(rewritten(raise_program(trace(loaded))))
 
 
+def test_a_real_model_in_float32() -> None:
+    hf, derived = pylm()
+    expected = hf.generate(torch.arange(3, 90)[None], max_new_tokens=128, do_sample=False)
+    with torch.no_grad():
+        logits = hf(expected).logits
+    state = derived.state(1, expected.shape[1])
+    found = [derived.prefill(state, expected[:, :87])]
+    found += [derived.step(state, expected[:, at : at + 1]) for at in range(87, expected.shape[1])]
+    made = torch.cat(found, 1)
+    assert expected.shape[1] > 200
+    assert float((made - logits).abs().max()) <= 1e-4
+    assert torch.equal(made.argmax(-1), logits.argmax(-1))
+
+
 def test_a_pipeline() -> None:
     hf, derived = pylm()
     tokenizer = transformers.AutoTokenizer.from_pretrained(PYLM)
