@@ -21,7 +21,7 @@ from attnopt.passes.refit import Refit
 from tests.attention_models import applied, distance, logits, missed, notes, raised, tokens
 from tests.tolerance import assert_close
 
-LINEAR = ("llama", "grouped", "biased", "partial", "learned")
+LINEAR = ("llama", "grouped", "biased", "partial", "learned", "bloom", "by groups")
 IDENTITY = 1e-10  # of the logits' norm, in float64
 
 
