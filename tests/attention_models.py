@@ -57,7 +57,7 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "max_seq_len": 256,
         },
     ),
-    # Its views join the batch and the heads in one axis.
+    # Its views join the batch and the heads in one axis; its softmax is in float32, always.
     "bloom": (
         "Bloom",
         {"hidden_size": 32, "n_layer": LAYERS, "n_head": 4, "vocab_size": VOCABULARY},
