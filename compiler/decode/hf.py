@@ -182,7 +182,9 @@ def _embeddings(decoder: Decoder) -> torch.nn.Embedding:
             "A707", f"the decoder has no one table of embeddings, but {len(tables)}",
             help="take it from the original model",
         )  # fmt: skip
-    return torch.nn.Embedding.from_pretrained(program.weight(tables.pop()).detach())
+    weight = program.weight(tables.pop()).detach()
+    made: torch.nn.Embedding = torch.nn.Embedding.from_pretrained(weight)
+    return made
 
 
 def _config(transformers: Any, config: Any) -> Any:
