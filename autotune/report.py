@@ -11,6 +11,7 @@ from attnopt.autotune import cache_wording as words
 from attnopt.autotune import wording as say
 from attnopt.autotune.result import Result
 
+_MOST = 24  # rows of attentions that are told one by one
 _SPECIAL = re.compile(r"([\\`*_\[\]<>#|])")
 
 
@@ -141,7 +142,12 @@ def _ceiling(result: Result) -> list[str]:
 
 def _decoding(result: Result) -> list[str]:
     rows = say.decoding_rows(result)
-    return ["## Decoding", "", *_table(say.DECODING, rows)] if rows else []
+    if not rows:
+        return []
+    sites = [tuple(map(_plain, row)) for row in say.phase_rows(result)]
+    shown, more = sites[:_MOST], len(sites) - _MOST
+    left = ["", f"{more} more rows are in report.html."] if more > 0 else []
+    return ["## Decoding", "", *_table(say.DECODING, rows), "", *_table(say.PHASES, shown), *left]
 
 
 def _cache(result: Result) -> list[str]:

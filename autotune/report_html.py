@@ -195,7 +195,8 @@ def _decoding(result: Result) -> Markup | None:
     if not rows:
         return None
     lead = "Counted from shapes: what a prompt and one more token cost with a cache of the rest."
-    return _section("Decoding", lead, table(say.DECODING, rows))
+    sites = _folded("rows of attentions", say.PHASES, say.phase_rows(result))
+    return _section("Decoding", lead, table(say.DECODING, rows), sites)
 
 
 def _sensitivities(result: Result) -> Markup | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from attnopt.autotune.number import Number
 from attnopt.autotune.result import HealingEntry, Result, SiteEntry, Timed
-from attnopt.compiler.decode.phase_cost import Decoding, Phase
+from attnopt.compiler.decode.phase_cost import Decoding, Phase, SitePhases
 from attnopt.compiler.plan import Outcome, Plan
 
 NONE = "–"
@@ -199,6 +199,41 @@ def decoding_rows(result: Result) -> list[tuple[str, str, str]]:
         row(f"attention on a prompt of {load}", lambda d: _phase(d.prefill)),
         row("attention in a step", lambda d: _phase(d.step)),
     ]
+
+
+PHASES = (
+    "attention, estimated", "", "cache per token", "prompt FLOP", "bytes", "FLOP/B", "step FLOP",
+    "bytes", "FLOP/B",
+)  # fmt: skip
+
+
+def phase_rows(result: Result) -> list[tuple[str, ...]]:
+    """The phases of each attention before and after, in the columns of `PHASES`; attentions that
+    cost alike share a row, and what the plan leaves alone has one."""
+    if not result.decoding:
+        return []
+    cells = {
+        name: {site.site: _phases(site) for site in told.sites}
+        for name, told in result.decoding.items()
+    }
+    before, after = cells["before"], cells["after"]
+    groups: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = {}
+    for id in dict.fromkeys((*before, *after)):
+        groups.setdefault((before.get(id, ()), after.get(id, ())), []).append(id)
+    rows = list[tuple[str, ...]]()
+    for (old, new), ids in groups.items():
+        where = targets(ids).removeprefix("on ")
+        named = (("before", old), ("after", new)) if old != new else (("before and after", old),)
+        rows += [(where, when, *told) for when, told in named if told]
+    return rows
+
+
+def _phases(site: SitePhases) -> tuple[str, ...]:
+    figures = (
+        (f"{phase.flops:.3g}", bytes_of(phase.bytes), f"{phase.intensity:.3g}")
+        for phase in (site.prefill, site.step)
+    )
+    return bytes_of(site.cache_bytes_per_token), *(cell for each in figures for cell in each)
 
 
 def _phase(phase: Phase) -> str:

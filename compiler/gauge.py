@@ -46,7 +46,9 @@ class Freedom:
 def freedom(program: Program, site: Site, which: Literal["q", "k", "v"]) -> Freedom:
     """Probe one operand of a site. What cannot be evaluated has no freedom, and `why` says so."""
     path: Path | None = getattr(site, which)
-    if path is None or not path.split or not program.has(path.split):
+    if path is not None and not path.split:
+        return Freedom("none", False, site.unsplit(which))
+    if path is None or not program.has(path.split):
         return Freedom("none", False, f"the heads of {which} are not a node of the graph")
     operand = program.node(site.node).args["qkv".index(which)]
     assert isinstance(operand, fx.Node)
@@ -143,7 +145,8 @@ class _Way:
     def permutes(self, axis: int, order: Tensor) -> bool:
         """Whether heads in another order before give the heads in that order after."""
         after = self.y.unflatten(1, (len(order), -1))[:, order].flatten(1, 2)
-        before = self._run(self.x.index_select(axis, order))
+        x = self.x.unflatten(axis, (len(order), -1)).index_select(axis, order)
+        before = self._run(x.flatten(axis, axis + 1))
         slack = 64 * self.eps * float(after.abs().max() + 1e-30)
         return bool((before - after).abs().max() <= slack)
 

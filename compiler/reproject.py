@@ -10,21 +10,22 @@ tries on a copy first.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Literal, Protocol, cast
 
-import sympy  # a dependency of torch
 import torch
 from torch import Tensor, fx
 
 from attnopt.compiler.contract import Miss
-from attnopt.compiler.layout import expression, same_size
+from attnopt.compiler.layout import same_size
 from attnopt.compiler.program import Program, infer
 from attnopt.compiler.raising.evaluate import Evaluator, Unknown, concrete, example_sizes
 from attnopt.compiler.raising.index_probe import small_sizes
 from attnopt.compiler.site import Path, Site
 from attnopt.compiler.site_weights import VIEWS, token_rows
+from attnopt.compiler.view_sizes import Changed, one_axis
 
 aten = torch.ops.aten
 Which = Literal["q", "k", "v"]
@@ -94,7 +95,7 @@ def rebuilt(
     if path is None:
         return Miss(site.missing.get(which, f"the projection of {which} is not known"), site.node)
     if not path.split:
-        return Miss(f"no node holds {which} with one axis per head", path.projection)
+        return Miss(site.unsplit(which), path.projection)
     stale = [name for name in (path.source, path.split) if not program.has(name)]
     if stale:
         return Miss("an earlier rewrite took this node away", stale[0])
@@ -112,25 +113,34 @@ def rebuilt(
         return made
     linear, fresh = made
     dim = weight.shape[0] // heads
-    result = clone_all(program, between, {split: fresh}, cut)
+    axis = 2 if path.order == "bthd" else 1
+    begin, times = fresh, _copies(program, path)
+    if cut is not None and times > 1:  # it tells dims apart, not heads
+        begin = program.call(aten.repeat_interleave.self_int, (fresh, times, axis), before=split)
+    result = clone_all(program, between, {split: begin}, cut, axis)
     if isinstance(result, Miss):
         return result
-    new = result.get(operand, fresh)
+    new = result.get(operand, begin)
     wrong = _unlike(new, operand, int(operand.meta["val"].shape[1]) if cut else heads, dim)
     if not wrong and cut is not None:
-        wrong = cut.differs(fresh, new)
+        wrong = cut.differs(begin, new)
     if wrong:
         return Miss(wrong, operand.name)
     return new, _path(path, linear, fresh, heads, dim)
 
 
 def clone_all(
-    program: Program, nodes: list[fx.Node], values: dict[fx.Node, fx.Node], cut: Cut | None = None
+    program: Program,
+    nodes: list[fx.Node],
+    values: dict[fx.Node, fx.Node],
+    cut: Cut | None = None,
+    axis: int | None = None,
 ) -> dict[fx.Node, fx.Node] | Miss:
-    """Each node again on new inputs, in graph order; `values` maps old inputs to new ones."""
-    found = dict(values)
+    """Each node again on new inputs, in graph order; `values` maps old inputs to new ones, whose
+    `axis` has another size (None: the first that differs)."""
+    found, changed = dict(values), Changed(program, values, axis)
     for node in nodes:
-        clone = _clone(program, node, found, cut)
+        clone = _clone(program, node, found, cut, changed)
         if isinstance(clone, Miss):
             return clone
         found[node] = clone
@@ -215,6 +225,12 @@ def projected(
     return linear, fresh
 
 
+def _copies(program: Program, path: Path) -> int:
+    """How often each head of a path stands in its split."""
+    shape = program.node(path.split).meta["val"].shape
+    return int(shape[2 if path.order == "bthd" else 1]) // len(path.channels)
+
+
 def split_scale(program: Program, path: Path) -> float | None:
     """The number by which the split node holds the projection's channels; None where it holds
     something else. Run, not read: a norm with weights of one looks like nothing."""
@@ -229,7 +245,8 @@ def split_scale(program: Program, path: Path) -> float | None:
     except Unknown:
         return None
     value = found if path.order == "bthd" else found.transpose(1, 2)
-    wanted = y.double().flatten(0, -2)[:, path.channels]
+    channels = path.channels.repeat_interleave(_copies(program, path), 0)
+    wanted = y.double().flatten(0, -2)[:, channels]
     if value.dim() != 4 or value.numel() != wanted.numel():
         return None
     for rows in (value, value.transpose(0, 1)):
@@ -253,7 +270,11 @@ def _free_name(program: Program, path: Path, name: str) -> str:
 
 
 def _clone(
-    program: Program, node: fx.Node, values: dict[fx.Node, fx.Node], cut: Cut | None
+    program: Program,
+    node: fx.Node,
+    values: dict[fx.Node, fx.Node],
+    cut: Cut | None,
+    changed: Changed,
 ) -> fx.Node | Miss:
     """The node again, on the new values, just before the old one."""
     if node.op != "call_function":
@@ -269,15 +290,19 @@ def _clone(
     kwargs = fx.map_arg(dict(node.kwargs), lambda n: values.get(n, n))
     tries: Iterator[Any] = iter([args])
     if node.target is aten.expand.default:
-        tries = iter([(args[0], _expanded(node, values), *args[2:])])
+        tries = iter([(args[0], changed.expanded(node, values), *args[2:])])
     elif node.target in VIEWS and node.args[0] in values:
-        tries = ((args[0], sizes, *args[2:]) for sizes in _reshaped(node, values))
+        tries = ((args[0], sizes, *args[2:]) for sizes in changed.viewed(node, values))
+    elif node.target is aten.unflatten.int and node.args[0] in values:
+        tries = ((*args[:2], sizes) for sizes in changed.viewed(node, values))
     said = "no size fits the new head count"
+    if node.target is operator.getitem:
+        said = "heads are taken apart here, and each goes a way of its own (a norm, say)"
     for given in tries:
         made = attempt(program, node, given, kwargs)
         if not isinstance(made, fx.Node):
-            said = made
-        elif node.target in VIEWS and not _scaled(node, made, values):
+            said = said if node.target is operator.getitem else made
+        elif node.target in (*VIEWS, aten.unflatten.int) and not one_axis(node, made):
             said = "its sizes mix heads with other axes"
             program.graph.erase_node(made)
         else:
@@ -299,72 +324,6 @@ def attempt(program: Program, node: fx.Node, args: Any, kwargs: Any) -> fx.Node 
     return made
 
 
-def _expanded(node: fx.Node, values: dict[fx.Node, fx.Node]) -> list[Any]:
-    """The sizes of an expand.
-
-    Own sizes follow the new input, and a repetition of heads is dropped.
-    """
-    source = cast(fx.Node, node.args[0])
-    before = list(source.meta["val"].shape)
-    after = list(values.get(source, source).meta["val"].shape)
-    sizes = list(cast(Any, node.args[1]))
-    lead = len(sizes) - len(before)
-    for axis in range(lead, len(sizes)):
-        size, own, now = sizes[axis], before[axis - lead], after[axis - lead]
-        if not isinstance(size, int) or size == -1:
-            continue
-        repeats = own == 1 and size > 1 and axis < len(sizes) - 2
-        if repeats or isinstance(now, int):
-            sizes[axis] = now
-    return sizes
-
-
-def _reshaped(node: fx.Node, values: dict[fx.Node, fx.Node]) -> Iterator[list[Any]]:
-    """Size lists for a view of the new input.
-
-    The likeliest come first: those that change an axis whose leading axes hold what they held.
-    """
-    source = cast(fx.Node, node.args[0])
-    ratio = _ratio(values[source], source)
-    sizes = list(cast(Any, node.args[1]))
-    if ratio == 1 or ratio is None:
-        yield sizes
-        return
-    axis = _first_change(values[source], source)
-    lead = _product(source.meta["val"].shape[:axis])
-    size = expression(source.meta["val"].shape[axis])
-    shape = node.meta["val"].shape
-    spots = [
-        at
-        for at, size in enumerate(sizes)
-        if size == -1 or (isinstance(size, int) and (size * ratio).is_integer)
-    ]
-    for at in sorted(spots, key=lambda spot: _unlikely(shape, spot, lead, size)):
-        if sizes[at] == -1:
-            yield sizes
-        else:
-            yield [*sizes[:at], int(sizes[at] * ratio), *sizes[at + 1 :]]
-
-
-def _unlikely(shape: Any, axis: int, lead: Any, size: Any) -> int:
-    """0 where an axis begins where the changed axis, of `size` after `lead` elements, did; 1 where
-    it holds all of that axis; 2 elsewhere."""
-    inside = sympy.cancel(lead / _product(shape[:axis]))
-    if inside == 1:
-        return 0
-    whole = sympy.cancel(expression(shape[axis]) / (inside * size))
-    return 1 if inside.is_Integer and whole.is_Integer else 2
-
-
-def _scaled(node: fx.Node, made: fx.Node, values: dict[fx.Node, fx.Node]) -> bool:
-    """Whether the new view differs from the old in one axis at most."""
-    old, new = node.meta["val"].shape, made.meta["val"].shape
-    return (
-        len(old) == len(new)
-        and sum(not same_size(a, b) for a, b in zip(old, new, strict=True)) <= 1
-    )
-
-
 def _unlike(result: fx.Node, operand: fx.Node, heads: int, dim: int) -> str:
     """Why the new operand is not [batch, heads, seq, dim] like the old one; empty when it is."""
     new, old = result.meta["val"], operand.meta["val"]
@@ -372,24 +331,3 @@ def _unlike(result: fx.Node, operand: fx.Node, heads: int, dim: int) -> str:
     if len(new.shape) == 4 and all(same_size(a, b) for a, b in zip(new.shape, wanted, strict=True)):
         return "" if new.dtype == old.dtype else f"the new operand is {new.dtype}, not {old.dtype}"
     return f"the new operand would be {tuple(new.shape)}, not {wanted}"
-
-
-def _product(sizes: Any) -> sympy.Expr:
-    found: sympy.Expr = sympy.Integer(1)
-    for size in sizes:
-        found = found * expression(size)
-    return found
-
-
-def _ratio(new: fx.Node, old: fx.Node) -> Any:
-    """Elements of `new` over elements of `old` as a rational number.
-
-    None when it depends on a symbol.
-    """
-    found = sympy.cancel(_product(new.meta["val"].shape) / _product(old.meta["val"].shape))
-    return found if found.is_Rational else None
-
-
-def _first_change(new: fx.Node, old: fx.Node) -> int:
-    pairs = enumerate(zip(new.meta["val"].shape, old.meta["val"].shape, strict=True))
-    return next((at for at, (a, b) in pairs if not same_size(a, b)), 0)

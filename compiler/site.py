@@ -28,8 +28,9 @@ class Path:
     `weight` and `bias` the names of its parameters in the program's module. `channels` int64
     `[heads, head_dim]`: the projection's output channel that feeds (head, dim), taken before any
     rotation or norm. `split` is the earliest node downstream of the projection that is an index map
-    of it, times one number at most, with one axis per head, in `order` "bthd" or "bhtd"; everything
-    between `split` and the attention's operand acts on each head alike.
+    of it, times one number at most, with one axis per head, in `order` "bthd" or "bhtd"; where no
+    node holds each key/value head once, one that holds them as often as query heads read them.
+    Everything between `split` and the attention's operand acts on each head alike.
     """
 
     projection: str
@@ -110,6 +111,13 @@ class Site:
     mask_certainty: Certainty = "proved"
     spelling: Literal["sdpa", "eager"] = "sdpa"
     missing: dict[str, str] = field(default_factory=dict)
+
+    def unsplit(self, which: Literal["q", "k", "v"]) -> str:
+        """Why no node holds an operand as its projection makes it with one axis per head, in
+        words."""
+        if self.qk_norm and which != "v":
+            return f"one norm over all heads of {which} stands between them and their projection"
+        return f"no node holds {which} with one axis per head, as its projection makes it"
 
 
 @dataclass(frozen=True)

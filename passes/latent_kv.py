@@ -6,8 +6,9 @@ DeepSeek-V2, section 2.1; conversion after TransMLA, Meng et al. 2025). Prompts 
 derived decoder stores c and the shared part alone, and absorbs the maps into queries and outputs.
 
 Without rotary nothing but the rank is lost: at the model's width it is exact. With rotary, what is
-not shared loses its rotary, and that costs; below half of the bytes it needs healing. The maths is
-in `attnopt.compiler.latent`; run `refit` afterwards.
+not shared loses its rotary, and that costs; below half of the bytes it is experimental until it is
+healed. The maths is in `attnopt.compiler.latent`; run `refit` afterwards. Keys that keep their own
+rotary per head at a lower rank, with values absorbed, are `shrink_head_dim`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from attnopt.compiler.site import Path, Site
 from attnopt.compiler.site_heads import Heads, unknown
 
 _EXACT = 1e-12  # a share of energy lost that is rounding
+_UNHEALED = "experimental unless healed: below half of the bytes, rotary models lose much"
 
 
 @dataclass(frozen=True)
@@ -215,8 +217,11 @@ class _Known:
 def _note(known: _Known, slots: Slots, made: Latent) -> str:
     rank, rotary = len(made.down), 2 * len(slots.pair)
     said = f"{known.numbers} -> {rank + rotary} numbers cached per token"
-    if rotary:
-        return f"{said}, {rotary} of them with rotary ({slots.energy:.1%} of its energy)"
+    if len(known.pairs):
+        shared = f"{rotary} of them with rotary ({slots.energy:.1%} of its energy)"
+        told = f"{said}, {shared if rotary else 'none of them with rotary'}"
+        small = round((rank + rotary) / known.numbers, 2) < 0.5
+        return f"{told}; {_UNHEALED}" if small else told
     return f"{said}{', exact' if max(made.k_tail, made.v_tail) < _EXACT else ''}"
 
 

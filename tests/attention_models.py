@@ -47,9 +47,46 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "eos_token_id": 0,
         },
     ),
+    "alibi": (
+        "Mpt",
+        {
+            "d_model": 32,
+            "n_layers": LAYERS,
+            "n_heads": 4,
+            "vocab_size": VOCABULARY,
+            "max_seq_len": 256,
+        },
+    ),
+    # Its views join the batch and the heads in one axis; its softmax is in float32, always.
+    "bloom": (
+        "Bloom",
+        {"hidden_size": 32, "n_layer": LAYERS, "n_head": 4, "vocab_size": VOCABULARY},
+    ),
+    # No positions at all.
+    "none": (
+        "SmolLM3",
+        {**_SIZES, "num_key_value_heads": 4, "no_rope_layers": [0], "pad_token_id": 0},
+    ),
+    # One product, split by groups of queries with their key and value, which it then repeats.
+    "by groups": (
+        "Falcon",
+        {
+            "hidden_size": 64,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": 8,
+            "num_kv_heads": 4,
+            "new_decoder_architecture": True,
+            "alibi": False,
+            "vocab_size": VOCABULARY,
+        },
+    ),
+    # A norm over all heads of a projection together, and one per head with weights of its own.
+    "norm of all": ("Olmo2", {**_SIZES, "num_key_value_heads": 4, "pad_token_id": 0}),
+    "own norms": ("StableLm", {**_SIZES, "num_key_value_heads": 4, "qk_layernorm": True}),
 }
 KINDS = tuple(sorted(_MODELS))
-EAGER = ("grouped", "learned")  # these are traced in the eager spelling, the others as SDPA
+# These are traced in the eager spelling, the others as SDPA.
+EAGER = ("alibi", "bloom", "grouped", "learned")
 
 
 class _Logits(nn.Module):

@@ -1,10 +1,12 @@
 """The sizes of attentions in the fields of the family's config: how many heads, how many that have
 keys and values, how many dims of each.
 
-A config says one size for all layers. Layers that kept fewer heads than others are filled up with
-heads of zeros: their values are zero, so is what the output projection makes of them, and the
-function is the same. As many are added where the config refuses a number (Llama's wants the width
-to be a multiple of it). Merged heads are not filled up: every query head reads one that it had.
+A config says one size for all layers: `per_layer_config`, which every config of transformers takes,
+is read by no model of Llama's build, and its `skip` leaves nothing out. Layers that kept fewer
+heads than others are filled up with heads of zeros: their values are zero, so is what the output
+projection makes of them, and the function is the same. As many are added where the config refuses a
+number (Llama's wants the width to be a multiple of it). Merged heads are not filled up: every query
+head reads one that it had.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from attnopt.compiler.program import Program
 from attnopt.compiler.site import Rotary, Site
 
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads")
+_UNREAD = "and its model does not read per_layer_config"
 _SAME = 1e-5  # of a frequency, which tables in float32 give to 1e-6
 Told = dict[str, tuple[Any, Any]]
 
@@ -82,7 +85,7 @@ def _kv_heads(config: Any, made: Changes) -> Told:
             f"{other.before.id} has {other.after.kv_heads} key/value heads, "
             f"{first.before.id} has {first.after.kv_heads}",
             where=other.before.module,
-            why=f"the config of {config.model_type} has one {name} for all layers",
+            why=f"the config of {config.model_type} has one {name} for all layers, {_UNREAD}",
             help="merge the heads of every layer by the same factor",
         )
     return {name: (first.before.kv_heads, first.after.kv_heads)}
@@ -96,7 +99,7 @@ def _dim(config: Any, made: Changes) -> int:
     dim, _ = _dims(made.program, first.after)
     for pair in made.pairs:
         keys, values = _dims(made.program, pair.after)
-        why = f"the config of {config.model_type} has one dim for all of them"
+        why = f"the config of {config.model_type} has one dim for all of them, {_UNREAD}"
         if keys != values:
             raise refusal(
                 f"{pair.before.id} has queries and keys of {keys} dims and values of {values}",
@@ -132,10 +135,10 @@ def _fewer_heads(config: Any, made: Changes, dim: int) -> Told:
                 f"{pair.before.id} has {own} query heads per key/value head, "
                 f"{most.before.id} has {group}",
                 where=pair.before.module,
-                why=f"the config of {config.model_type} has one number for all layers",
+                why=f"the config of {config.model_type} has one number for all layers, {_UNREAD}",
             )
     name, kv = _field(config, "num_attention_heads"), _field(config, *_KV_HEADS)
-    why = f"the config of {config.model_type} has one number of heads for all layers"
+    why = f"the config of {config.model_type} has one number of heads for all layers, {_UNREAD}"
     if name is None or (kv is None and group > 1):
         why = f"the config of {config.model_type} has no field for them"
     else:

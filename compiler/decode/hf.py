@@ -103,6 +103,19 @@ def as_transformers(decoder: Decoder, config: Any) -> Any:
             if generation_config.use_cache is not False:
                 model_kwargs.setdefault("past_key_values", Past(decoder))
 
+        def get_input_embeddings(self) -> torch.nn.Module:
+            """The table of the tokens, with the decoder's own weights. Raises `Problem` A707 where
+            they are looked up in none, or in several."""
+            return _embeddings(decoder)
+
+        def set_input_embeddings(self, value: torch.nn.Module) -> None:
+            """Raises `Problem` A707: the graph has its table."""
+            raise _no("other embeddings", "change them in the original model, and derive it again")
+
+        def resize_token_embeddings(self, *_: Any, **__: Any) -> torch.nn.Module:
+            """Raises `Problem` A707: the graph has its table."""
+            raise _no("other embeddings", "change them in the original model, and derive it again")
+
         @torch.no_grad()
         def forward(
             self,
@@ -111,23 +124,34 @@ def as_transformers(decoder: Decoder, config: Any) -> Any:
             position_ids: Tensor | None = None,
             past_key_values: Past | None = None,
             use_cache: bool | None = None,
-            logits_to_keep: int = 0,
+            logits_to_keep: int | Tensor = 0,
+            return_dict: bool | None = None,
             **more: Any,
-        ) -> CausalLMOutputWithPast:
-            """Logits `[batch, S, vocabulary]`, or those of the last position where
-            `logits_to_keep` is 1, and the tokens read so far. Raises `Problem` A707 where losses,
-            hidden states or attentions are asked for, or another cache is given."""
+        ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+            """Logits `[batch, S, vocabulary]` and the tokens read so far, as a tuple where
+            `return_dict` says so. `logits_to_keep` is how many of the last positions have logits (0
+            for all), or which, int64 `[n]`. Raises `Problem` A707 where losses, hidden states or
+            attentions are asked for, or another cache is given."""
             asked = [name for name in _MISSING if more.get(name) not in (None, False)]
             if asked or not isinstance(past_key_values, Past | None):
                 what = ", ".join(asked) or type(past_key_values).__name__
-                raise Problem("A707", f"the decoder has no use for {what}",
-                              help="it gives logits, from tokens and its own cache")  # fmt: skip
+                raise _no(what, "it gives logits, from tokens and its own cache")
             past = past_key_values or Past(decoder)
-            logits = past.read(input_ids, attention_mask, position_ids, logits_to_keep == 1)
-            return CausalLMOutputWithPast(
+            single = False
+            kept: slice | Tensor
+            if isinstance(logits_to_keep, int):
+                single, kept = logits_to_keep == 1, slice(-logits_to_keep, None)
+            else:
+                kept = logits_to_keep
+            logits = past.read(input_ids, attention_mask, position_ids, single)
+            if not single:
+                logits = logits[:, kept]
+            made = CausalLMOutputWithPast(
                 logits=logits,
                 past_key_values=past if use_cache is not False else None,  # type: ignore[arg-type]
             )
+            whole = self.config.return_dict if return_dict is None else return_dict
+            return made if whole else made.to_tuple()
 
     made = DecoderForCausalLM(_config(transformers, config)).eval()
     if not isinstance(config, transformers.PretrainedConfig):
@@ -136,6 +160,32 @@ def as_transformers(decoder: Decoder, config: Any) -> Any:
             made.generation_config = with_settings.from_pretrained(config, local_files_only=True)
         except OSError:
             made.generation_config = with_settings.from_model_config(made.config)
+    return made
+
+
+def _no(what: str, help: str) -> Problem:
+    return Problem("A707", f"the decoder has no use for {what}", help=help)
+
+
+def _embeddings(decoder: Decoder) -> torch.nn.Embedding:
+    """The table in which a decoder looks its tokens up."""
+    program = decoder.program
+    tokens = [program.node(name) for name in decoder.split.tokens if "position" not in name]
+    tables = {
+        str(table.target)
+        for node in tokens
+        for user in node.users
+        if user.target is torch.ops.aten.embedding.default
+        and isinstance(table := user.args[0], torch.fx.Node)
+        and table.op == "get_attr"
+    }
+    if len(tables) != 1:
+        raise Problem(
+            "A707", f"the decoder has no one table of embeddings, but {len(tables)}",
+            help="take it from the original model",
+        )  # fmt: skip
+    weight = program.weight(tables.pop()).detach()
+    made: torch.nn.Embedding = torch.nn.Embedding.from_pretrained(weight)
     return made
 
 

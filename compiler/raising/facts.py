@@ -87,9 +87,12 @@ def _path(
     found_map = channels(held, operand)
     index, factor = found_map.index, found_map.factor
     uniform = float((factor - factor.flatten()[0]).abs().max()) <= 1e-6 * float(factor.abs().max())
+    copies = index
     if repeats:
         index = distinct(index)
     split = split_node(held, operand, index)
+    if split is None and len(index) < len(copies):
+        split = split_node(held, operand, copies)  # no node holds each head once
     name, order = split if split else ("", "bthd")
     path = Path(
         source.node.name,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -12,7 +14,8 @@ from attnopt.autotune.charts import Bar, Point, bars, heatmap, interval, scatter
 from attnopt.autotune.markup import Markup, join, tag
 from attnopt.autotune.report import markdown
 from attnopt.autotune.report_html import page
-from attnopt.autotune.result import Number, Speed
+from attnopt.autotune.result import Number, Result, Speed
+from attnopt.compiler.decode.phase_cost import Decoding, Phase, SitePhases
 from attnopt.compiler.plan import Outcome
 from tests.autotune.results import NASTY, full, least
 
@@ -211,3 +214,45 @@ def test_thirty_two_layers_fit_the_width() -> None:
     boxes = re.findall(r'<rect[^>]* x="([\d.]+)"[^>]* width="([\d.]+)"', drawn)
     assert len(boxes) == 32
     assert max(float(x) + float(width) for x, width in boxes) <= 760
+
+
+def decoded(before: Sequence[int], after: Sequence[int]) -> Result:
+    """A run on attentions whose steps read these numbers of kB."""
+    told = {
+        name: Decoding(
+            1, 8, 8,
+            tuple(
+                SitePhases(f"s{at}", Phase(5e6, 1e6), Phase(2e6, 1e3 * size), 16 * size, 128 * size)
+                for at, size in enumerate(sizes)
+            ),
+            10, 20,
+        )
+        for name, sizes in (("before", before), ("after", after))
+    }  # fmt: skip
+    return replace(full(), decoding=told)
+
+
+def test_each_attention_has_its_phases() -> None:
+    """Attentions alike share a row; what changed has one before and one after."""
+    result = decoded((8, 8, 8, 8), (8, 8, 4, 2))
+    rows = say.phase_rows(result)
+    assert [row[:3] for row in rows] == [
+        ("s0..s1", "before and after", "128 B"),
+        ("s2", "before", "128 B"), ("s2", "after", "64 B"),
+        ("s3", "before", "128 B"), ("s3", "after", "32 B"),
+    ]  # fmt: skip
+    assert rows[2][3:] == ("5e+06", "1 MB", "5", "2e+06", "4 kB", "500")
+    assert "| s2 | after | 64 B | 5e+06 | 1 MB | 5 | 2e+06 | 4 kB | 500 |" in markdown(result)
+    cells = [text for _, text in _Page(page(result)).texts]
+    assert {"s0..s1", "before and after", "4 kB", "500"} <= set(cells)
+    assert "<details><summary>all 5" not in page(result)
+    assert say.phase_rows(replace(result, decoding={})) == []
+
+
+def test_many_attentions_are_folded() -> None:
+    result = decoded([8] * 40, list(range(1, 41)))
+    assert len(say.phase_rows(result)) == 2 * 39 + 1
+    assert "<summary>all 79 rows of attentions</summary>" in page(result)
+    told = markdown(result)
+    assert "55 more rows are in report.html." in told
+    assert "| s11 | after |" in told and "| s30 | after |" not in told

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from attnopt.compiler.gauge import Freedom, complex_scalars, freedom, unpaired
+from attnopt.compiler.gauge import Freedom, complex_scalars, freedom, permutes, unpaired
 from tests.attention_models import raised
 from tests.tolerance import assert_close
 
@@ -44,6 +44,24 @@ def test_a_norm_leaves_turns_where_its_weight_is_even() -> None:
     assert found.pairs == "turn"
     assert "norm" in found.why
     assert freedom(even, even.sites[0], "v") == Freedom("scale", True)
+
+
+def test_heads_that_the_graph_repeats_may_change_places() -> None:
+    program = raised("by groups")
+    site = program.sites[0]
+    assert site.k is not None and site.k.split
+    assert program.node(site.k.split).meta["val"].shape[2] == 2 * site.kv_heads
+    order = torch.tensor([2, 0, 3, 1])
+    assert all(permutes(program, site, which, order) for which in ("k", "v"))  # type: ignore[arg-type]
+    own = raised("own norms")
+    assert not permutes(own, own.sites[0], "k", order)
+
+
+def test_a_norm_over_all_heads_leaves_nothing() -> None:
+    program = raised("norm of all")
+    found = freedom(program, program.sites[0], "k")
+    assert (found.pairs, found.rest) == ("none", False)
+    assert "one norm over all heads of k" in found.why
 
 
 def test_an_unknown_path_has_no_freedom() -> None:

@@ -27,7 +27,7 @@ def again(program: Program, which: Which) -> Site | Miss:
     return reproject(program, site, which, weight.flatten(0, 1), flat, len(weight))
 
 
-@pytest.mark.parametrize("kind", ("grouped", "learned", "partial", "normed"))
+@pytest.mark.parametrize("kind", ("grouped", "learned", "partial", "normed", "bloom", "by groups"))
 def test_its_own_weights_change_nothing(kind: str) -> None:
     program = raised(kind)
     made = program.copy()

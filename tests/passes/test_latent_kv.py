@@ -21,7 +21,7 @@ from attnopt.passes.refit import Refit
 from tests.attention_models import applied, distance, logits, missed, notes, raised, tokens
 from tests.tolerance import assert_close
 
-LINEAR = ("llama", "grouped", "biased", "partial", "learned")
+LINEAR = ("llama", "grouped", "biased", "partial", "learned", "alibi", "by groups")
 IDENTITY = 1e-10  # of the logits' norm, in float64
 
 
@@ -98,6 +98,20 @@ def test_the_predicted_loss_is_the_measured_one(kind: str) -> None:
             assert predicted > 1e-3
             assert abs(predicted - edit.evidence[f"{name}_residual"]) < 1e-6
             assert edit.evidence[f"{name}_heldout"] > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "keep", "rotary", "told"),
+    [("llama", 0.5, 0.5, False), ("llama", 0.25, 0.5, True), ("llama", 0.25, 0.0, True),
+     ("partial", 0.33, 0.25, True), ("learned", 0.25, 0.5, False)],
+)  # fmt: skip
+def test_small_caches_of_rotary_models_are_experimental(
+    kind: str, keep: float, rotary: float, told: bool
+) -> None:
+    program = raised(kind)
+    _, edits = applied(program, LatentKv(keep, rotary), notes(program))
+    assert ("experimental unless healed" in edits[0].note) == told
+    assert ("none of them with rotary" in edits[0].note) == (rotary == 0)
 
 
 @pytest.mark.parametrize("kind", ("llama", "learned"))

@@ -28,7 +28,7 @@ from tests.attention_models import applied, distance, fused, logits, missed, not
 from tests.families import Block
 from tests.tolerance import assert_close
 
-KINDS = ("grouped", "learned", "partial")
+KINDS = ("grouped", "learned", "partial", "alibi", "none", "bloom", "by groups")
 
 
 def silenced(program: Program, group: int) -> Program:
@@ -223,7 +223,7 @@ def test_a_plain_module_with_fused_projections() -> None:
     assert "heldout" not in edits[0].evidence
 
 
-@pytest.mark.parametrize("kind", ("grouped",))
+@pytest.mark.parametrize("kind", ("grouped", "bloom", "by groups"))
 def test_what_comes_after_still_works(kind: str) -> None:
     program, made = raised(kind), pruned(kind)[0]
     module = export(made).module()

@@ -65,7 +65,7 @@ def thin(program: Program) -> Program:
     return made
 
 
-@pytest.mark.parametrize("kind", ("llama", "learned"))
+@pytest.mark.parametrize("kind", ("llama", "learned", "bloom", "by groups"))
 def test_heads_that_have_no_more_dims_shrink_with_no_loss(kind: str) -> None:
     program = thin(raised(kind))
     made, edits = applied(program, ShrinkHeadDim(0.5), notes(program))
@@ -152,7 +152,7 @@ def operands(program: Program, known: Notes) -> tuple[Tensor, Tensor]:
     return joined[0], joined[1]
 
 
-@pytest.mark.parametrize("kind", ("llama", "learned"))
+@pytest.mark.parametrize("kind", ("llama", "learned", "bloom"))
 def test_values_lose_what_was_told(kind: str) -> None:
     """Measured head by head on what both graphs give, each read as it is by the output."""
     program, known = raised(kind), notes(raised(kind))

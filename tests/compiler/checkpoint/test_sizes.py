@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from attnopt.compiler.checkpoint.changes import Pair
 from attnopt.compiler.checkpoint.sizes import sizes
@@ -57,3 +58,32 @@ def test_a_number_of_heads_that_the_config_takes(left: int, written: int) -> Non
     with pytest.raises(Problem) as caught:
         sizes(config, made)
     assert caught.value.where == "layers.0" and "96) is not a multiple" in caught.value.why
+
+
+def test_heads_that_differ_between_layers_are_refused_with_why_no_field_helps() -> None:
+    spec = AttentionSpec(8, 8, head_dim=16, v_dim=16, scale=0.25)
+    made = _stub(spec, spec.with_(kv_heads=4))
+    other = _stub(spec, spec.with_(kv_heads=2)).pairs[0]
+    with pytest.raises(Problem) as caught:
+        sizes(transformers.LlamaConfig(), SimpleNamespace(**{**vars(made), "pairs": (
+            made.pairs[0], other)}))  # fmt: skip
+    assert "does not read per_layer_config" in caught.value.why
+
+
+def test_llama_does_not_read_what_its_config_says_of_a_layer() -> None:
+    """Why sizes are the same in all layers. Once this fails, checkpoints may say more."""
+    small: dict[str, Any] = {
+        "vocab_size": 40, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 4,
+    }  # fmt: skip
+
+    def built(**more: Any) -> Any:
+        torch.manual_seed(0)
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**small, **more)).eval()
+
+    with pytest.raises(RuntimeError, match="'num_key_value_heads' is a per-layer attribute"):
+        built(per_layer_config={1: {"num_key_value_heads": 1}})
+    ids = torch.arange(8)[None]
+    plain, skipping = built(), built(per_layer_config={1: {"skip": ["attention"]}})
+    assert torch.equal(plain(ids).logits, skipping(ids).logits)
+    assert torch.equal(plain(ids).logits, built(skip=[1])(ids).logits)

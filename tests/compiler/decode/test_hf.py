@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +18,7 @@ from attnopt.compiler.trace import trace
 from tests.compiler.decode.test_generate import decoder, llama, prompts
 from tests.families import Decoder as Plain
 from tests.programs import rewritten
+from tests.tolerance import assert_close
 from tests.tree import ROOT
 
 transformers = pytest.importorskip("transformers")
@@ -108,6 +110,41 @@ def test_padding_for_a_model_that_was_traced_without() -> None:
         for model in (hf, as_transformers(derived, PYLM))
     ]
     assert torch.equal(*tokens)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2, 100, torch.tensor([0, 4]), torch.tensor([3])])
+def test_logits_of_the_positions_that_are_asked_for(kept: Any) -> None:
+    ids, _ = prompts()
+    theirs, mine = (
+        model(ids, use_cache=False, logits_to_keep=kept).logits for model in (llama()[0], made())
+    )
+    assert mine.shape == theirs.shape
+    assert_close(mine, theirs)
+
+
+def test_a_tuple_where_one_is_asked_for() -> None:
+    ids, _ = prompts()
+    logits, past = made()(ids, return_dict=False)
+    assert_close(logits, made()(ids).logits)
+    assert past.get_seq_length() == ids.shape[1]
+    assert len(made()(ids, return_dict=False, use_cache=False)) == 1
+    config = copy.deepcopy(llama()[0].config)
+    config.return_dict = False
+    plain = as_transformers(decoder(), config)
+    assert isinstance(plain(ids), tuple)
+    assert plain(ids, return_dict=True).logits.shape == logits.shape
+
+
+def test_the_embeddings_are_those_of_the_model() -> None:
+    ids, _ = prompts()
+    table = made().get_input_embeddings()
+    assert torch.equal(table(ids), llama()[0].get_input_embeddings()(ids))
+    for change in (
+        lambda: made().set_input_embeddings(table),
+        lambda: made().resize_token_embeddings(8),
+    ):
+        with pytest.raises(Problem, match="no use for other embeddings"):
+            change()
 
 
 @pytest.mark.parametrize("more", [{"labels": 1}, {"output_hidden_states": True}])
