@@ -12,9 +12,7 @@ import pytest
 import torch
 
 from attnopt.autotune.generate import generate
-from attnopt.codegen import aoti
 from attnopt.codegen.emit import public_name
-from attnopt.codegen.target import target
 from attnopt.compiler.artifact import load, save
 from attnopt.compiler.folder import check_writable
 from attnopt.compiler.plan import Plan
@@ -266,17 +264,3 @@ def test_a_package_that_cannot_be_compiled_leaves_nothing(
     error = _error(command, run, "--target", "cpu", "--package", "--out", "out")
     assert error["code"] == "A809" and error["why"] == "no compiler"
     assert not Path("out").exists() and not list(Path().glob(".out*"))
-
-
-def test_operators_of_attnopt_cannot_be_packaged(tmp_path: Path) -> None:
-    class _Calls(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            made: torch.Tensor = torch.ops.attnopt.attention(
-                x, x, x, [], AttentionSpec(1, 1, 4, 4, 1.0).text
-            )
-            return made
-
-    exported = torch.export.export(_Calls(), (torch.randn(1, 1, 3, 4),))
-    with pytest.raises(Exception, match="cannot be packaged") as problem:
-        aoti.package(exported, tmp_path / "model.pt2", target("cpu"))
-    assert "attnopt.attention.default" in str(problem.value)
