@@ -76,6 +76,8 @@ class Dispatch(Ways):
             from attnopt.codegen.flash_attention import differentiable  # it needs triton
 
             return differentiable(self.spec, self.target, load, self.device)
+        if not names:
+            return launch
 
         def run(q: Tensor, k: Tensor, v: Tensor, *extras: Tensor) -> Tensor:
             return launch(q, k, v, **dict(zip(names, extras, strict=True)))
