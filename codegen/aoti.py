@@ -80,7 +80,8 @@ def rebound(exported: torch.export.ExportedProgram) -> torch.export.ExportedProg
     """The same program with its canonical attentions in torch's operators."""
     if all(node.target is not ATTENTION for node in exported.graph.nodes):
         return exported
-    return exported.run_decompositions({ATTENTION: _in_torch})
+    made: torch.export.ExportedProgram = exported.run_decompositions({ATTENTION: _in_torch})
+    return made
 
 
 def _in_torch(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: str) -> Tensor:

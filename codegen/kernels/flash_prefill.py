@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnopt.codegen.arguments import mask_arguments, precision_argument
 from attnopt.codegen.kernel import Inputs, Kernel, Load, Outputs, Work
 from attnopt.codegen.kernels.references import flash_prefill as plain
 from attnopt.codegen.matrix_units import matrix_units
@@ -285,6 +286,7 @@ class FlashPrefill(Kernel[AttentionSpec]):
     maxnreg: int = choice(0, 128, 168, 224, default=0, vendor="nvidia")
     waves_per_eu: int = choice(0, 1, 2, 3, 4, default=0, vendor="amd")
     units: int = 132
+    precision: str = "ieee"  # of products of float32, see `precision_argument`
 
     @classmethod
     def supports(cls, spec: AttentionSpec, target: Target) -> Miss | None:
@@ -345,6 +347,7 @@ class FlashPrefill(Kernel[AttentionSpec]):
             "mean_of_none": spec.fill == "min", "block_m": self.block_m, "block_n": self.block_n,
             "packed": self.packed, "waves": self.waves, "units": self.units, "warps": self.warps,
             "stages": self.stages, "maxnreg": self.maxnreg, "waves_per_eu": self.waves_per_eu,
+            **precision_argument(self.precision),
         }  # fmt: skip
 
     @classmethod
@@ -390,11 +393,3 @@ class FlashPrefill(Kernel[AttentionSpec]):
             for depth in (64, 128)
             for mask in (CAUSAL, Mask("window", left=1024, sink=4))
         )
-
-
-def mask_arguments(mask: Mask) -> dict[str, Any]:
-    """The launcher's arguments for a mask of a spec."""
-    causal = mask.kind == "causal" or (mask.kind == "window" and mask.causal)
-    return {
-        "causal": causal, "window": mask.kind == "window", "left": mask.left, "sink": mask.sink,
-    }  # fmt: skip

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnopt.codegen.arguments import precision_argument
 from attnopt.codegen.kernel import Inputs, Kernel, Load, Outputs, Work
 from attnopt.codegen.kernels.merge_partials import merge_partials
 from attnopt.codegen.kernels.references import latent_decode as plain
@@ -227,6 +228,7 @@ class LatentDecode(Kernel[LatentSpec]):
     warps: int = choice(1, 2, 4, 8, 16, default=8)
     stages: int = choice(1, 2, 3, 4, 5, default=2)
     units: int = 132
+    precision: str = "ieee"  # of products of float32, see `precision_argument`
 
     @classmethod
     def supports(cls, spec: LatentSpec, target: Target) -> Miss | None:
@@ -299,6 +301,7 @@ class LatentDecode(Kernel[LatentSpec]):
             "scale": spec.scale, "causal": spec.causal, "block_m": self.block_m,
             "block_n": self.block_n, "splits": self.splits, "units": self.units,
             "waves": self.waves, "warps": self.warps, "stages": self.stages,
+            **precision_argument(self.precision),
         }  # fmt: skip
 
     @classmethod

@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnopt.codegen.arguments import mask_arguments, precision_argument
 from attnopt.codegen.decode_spec import DecodeSpec, decode_inputs, held_bytes
 from attnopt.codegen.kernel import Inputs, Kernel, Load, Outputs, Work
-from attnopt.codegen.kernels.flash_prefill import mask_arguments
 from attnopt.codegen.kernels.merge_partials import merge_partials
 from attnopt.codegen.kernels.references import split_decode as plain
 from attnopt.codegen.matrix_units import matrix_units
@@ -310,6 +310,7 @@ class SplitDecode(Kernel[DecodeSpec]):
     warps: int = choice(1, 2, 4, 8, default=4)
     stages: int = choice(1, 2, 3, 4, 5, 7, default=3)
     units: int = 132
+    precision: str = "ieee"  # of products of float32, see `precision_argument`
 
     @classmethod
     def supports(cls, spec: DecodeSpec, target: Target) -> Miss | None:
@@ -356,6 +357,7 @@ class SplitDecode(Kernel[DecodeSpec]):
         return {
             **_meaning(spec), "block_n": self.block_n, "splits": self.splits,
             "units": self.units, "waves": self.waves, "warps": self.warps, "stages": self.stages,
+            **precision_argument(self.precision),
         }  # fmt: skip
 
     @classmethod
@@ -382,6 +384,7 @@ class SplitDecode(Kernel[DecodeSpec]):
             (DecodeSpec(grouped(128)), Load(8, 1, 32768)),
             (DecodeSpec(grouped(128), "paged", 64), Load(8, 4, 32768)),
             (DecodeSpec(grouped(128), selected=32, run=64), Load(8, 1, 32768)),
+            (DecodeSpec(grouped(128), cache_dtype="float8_e5m2"), Load(8, 1, 32768)),
             (DecodeSpec(grouped(128, Mask("window", 256, 64)), "ring"), Load(8, 1, 32768)),
         )
 
