@@ -242,7 +242,8 @@ def flash_prefill(
     if with_lse:
         lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
     if q_starts is not None:
-        q_starts, k_starts = (x if x is None else x.contiguous() for x in (q_starts, k_starts))
+        q_starts = q_starts.contiguous()
+        k_starts = None if k_starts is None else k_starts.contiguous()
         sequences, queries = q_starts.shape[0] - 1, longest
         out.zero_()
         if lse is not None:
