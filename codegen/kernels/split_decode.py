@@ -384,8 +384,8 @@ class SplitDecode(Kernel[DecodeSpec]):
             (DecodeSpec(grouped(128)), Load(8, 1, 32768)),
             (DecodeSpec(grouped(128), "paged", 64), Load(8, 4, 32768)),
             (DecodeSpec(grouped(128), selected=32, run=64), Load(8, 1, 32768)),
-            (DecodeSpec(grouped(128), cache_dtype="float8_e5m2"), Load(8, 1, 32768)),
             (DecodeSpec(grouped(128, Mask("window", 256, 64)), "ring"), Load(8, 1, 32768)),
+            (DecodeSpec(grouped(128), cache_dtype="float8_e5m2"), Load(8, 1, 32768)),
         )
 
 
