@@ -12,6 +12,7 @@ from typing import Any
 from attnopt.autotune.optimize import require_sites
 from attnopt.codegen import c_header, c_loader
 from attnopt.codegen.aoti import check_package, package
+from attnopt.codegen.arguments import precision_argument
 from attnopt.codegen.build import Built, build
 from attnopt.codegen.index import MANIFEST, README, Placed, as_text, manifest, readme
 from attnopt.codegen.pick import Picked, pick
@@ -53,22 +54,24 @@ class Generated:
 def generate(
     run: Path, out: Path, name: str, *, batch: int | None = None, length: int | None = None,
     dtype: str | None = None, aot: bool = True, with_package: bool = False,
-    progress: Progress | None = None,
+    precision: str = "ieee", progress: Progress | None = None,
 ) -> Generated:  # fmt: skip
     """Write kernels for the attentions of the run in the folder `run`, for the target `name`.
 
     `batch`, `length` and `dtype` are what tile sizes are chosen for; None takes those of the run.
-    Without `aot` nothing is compiled. Raises `Problem` A505 where there is no run, A801 without
-    triton, A804 in its interpreter, A805 and A831 where a kernel cannot be compiled or does not
-    fit, A806 where no attention has a kernel, A807 on sizes and dtypes that cannot be, A808 for the
-    CPU without a package, A809 where the package cannot be made, and A502, A508 and A830 for a
-    place that cannot be written.
+    Without `aot` nothing is compiled. `precision` "tf32" rounds the operands of products in
+    float32. Raises `Problem` A505 where there is no run, A801 without triton, A802 on another
+    precision, A804 in its interpreter, A805 and A831 where a kernel cannot be compiled or does not
+    fit, A806 where no attention has a kernel, A807 on sizes, dtypes and precisions that cannot be,
+    A808 for the CPU without a package, A809 where the package cannot be made, and A502, A508 and
+    A830 for a place that cannot be written.
     """
     say = progress or (lambda what, share: None)
     home, on = run.parent if run.name == PLAN else run, target(name)
     plan = home / PLAN
     read_plan(home)
     _check(home, out, on, aot, with_package)
+    _check_precision(precision, on)
     placed: tuple[Placed, ...] = ()
     built: tuple[Built, ...] = ()
     if not on.measured:
@@ -78,7 +81,7 @@ def generate(
             require_sites(program)
         asked = wanted(program, batch, length, dtype)
         stepped, lost = _steps(home, asked)
-        placed, built = _modules([*asked, *stepped], on, aot, say)
+        placed, built = _modules([*asked, *stepped], on, aot, precision, say)
         placed += lost
         placed += tuple(
             Placed(
@@ -154,8 +157,14 @@ def _check(home: Path, out: Path, on: Target, aot: bool, with_package: bool) -> 
     check_writable(out)
 
 
+def _check_precision(precision: str, on: Target) -> None:
+    precision_argument(precision)
+    if precision != "ieee" and precision not in on.peak:
+        raise Problem("A807", f"{on.title} has no products in {precision}")
+
+
 def _modules(
-    asked: list[Wanted], on: Target, aot: bool, say: Progress
+    asked: list[Wanted], on: Target, aot: bool, precision: str, say: Progress
 ) -> tuple[tuple[Placed, ...], tuple[Built, ...]]:
     """For each attention its module; attentions with one spec at one size share theirs."""
     answers: dict[tuple[Any, Any], Picked | Miss] = {}
@@ -166,7 +175,13 @@ def _modules(
                 "A807", f"{on.title} has no arithmetic in {each.load.dtype}",
                 help=f"--dtype {' or '.join(there)}",
             )  # fmt: skip
-        answers.setdefault((each.spec, each.load), pick(each.spec, on, each.load))
+        if precision != "ieee" and each.load.dtype != "float32":
+            raise Problem(
+                "A807", f"{precision} is for products in float32, not in {each.load.dtype}",
+                help="--dtype float32, or leave --precision out",
+            )  # fmt: skip
+        key = each.spec, each.load
+        answers.setdefault(key, pick(each.spec, on, each.load, each.kernels, precision))
     picked = {key: found for key, found in answers.items() if isinstance(found, Picked)}
     if not picked:
         reasons = dict.fromkeys(miss.reason for miss in answers.values() if isinstance(miss, Miss))

@@ -33,6 +33,7 @@ from attnopt.codegen.target import Target, at_hand, target  # noqa: E402
 from benchmarks.gpu_case import Case, Outcome, measure  # noqa: E402
 from benchmarks.gpu_cases import cases  # noqa: E402
 from benchmarks.gpu_check import check_all, check_gradients  # noqa: E402
+from benchmarks.gpu_overhead import host_path  # noqa: E402
 from benchmarks.gpu_timing import Times, cuda_clock  # noqa: E402
 
 
@@ -71,13 +72,14 @@ def _estimated(lines: list[Case], device: Target) -> int:
 
 def _measured(lines: list[Case], device: Target, chosen: argparse.Namespace) -> int:
     red, document = _checked(device, tuple({case.kernel for case in lines}))
+    document["host_path"] = host_path(device)
+    missed = bool(red) or document["host_path"]["wrong"]
     _write(chosen.out, device, document)
     if chosen.check_only:
-        return int(bool(red))
+        return int(missed)
     bandwidth = _copy_bandwidth()
     document |= {"copy_bandwidth": bandwidth, "rows": []}
     print(f"{device.title}: {bandwidth / 1e12:.2f} TB/s copied")
-    missed = bool(red)
     for case in lines:
         if case.kernel in red:
             print(f"{case.name}: not timed, {case.kernel} is wrong")

@@ -47,6 +47,13 @@ def codegen(
             help="What the kernels are compiled for (default: what the model computes in).",
         ),
     ] = None,
+    precision: Annotated[
+        str,
+        typer.Option(
+            metavar="ieee|tf32",
+            help="Of products in float32: exact, or of operands rounded to tf32.",
+        ),
+    ] = "ieee",
     threads: options.Threads = None,
     json: options.Json = False,
 ) -> int:  # fmt: skip
@@ -60,7 +67,7 @@ def codegen(
 
         made = generate(
             run, out, target, batch=batch, length=length, dtype=dtype, aot=aot,
-            with_package=package, progress=bar,
+            with_package=package, precision=precision, progress=bar,
         )  # fmt: skip
     if json:
         document(made.as_json())

@@ -1,15 +1,25 @@
 """The whole model as one package of AOTInductor: compiled code and weights, which torch loads and
-runs without attnopt."""
+runs without attnopt.
+
+Attention that a run dispatches to generated kernels is torch's fused attention in a package (the
+reference, where that has no soft cap): what dispatch chooses is chosen on the device, by sizes that
+a package does not fix.
+"""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from attnopt.codegen.target import Target
+from attnopt.compiler import attend
 from attnopt.compiler.errors import Problem
+from attnopt.compiler.ops import ATTENTION
+from attnopt.compiler.spec import parse_spec
 
 
 def check_package(target: Target) -> None:
@@ -43,12 +53,13 @@ def package(exported: torch.export.ExportedProgram, path: Path, target: Target) 
     Raises `Problem` A809 where it cannot be compiled.
     """
     check_package(target)
+    exported = rebound(exported)
     called = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
     own = sorted(name for name in called if name.startswith("attnopt."))
     if own:
         raise Problem(
             "A809", "the model cannot be packaged", why=f"it calls attnopt's own {', '.join(own)}",
-            help="optimize without the rewrites that need them (unpad)",
+            help="optimize without `unpad`, the rewrite that puts them there",
         )  # fmt: skip
     if not target.measured:
         from torch.export.passes import move_to_device_pass
@@ -63,3 +74,19 @@ def package(exported: torch.export.ExportedProgram, path: Path, target: Target) 
             why=(str(error).strip().splitlines() or [type(error).__name__])[0],
             help="it needs a C++ compiler, as torch.compile does",
         ) from error  # fmt: skip
+
+
+def rebound(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The same program with its canonical attentions in torch's operators."""
+    if all(node.target is not ATTENTION for node in exported.graph.nodes):
+        return exported
+    made: torch.export.ExportedProgram = exported.run_decompositions({ATTENTION: _in_torch})
+    return made
+
+
+def _in_torch(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: str) -> Tensor:
+    read = parse_spec(spec)
+    out = attend.in_torch(read)(q, k, v, extras, read).transpose(1, 2)
+    # The memory that the op promises to what reads it; a copy that is none here may be one on the
+    # device that the program is moved to.
+    return out.clone(memory_format=torch.contiguous_format).transpose(1, 2)

@@ -76,6 +76,8 @@ class Dispatch(Ways):
             from attnopt.codegen.flash_attention import differentiable  # it needs triton
 
             return differentiable(self.spec, self.target, load, self.device)
+        if not names:
+            return launch
 
         def run(q: Tensor, k: Tensor, v: Tensor, *extras: Tensor) -> Tensor:
             return launch(q, k, v, **dict(zip(names, extras, strict=True)))
@@ -88,7 +90,7 @@ def attention(
 ) -> Tensor:
     """The backend "triton": dispatched on a GPU; elsewhere what runs there."""
     if q.device.type != "cuda":
-        return _fallback(spec)(q, k, v, extras, spec)
+        return attend.in_torch(spec)(q, k, v, extras, spec)
     run = _dispatch(spec, q.device.index or 0)
     if q.device.index == torch.cuda.current_device():
         return run(q, k, v, *extras)
@@ -123,7 +125,3 @@ def _masked(spec: AttentionSpec) -> Way | Miss:
 
 def _bound(backend: attend.Backend, spec: AttentionSpec) -> Way:
     return lambda q, k, v, *extras: backend(q, k, v, extras, spec)
-
-
-def _fallback(spec: AttentionSpec) -> attend.Backend:
-    return attend.reference if attend.runs_on_sdpa(spec) else attend.sdpa

@@ -57,11 +57,20 @@ def emit(
     facts = {
         "spec": str(getattr(spec, "text", spec)),
         "tiles": kernel.text,
+        **_rounded(kernel),
         **{key: literal(hook) for key, hook in (hooks or {}).items()},
         "target": f"{target.title} ({target.name}, {target.capability})",
     }
     head = _header(kernel, facts, inputs, f"{name}({', '.join(given)})")
     return f"{head}\n\n{linked.imports}\n\n\n{linked.definitions}\n\n\n{function}\n"
+
+
+def _rounded(kernel: Kernel[Any]) -> dict[str, str]:
+    """What a reader has to know of products that are not exact."""
+    precision = getattr(kernel, "precision", "ieee")
+    if precision == "ieee":
+        return {}
+    return {"precision": f"{precision}: operands of products in float32 are rounded to it"}
 
 
 def public_name(spec: Any) -> str:

@@ -74,20 +74,11 @@ class LatentDispatch(Ways):
             return [("latent_prefill", self._expanded(load, width, rank)), *ways]
         return ways
 
-    def _about(self, width: int, rank: int) -> LatentSpec:
-        rope = width - rank
-        return LatentSpec(
-            self.spec.heads, rank, rope or _NO_ROPE, max(1, self.spec.head_dim - rope),
-            self.spec.v_dim, self.spec.scale, self.spec.mask.kind == "causal",
-        )  # fmt: skip
-
     def _decoded(self, load: Load, width: int, rank: int) -> Way | Miss:
         spec, ready = never_empty(self.spec, load.queries)
-        found = _plain_enough(spec)
-        if width == rank < _NO_ROPE:
-            found = Miss(f"latents of {rank} numbers without a rotary part are too few")
+        found: Way | Miss | None = why_not_absorbed(spec, width, rank)
         if found is None:
-            found = self.kernel("latent_decode", self._about(width, rank), load)
+            found = self.kernel("latent_decode", latent_spec(self.spec, width, rank), load)
         if isinstance(found, Miss):
             return found
         names, launch = spec.extras, partial(found, longest=longest(load))
@@ -107,7 +98,7 @@ class LatentDispatch(Ways):
         return self._absorbed(run)
 
     def _expanded(self, load: Load, width: int, rank: int) -> Way | Miss:
-        launch = _prefill(self, self.spec, self.rope_at, self._about(width, rank), load)
+        launch = _prefill(self, self.spec, self.rope_at, latent_spec(self.spec, width, rank), load)
         if isinstance(launch, Miss):
             return launch
         if self.spec.kv_heads != self.spec.heads:
@@ -206,7 +197,25 @@ class PromptDispatch(Ways):
         return run
 
 
-def _plain_enough(spec: AttentionSpec) -> Way | Miss | None:
+def latent_spec(spec: AttentionSpec, width: int, rank: int) -> LatentSpec:
+    """An attention whose cache holds `width` numbers per token, the first `rank` of them the latent
+    and the others the rotary key of all heads. Where there are none, the first numbers of the
+    latent stand for one, for a query of zeros."""
+    rope = width - rank
+    return LatentSpec(
+        spec.heads, rank, rope or _NO_ROPE, max(1, spec.head_dim - rope), spec.v_dim, spec.scale,
+        spec.mask.kind == "causal",
+    )  # fmt: skip
+
+
+def why_not_absorbed(spec: AttentionSpec, width: int, rank: int) -> Miss | None:
+    """Why `latent_decode` does not compute a spec over such a cache."""
+    if width == rank < _NO_ROPE:
+        return Miss(f"latents of {rank} numbers without a rotary part are too few")
+    return _plain_enough(spec)
+
+
+def _plain_enough(spec: AttentionSpec) -> Miss | None:
     """Why kernels for latents do not compute a spec."""
     if spec.softcap:
         return Miss("it has no logit soft cap")
@@ -229,7 +238,7 @@ def _prefill(
     last = rope_at + about.rope == spec.head_dim
     if rope_at and not last:
         return Miss("the part of keys that all heads share is in their middle")
-    launch = _plain_enough(spec)
+    launch: Way | Miss | None = _plain_enough(spec)
     if launch is None:
         launch = ways.kernel("latent_prefill", about, load)
     if isinstance(launch, Miss):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from attnopt.codegen.kernel import Kernel, Load, kernels
@@ -27,16 +28,27 @@ class Picked:
     others: tuple[str, ...] = ()
 
 
-def pick(spec: Any, target: Target, load: Load) -> Picked | Miss:
+def pick(
+    spec: Any, target: Target, load: Load, among: Sequence[str] = (), precision: str = "ieee"
+) -> Picked | Miss:
     """The kernel with the least estimated time of those that compute the spec, by name where they
-    tie; else why none of those that take specs of its kind does.
+    tie; else why none of those that take specs of its kind does. `among` names the kernels to ask,
+    all where it is empty. With a `precision` other than "ieee" (`precision_argument`) those are
+    asked that have it.
 
     Raises `Problem` A405 where the target has no peak for the dtype of the load.
     """
-    asked = {name: kernel for name, kernel in kernels().items() if _takes(kernel, spec)}
+    asked = {
+        name: kernel
+        for name, kernel in kernels().items()
+        if _takes(kernel, spec)
+        and (not among or name in among)
+        and (precision == "ieee" or hasattr(kernel, "precision"))
+    }
+    products = load.dtype if precision == "ieee" else precision
     misses = {name: kernel.supports(spec, target) for name, kernel in asked.items()}
     fit = {
-        name: estimated(kernel.work(spec, load), load.dtype, target)
+        name: estimated(kernel.work(spec, load), products, target)
         for name, kernel in asked.items()
         if misses[name] is None
     }
@@ -44,6 +56,9 @@ def pick(spec: Any, target: Target, load: Load) -> Picked | Miss:
         best = min(fit, key=lambda name: (fit[name], name))
         others = tuple(name for name in fit if name != best)
         tiles = chosen(asked[best], spec, target, load)
+        if precision != "ieee":
+            asked_for: dict[str, Any] = {"precision": precision}
+            tiles = replace(tiles, **asked_for)
         return Picked(tiles, spec, target, load, fit[best], others)
     reasons = [f"{name}: {miss.reason}" for name, miss in misses.items() if miss is not None]
     kind = type(spec).__name__

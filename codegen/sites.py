@@ -11,8 +11,10 @@ from torch import Tensor, fx
 
 from attnopt.codegen.decode_spec import DecodeSpec
 from attnopt.codegen.kernel import Load
+from attnopt.codegen.latent_ways import latent_spec, why_not_absorbed
 from attnopt.compiler.contract import Miss
 from attnopt.compiler.decode.caches import Contiguous, Ring
+from attnopt.compiler.decode.latents import Latent
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.program import Program, inputs
 from attnopt.compiler.spec import AttentionSpec, parse_spec
@@ -23,7 +25,8 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 @dataclass(frozen=True)
 class Wanted:
     """One attention: its id, the path of its module, its node, its spec and its sizes. `spec` says
-    what a prompt needs, or with `step` what each new token does: attention over a cache."""
+    what a prompt needs, or with `step` what each new token does: attention over a cache. `kernels`
+    are those that may compute it, all that take such specs where it is empty."""
 
     site: str
     module: str
@@ -31,6 +34,7 @@ class Wanted:
     spec: Any
     load: Load
     step: bool = False
+    kernels: tuple[str, ...] = ()
 
 
 def wanted(
@@ -65,16 +69,26 @@ def wanted(
 def steps(found: Sequence[Wanted], caches: Mapping[str, Any]) -> list[Wanted | Miss]:
     """The same attentions for one new token after as many as their keys, over the caches that a
     decoder has, by node; a Miss for a cache that no kernel reads."""
-    made: list[Wanted | Miss] = []
-    for each in found:
-        cache = caches.get(each.node)
-        if not isinstance(cache, (Contiguous, Ring)):
-            kind = type(cache).__name__.lower()
-            made.append(Miss(f"its cache is a {kind}, for which there is no choice of kernels yet"))
-            continue
-        spec = DecodeSpec(each.spec, "ring" if isinstance(cache, Ring) else "contiguous")
-        made.append(replace(each, spec=spec, load=replace(each.load, queries=1), step=True))
-    return made
+    return [_step(each, caches.get(each.node)) for each in found]
+
+
+def _step(each: Wanted, cache: Any) -> Wanted | Miss:
+    step = replace(each, load=replace(each.load, queries=1), step=True)
+    if isinstance(cache, Latent):
+        width, rank = cache.widths[0][1], cache.rank
+        missed = why_not_absorbed(each.spec, width, rank)
+        if missed is None and each.spec.extras:
+            missed = Miss(f"over latents there is no module that takes {each.spec.extras[0]}")
+        if missed is not None:
+            return missed
+        spec = latent_spec(each.spec, width, rank)
+        return replace(step, spec=spec, kernels=("latent_decode",))
+    if not isinstance(cache, (Contiguous, Ring)):
+        kind = type(cache).__name__.lower()
+        return Miss(f"its cache is a {kind}, for which there is no choice of kernels yet")
+    return replace(
+        step, spec=DecodeSpec(each.spec, "ring" if isinstance(cache, Ring) else "contiguous")
+    )
 
 
 def canonical(spec: AttentionSpec) -> AttentionSpec:

@@ -97,6 +97,11 @@ def runs_on_sdpa(spec: AttentionSpec) -> str:
     return ""
 
 
+def in_torch(spec: AttentionSpec) -> Backend:
+    """The best of torch's own for a spec: `sdpa`, or the reference where it does not compute it."""
+    return reference if runs_on_sdpa(spec) else sdpa
+
+
 def _drops_nothing(padding: Tensor) -> bool:
     """Whether every key is real, where asking is cheap: not while tracing, and not on a device that
     would stall."""

@@ -172,7 +172,7 @@ def to_all(
             return made.reshape(batch, heads, new, v.shape[-1])  # type: ignore[no-any-return]
         if (parts := parts_for(q, k, v)) > 1:
             return split_keys(q, k, v, spec.scale, parts).reshape(batch, heads, new, v.shape[-1])
-    run = attend.reference if attend.runs_on_sdpa(spec) else attend.sdpa
+    run = attend.in_torch(spec)
     return run(q, k, v, extras, spec).reshape(batch, heads, new, v.shape[-1])
 
 

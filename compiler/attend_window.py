@@ -80,7 +80,7 @@ def chunked(
     `attend.sdpa`. A `bias` or `keep` that spans S x T is itself quadratic.
     """
     if why_not(spec):
-        run = attend.reference if attend.runs_on_sdpa(spec) else attend.sdpa
+        run = attend.in_torch(spec)
         return run(q, k, v, extras, spec)
     batch, queries, keys = q.shape[0], q.shape[2], k.shape[2]
     block = block_size(spec.mask.left)

@@ -56,7 +56,7 @@ def _differentiable(spec: AttentionSpec, q: Tensor) -> attend.Backend:
         return attend.reference
     if type(q) is Tensor and not torch.compiler.is_compiling():
         return attend.run  # its ways give gradients
-    return attend.reference if attend.runs_on_sdpa(spec) else attend.sdpa
+    return attend.in_torch(spec)
 
 
 attention.register_autograd(_backward, setup_context=_setup)

@@ -159,7 +159,7 @@ def _group(
     flags = keys.view(count, length) if len(keys) else None
     inner, names = _local(extras, spec, position, flags, seq)
     local = spec.with_(mask=FULL, extras=names)
-    run = attend.reference if attend.runs_on_sdpa(local) else attend.sdpa
+    run = attend.in_torch(local)
     out = run(q, k, v, inner, local)
     return out.transpose(1, 2).reshape(count * length, *out.shape[1:4:2])
 

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnopt.codegen.arguments import precision_argument
 from attnopt.codegen.block_sparse_spec import BlockSparseSpec, Dense, Scattered, Strided, Windowed
 from attnopt.codegen.kernel import Inputs, Kernel, Load, Outputs, Work
 from attnopt.codegen.kernels.references import block_sparse_prefill as plain
@@ -271,6 +272,7 @@ class BlockSparsePrefill(Kernel[BlockSparseSpec]):
     pack: int = choice(1, 2, 4, 8, default=1)
     warps: int = choice(1, 2, 4, 8, default=4)
     stages: int = choice(1, 2, 3, 4, default=2)
+    precision: str = "ieee"  # of products of float32, see `precision_argument`
 
     @classmethod
     def supports(cls, spec: BlockSparseSpec, target: Target) -> Miss | None:
@@ -321,6 +323,7 @@ class BlockSparsePrefill(Kernel[BlockSparseSpec]):
         return {
             **computed(spec), "with_lse": spec.lse, "block_m": self.block_m,
             "block_n": self.block_n, "pack": self.pack, "warps": self.warps, "stages": self.stages,
+            **precision_argument(self.precision),
         }  # fmt: skip
 
     @classmethod

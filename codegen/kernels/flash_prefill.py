@@ -20,13 +20,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnopt.codegen.arguments import mask_arguments, precision_argument
 from attnopt.codegen.kernel import Inputs, Kernel, Load, Outputs, Work
 from attnopt.codegen.kernels.references import flash_prefill as plain
 from attnopt.codegen.matrix_units import matrix_units
 from attnopt.codegen.pieces.attend import attend, mean_values
 from attnopt.codegen.pieces.online_softmax import FLOOR, LOG2E, NEVER, finish
 from attnopt.codegen.pieces.reach import extent, key_tiles
-from attnopt.codegen.pieces.sizes import compiler_options, padded_size, with_strides
+from attnopt.codegen.pieces.rows import by_token, dense_rows
+from attnopt.codegen.pieces.sizes import ceil_div, compiler_options, padded_size, with_strides
 from attnopt.codegen.pieces.tiles import load_tile
 from attnopt.codegen.shared_memory import loop_stages
 from attnopt.codegen.target import Target
@@ -221,9 +223,9 @@ def flash_prefill(
     choice).
     """
     varied = q_starts is not None
-    sequences = q.shape[0] if q_starts is None else q_starts.shape[0] - 1
-    heads, kv_heads, depth, width = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
-    if k.shape[3] != depth or k.shape[:3] != v.shape[:3] or k.shape[0] != q.shape[0]:
+    batch, heads, tokens, depth = q.shape
+    kv_heads, keys, width = v.shape[1:]
+    if k.shape != (batch, kv_heads, keys, depth) or v.shape[0] != batch:
         raise ValueError(f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not match")
     given = (q, k, v, bias, sinks)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
@@ -234,30 +236,30 @@ def flash_prefill(
         raise ValueError("bias, keep and padding have no meaning for sequences of various lengths")
     if varied and sinks is not None and sinks.numel() not in (1, heads):
         raise ValueError("with sequences of various lengths, sinks are one number per head")
-    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    q_starts, k_starts = (x if x is None else x.contiguous() for x in (q_starts, k_starts))
-    queries = longest if varied else q.shape[2]
-    shape = (sequences, heads, q.shape[2], k.shape[2])
-    rows = torch.empty(q.shape[0], q.shape[2], heads, width, dtype=q.dtype, device=q.device)
-    if varied:
-        rows.zero_()
-    out = rows.transpose(1, 2)
-    lse = None
+    (q, q_strides), (k, k_strides), (v, v_strides) = dense_rows(q), dense_rows(k), dense_rows(v)
+    sequences, queries = batch, tokens
+    out, lse = by_token(q, batch, heads, tokens, width), None
     if with_lse:
-        lse = torch.empty(q.shape[0], heads, q.shape[2], dtype=torch.float32, device=q.device)
-        if varied:
+        lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
+    if q_starts is not None:
+        q_starts = q_starts.contiguous()
+        k_starts = None if k_starts is None else k_starts.contiguous()
+        sequences, queries = q_starts.shape[0] - 1, longest
+        out.zero_()
+        if lse is not None:
             lse.fill_(float("-inf"))
+    shape = (sequences, heads, tokens, keys)
     group = heads // kv_heads
     pack = group if packed else 1
-    tiles = triton.cdiv(queries * pack, block_m)
+    tiles = ceil_div(queries * pack, block_m)
     programs = tiles * (heads // pack) * sequences
     _flash_prefill[(min(programs, waves * units) if waves else programs,)](
         q, k, v, out, lse,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+        *q_strides, *k_strides, *v_strides, *out.stride()[:3],
         *((0, 0) if lse is None else lse.stride()[:2]),
-        q_starts, k_starts, q.shape[2], k.shape[2], offset, tiles, programs,
+        q_starts, k_starts, tokens, keys, offset, tiles, programs,
         with_strides(bias, *shape), with_strides(keep, *shape),
-        with_strides(padding, sequences, k.shape[2]), with_strides(sinks, *shape[:3], 1),
+        with_strides(padding, sequences, keys), with_strides(sinks, *shape[:3], 1),
         scale, softcap, left, sink, data,
         HEADS=heads, GROUP=group, PACK=pack, CAUSAL=causal, WINDOW=window, SINK=sink > 0,
         CAPPED=softcap > 0, MEAN=mean_of_none, KEEP_HOOK=keep_hook, SCORE_HOOK=score_hook,
@@ -285,6 +287,7 @@ class FlashPrefill(Kernel[AttentionSpec]):
     maxnreg: int = choice(0, 128, 168, 224, default=0, vendor="nvidia")
     waves_per_eu: int = choice(0, 1, 2, 3, 4, default=0, vendor="amd")
     units: int = 132
+    precision: str = "ieee"  # of products of float32, see `precision_argument`
 
     @classmethod
     def supports(cls, spec: AttentionSpec, target: Target) -> Miss | None:
@@ -345,6 +348,7 @@ class FlashPrefill(Kernel[AttentionSpec]):
             "mean_of_none": spec.fill == "min", "block_m": self.block_m, "block_n": self.block_n,
             "packed": self.packed, "waves": self.waves, "units": self.units, "warps": self.warps,
             "stages": self.stages, "maxnreg": self.maxnreg, "waves_per_eu": self.waves_per_eu,
+            **precision_argument(self.precision),
         }  # fmt: skip
 
     @classmethod
@@ -390,11 +394,3 @@ class FlashPrefill(Kernel[AttentionSpec]):
             for depth in (64, 128)
             for mask in (CAUSAL, Mask("window", left=1024, sink=4))
         )
-
-
-def mask_arguments(mask: Mask) -> dict[str, Any]:
-    """The launcher's arguments for a mask of a spec."""
-    causal = mask.kind == "causal" or (mask.kind == "window" and mask.causal)
-    return {
-        "causal": causal, "window": mask.kind == "window", "left": mask.left, "sink": mask.sink,
-    }  # fmt: skip

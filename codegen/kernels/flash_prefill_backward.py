@@ -24,8 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnopt.codegen.arguments import mask_arguments
 from attnopt.codegen.kernel import Inputs, Kernel, Load, Outputs, Work
-from attnopt.codegen.kernels.flash_prefill import FlashPrefill, mask_arguments
+from attnopt.codegen.kernels.flash_prefill import FlashPrefill
 from attnopt.codegen.kernels.references import flash_prefill_backward as plain
 from attnopt.codegen.matrix_units import matrix_units
 from attnopt.codegen.pieces.attend_backward import absorb_keys, absorb_queries

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnopt.codegen.arguments import precision_argument
 from attnopt.codegen.kernel import Inputs, Kernel, Load, Outputs, Work
 from attnopt.codegen.kernels.merge_partials import merge_partials
 from attnopt.codegen.kernels.references import latent_decode as plain
@@ -28,6 +29,7 @@ from attnopt.codegen.latent_spec import LatentSpec
 from attnopt.codegen.matrix_units import below_ampere, matrix_units
 from attnopt.codegen.pieces.cache import row_of
 from attnopt.codegen.pieces.online_softmax import FLOOR, finish, weigh
+from attnopt.codegen.pieces.rows import by_token, partial_results
 from attnopt.codegen.pieces.sizes import ceil_div, padded_size, two_pieces, with_strides
 from attnopt.codegen.pieces.splits import split_count
 from attnopt.codegen.pieces.tiles import load_tile
@@ -184,21 +186,14 @@ def latent_decode(
     slots = latents.shape[1] if table is None else table.shape[1] * page
     blocks = ceil_div(heads * queries, block_m)
     tiles = ceil_div(longest or slots, block_n)
-    lengths, starts = (x if x is None else x.contiguous() for x in (lengths, starts))
+    lengths = None if lengths is None else lengths.contiguous()
+    starts = None if starts is None else starts.contiguous()
     if splits == 0:
         # a partial result is written and read in float32
         merging = 8 * block_m * rank // (block_n * (rank + rope) * latents.element_size())
         splits = split_count(batch * blocks, units * waves, tiles, 2 + merging)
-    out = torch.empty(
-        batch, queries, heads, rank, dtype=q_latent.dtype, device=q_latent.device
-    ).transpose(1, 2)
-    parts, sums = out[None], None
-    if splits > 1:
-        parts = torch.empty(
-            splits, batch, queries, heads, rank, dtype=torch.float32, device=out.device
-        ).transpose(2, 3)
-    if splits > 1 or with_lse:
-        sums = torch.empty(splits, batch, heads, queries, dtype=torch.float32, device=out.device)
+    out = by_token(q_latent, batch, heads, queries, rank)
+    parts, sums = partial_results(out, splits, with_lse)
     block_r, more_r = two_pieces(rank)
     _latent_decode[(splits * blocks, batch)](
         q_latent, q_rope, latents, k_rope, parts, sums, lengths, starts,
@@ -233,6 +228,7 @@ class LatentDecode(Kernel[LatentSpec]):
     warps: int = choice(1, 2, 4, 8, 16, default=8)
     stages: int = choice(1, 2, 3, 4, 5, default=2)
     units: int = 132
+    precision: str = "ieee"  # of products of float32, see `precision_argument`
 
     @classmethod
     def supports(cls, spec: LatentSpec, target: Target) -> Miss | None:
@@ -305,6 +301,7 @@ class LatentDecode(Kernel[LatentSpec]):
             "scale": spec.scale, "causal": spec.causal, "block_m": self.block_m,
             "block_n": self.block_n, "splits": self.splits, "units": self.units,
             "waves": self.waves, "warps": self.warps, "stages": self.stages,
+            **precision_argument(self.precision),
         }  # fmt: skip
 
     @classmethod

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnopt.codegen.arguments import precision_argument
 from attnopt.codegen.kernel import Inputs, Kernel, Load, Outputs, Work
 from attnopt.codegen.kernels.references import latent_prefill as plain
 from attnopt.codegen.latent_spec import LatentSpec
@@ -184,6 +185,7 @@ class LatentPrefill(Kernel[LatentSpec]):
     block_n: int = choice(16, 32, 64, 128, default=64)
     warps: int = choice(4, 8, default=8)
     stages: int = choice(1, 2, 3, 4, default=3)
+    precision: str = "ieee"  # of products of float32, see `precision_argument`
 
     @classmethod
     def supports(cls, spec: LatentSpec, target: Target) -> Miss | None:
@@ -228,6 +230,7 @@ class LatentPrefill(Kernel[LatentSpec]):
         return {
             "scale": spec.scale, "causal": spec.causal, "block_m": self.block_m,
             "block_n": self.block_n, "warps": self.warps, "stages": self.stages,
+            **precision_argument(self.precision),
         }  # fmt: skip
 
     @classmethod

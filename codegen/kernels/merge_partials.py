@@ -20,6 +20,7 @@ from torch import Tensor
 from attnopt.codegen.kernel import Inputs, Kernel, Load, Outputs, Work
 from attnopt.codegen.kernels.references import merge_partials as plain
 from attnopt.codegen.pieces.online_softmax import FLOOR, LOG2E
+from attnopt.codegen.pieces.rows import by_token, dense_rows
 from attnopt.codegen.pieces.sizes import ceil_div, padded_size
 from attnopt.codegen.target import Target
 from attnopt.compiler import text
@@ -77,6 +78,12 @@ def _merge_partials(
         tl.store(lse + b * lse_batch + h * lse_head + t * lse_token, ended, mask=row < rows)
 
 
+def _stack(parts: Tensor, sums: Tensor) -> tuple[Tensor | int, ...]:
+    """Some results and their log-sum-exps with the strides of both, and how many there are."""
+    parts, strides = dense_rows(parts)
+    return parts, *strides, sums, *sums.stride(), parts.shape[0]
+
+
 def merge_partials(
     parts: Tensor | tuple[Tensor, ...],
     lse: Tensor | tuple[Tensor, ...],
@@ -99,24 +106,17 @@ def merge_partials(
     if out is not None and out.stride(3) != 1:
         raise ValueError("what is written to must be dense in its last dimension")
     given = parts if isinstance(parts, tuple) else (parts,)
-    stacks = tuple(x if x.stride(4) == 1 else x.contiguous() for x in given)
     sums = lse if isinstance(lse, tuple) else (lse,)
-    batch, heads, queries, width = stacks[0].shape[1:]
+    stacks = tuple(_stack(*pair) for pair in zip(given, sums, strict=True))
+    _, batch, heads, queries, width = given[0].shape
     if out is None:
-        rows = torch.empty(
-            batch, queries, heads, width, dtype=stacks[0].dtype, device=stacks[0].device
-        )
-        out = rows.transpose(1, 2)
+        out = by_token(given[0], batch, heads, queries, width)
     merged = None
     if with_lse:
         merged = torch.empty(batch, heads, queries, dtype=torch.float32, device=out.device)
     count = batch * heads * queries
     _merge_partials[(ceil_div(count, block_rows),)](
-        tuple(
-            (one, *one.stride()[:4], total, *total.stride(), one.shape[0])
-            for one, total in zip(stacks, sums, strict=True)
-        ),
-        out, merged, count, heads, queries,
+        stacks, out, merged, count, heads, queries,
         *out.stride()[:3], *((0, 0, 0) if merged is None else merged.stride()),
         V=width, BLOCK_V=padded_size(width), BLOCK_ROWS=block_rows, BLOCK_PARTS=block_parts,
         num_warps=warps,

@@ -13,14 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnopt.codegen.arguments import mask_arguments, precision_argument
 from attnopt.codegen.decode_spec import DecodeSpec, decode_inputs, held_bytes
 from attnopt.codegen.kernel import Inputs, Kernel, Load, Outputs, Work
-from attnopt.codegen.kernels.flash_prefill import mask_arguments
 from attnopt.codegen.kernels.merge_partials import merge_partials
 from attnopt.codegen.kernels.references import split_decode as plain
 from attnopt.codegen.matrix_units import matrix_units
@@ -28,6 +27,7 @@ from attnopt.codegen.pieces.alibi import alibi
 from attnopt.codegen.pieces.cache import position_in_ring, row_of, slot_of
 from attnopt.codegen.pieces.masks import scored, within
 from attnopt.codegen.pieces.online_softmax import FLOOR, LOG2E, absorb, finish
+from attnopt.codegen.pieces.rows import by_token, dense_rows, partial_results
 from attnopt.codegen.pieces.sizes import ceil_div, padded_size, with_strides
 from attnopt.codegen.pieces.splits import split_count
 from attnopt.codegen.pieces.tiles import load_tile
@@ -244,15 +244,16 @@ def split_decode(
     `longest` is for how many tokens of one sequence the launch is planned, 0 for all slots.
     `splits` 0 splits so that `units` processors with `waves` programs each are busy.
     """
-    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    lengths, starts = (x if x is None else x.contiguous() for x in (lengths, starts))
+    (q, q_strides), (k, k_strides), (v, v_strides) = dense_rows(q), dense_rows(k), dense_rows(v)
+    lengths = None if lengths is None else lengths.contiguous()
+    starts = None if starts is None else starts.contiguous()
     batch, heads, queries, depth = q.shape
-    width = v.shape[3]
-    if table is None:
-        kv_heads, slots, page, order = k.shape[1], k.shape[2], 1, (0, 1, 2)
-    else:
-        kv_heads, page, slots = k.shape[2], k.shape[1], table.shape[1] * k.shape[1]
-        order = (0, 2, 1)
+    kv_heads, slots, width = v.shape[1:]
+    page = 1
+    if table is not None:
+        page, kv_heads = kv_heads, slots
+        slots = table.shape[1] * page
+        k_strides, v_strides = ((x[0], x[2], x[1]) for x in (k_strides, v_strides))
     group = heads // kv_heads
     block_m = min(64, padded_size(group * queries))
     blocks = ceil_div(group * queries, block_m)
@@ -269,17 +270,11 @@ def split_decode(
         score_hook, data = alibi, with_strides(slopes, batch, heads)
     if ring and queries == 1 and slots <= left + sink:
         window = False  # the ring holds nothing else
-    out = torch.empty(batch, queries, heads, width, dtype=q.dtype, device=q.device).transpose(1, 2)
-    parts, sums = out[None], None
-    if splits > 1:
-        parts = torch.empty(
-            splits, batch, queries, heads, width, dtype=torch.float32, device=q.device
-        ).transpose(2, 3)
-    if splits > 1 or with_lse:
-        sums = torch.empty(splits, batch, heads, queries, dtype=torch.float32, device=q.device)
+    out = by_token(q, batch, heads, queries, width)
+    parts, sums = partial_results(out, splits, with_lse)
     _split_decode[(splits * blocks, kv_heads, batch)](
-        q, k, v, parts, sums, lengths, starts, *q.stride()[:3],
-        *(x.stride(at) for x in (k, v) for at in order), *parts.stride()[:4],
+        q, k, v, parts, sums, lengths, starts, *q_strides, *k_strides, *v_strides,
+        *parts.stride()[:4],
         *((0, 0, 0, 0) if sums is None else sums.stride()), queries, slots,
         with_strides(table, batch, slots // page), with_strides(selected, batch, kv_heads, runs),
         with_strides(counts, batch, kv_heads), runs,
@@ -315,6 +310,7 @@ class SplitDecode(Kernel[DecodeSpec]):
     warps: int = choice(1, 2, 4, 8, default=4)
     stages: int = choice(1, 2, 3, 4, 5, 7, default=3)
     units: int = 132
+    precision: str = "ieee"  # of products of float32, see `precision_argument`
 
     @classmethod
     def supports(cls, spec: DecodeSpec, target: Target) -> Miss | None:
@@ -361,6 +357,7 @@ class SplitDecode(Kernel[DecodeSpec]):
         return {
             **_meaning(spec), "block_n": self.block_n, "splits": self.splits,
             "units": self.units, "waves": self.waves, "warps": self.warps, "stages": self.stages,
+            **precision_argument(self.precision),
         }  # fmt: skip
 
     @classmethod
@@ -388,6 +385,7 @@ class SplitDecode(Kernel[DecodeSpec]):
             (DecodeSpec(grouped(128), "paged", 64), Load(8, 4, 32768)),
             (DecodeSpec(grouped(128), selected=32, run=64), Load(8, 1, 32768)),
             (DecodeSpec(grouped(128, Mask("window", 256, 64)), "ring"), Load(8, 1, 32768)),
+            (DecodeSpec(grouped(128), cache_dtype="float8_e5m2"), Load(8, 1, 32768)),
         )
 
 

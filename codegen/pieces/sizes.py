@@ -37,5 +37,7 @@ def two_pieces(size: int) -> tuple[int, int]:
 
 def compiler_options(maxnreg: int, waves_per_eu: int) -> dict[str, int]:
     """Options that one vendor's compiler has and the other's refuses, where they are not zero."""
+    if not (maxnreg or waves_per_eu):
+        return {}
     given = {"maxnreg": maxnreg, "waves_per_eu": waves_per_eu}
     return {name: value for name, value in given.items() if value}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from attnopt.codegen.pieces.sizes import ceil_div
 
 
+@lru_cache(maxsize=4096)  # a decoder asks the same at every step
 def split_count(programs: int, room: int, tiles: int, overhead: int = 2) -> int:
     """The number of parts, 1 to `tiles`, that ends first: `programs` programs that share nothing go
     through `tiles` tiles of keys each, and the device runs `room` of them at a time. The start of a

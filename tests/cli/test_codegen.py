@@ -12,9 +12,7 @@ import pytest
 import torch
 
 from attnopt.autotune.generate import generate
-from attnopt.codegen import aoti
 from attnopt.codegen.emit import public_name
-from attnopt.codegen.target import target
 from attnopt.compiler.artifact import load, save
 from attnopt.compiler.folder import check_writable
 from attnopt.compiler.plan import Plan
@@ -152,6 +150,17 @@ def test_what_no_kernel_computes_is_told(command: Command, wide: Path) -> None:
         (("--target", "h1000"), "A401", "unknown target"),
         (("--target", "t4", "--no-aot", "--dtype", "bf16"), "A807", "no arithmetic in bfloat16"),
         (("--target", "h100", "--no-aot", "--dtype", "int8"), "A807", "do not take int8"),
+        (("--target", "h100", "--no-aot", "--precision", "tf33"), "A802", "cannot be 'tf33'"),
+        (
+            ("--target", "mi250", "--no-aot", "--precision", "tf32"),
+            "A807",
+            "no products in tf32",
+        ),
+        (
+            ("--target", "h100", "--no-aot", "--precision", "tf32", "--dtype", "fp16"),
+            "A807",
+            "not in float16",
+        ),
         (("--target", "h100", "--package"), "A809", "no package for NVIDIA H100"),
         (("--target", "mi300x", "--package"), "A809", "no package for AMD"),
     ],
@@ -167,6 +176,13 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(
 def test_the_help_for_a_dtype_names_those_there_are(command: Command, run: Path) -> None:
     words = ("--target", "t4", "--no-aot", "--dtype", "bf16", "--out", "out")
     assert _error(command, run, *words)["help"] == "--dtype float16 or float32"
+
+
+def test_tf32_is_told_where_it_was_asked_for(command: Command, run: Path) -> None:
+    words = ("--target", "h100", "--no-aot", "--dtype", "fp32", "--precision", "tf32")
+    assert command("attnopt", "codegen", run, *words, "--out", "out").code == 0
+    for name in ("flash_prefill_0.py", "split_decode_1.py", "README.md"):
+        assert "precision=tf32}" in Path("out", name).read_text()
 
 
 def test_places_that_hold_other_things_are_refused(command: Command, run: Path) -> None:
@@ -266,17 +282,3 @@ def test_a_package_that_cannot_be_compiled_leaves_nothing(
     error = _error(command, run, "--target", "cpu", "--package", "--out", "out")
     assert error["code"] == "A809" and error["why"] == "no compiler"
     assert not Path("out").exists() and not list(Path().glob(".out*"))
-
-
-def test_operators_of_attnopt_cannot_be_packaged(tmp_path: Path) -> None:
-    class _Calls(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            made: torch.Tensor = torch.ops.attnopt.attention(
-                x, x, x, [], AttentionSpec(1, 1, 4, 4, 1.0).text
-            )
-            return made
-
-    exported = torch.export.export(_Calls(), (torch.randn(1, 1, 3, 4),))
-    with pytest.raises(Exception, match="cannot be packaged") as problem:
-        aoti.package(exported, tmp_path / "model.pt2", target("cpu"))
-    assert "attnopt.attention.default" in str(problem.value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +19,7 @@ from attnopt.codegen.kernels.flash_prefill import FlashPrefill
 from attnopt.codegen.target import target
 from attnopt.compiler import attend
 from attnopt.compiler.spec import CAUSAL, FULL, AttentionSpec, Mask
+from tests.codegen.kernels.host_path import BAR, least_seconds, without_launches
 from tests.tolerance import assert_close
 
 H100 = target("h100")
@@ -181,20 +181,18 @@ def test_the_guard_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None
         Dispatch(CAPPED, H100, check=False)(*inputs)
 
 
-def test_choosing_again_takes_less_than_twenty_microseconds(
+def test_a_call_takes_less_than_twenty_microseconds_beyond_its_launch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The host's path of a call beyond the launch itself."""
+    """On the host, for a bucket that has had its first call. All of the path counts but what
+    Triton does with the launch: the choice, the launcher with its checks of shapes, memory for the
+    result (on a CPU here), the strides, and the call that hands all arguments to the kernel."""
+    stubs = without_launches(monkeypatch)
     q, k, v = _inputs(CAPPED)
-    monkeypatch.setattr(Dispatch, "_generated", lambda *_: lambda q, k, v: q)
     run = Dispatch(CAPPED, H100)
-    best = float("inf")
-    for _ in range(50):
-        begun = time.perf_counter()
-        for _ in range(100):
-            run(q, k, v)
-        best = min(best, (time.perf_counter() - begun) / 100)
-    assert best < 20e-6
+    least = least_seconds(lambda: run(q, k, v))
+    assert stubs["flash_prefill._flash_prefill"].calls > 8000
+    assert least < BAR
 
 
 def _learned(run: Dispatch, inputs: tuple[Tensor, ...], extras: list[Tensor]) -> list[Tensor]:

@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnopt.codegen.arguments import mask_arguments
 from attnopt.codegen.kernel import Inputs, Load, kernels, read_kernel
-from attnopt.codegen.kernels.flash_prefill import FlashPrefill, flash_prefill, mask_arguments
+from attnopt.codegen.kernels.flash_prefill import FlashPrefill, flash_prefill
 from attnopt.codegen.kernels.references import flash_prefill as plain
 from attnopt.codegen.pieces.sizes import compiler_options
 from attnopt.codegen.target import known, target

@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnopt.codegen.arguments import mask_arguments
 from attnopt.codegen.flash_attention import flash_attention
 from attnopt.codegen.kernel import Inputs, Load, kernels, read_kernel
-from attnopt.codegen.kernels.flash_prefill import FlashPrefill, flash_prefill, mask_arguments
+from attnopt.codegen.kernels.flash_prefill import FlashPrefill, flash_prefill
 from attnopt.codegen.kernels.flash_prefill_backward import (
     FlashPrefillBackward,
     flash_prefill_backward,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from tests.tree import benchmarks
 
 benchmarks()
 
-from benchmarks import gpu, gpu_check  # noqa: E402
+from benchmarks import gpu, gpu_check, gpu_overhead  # noqa: E402
 from benchmarks.gpu_case import OURS, Bar, Case, measure  # noqa: E402
 from benchmarks.gpu_cases import cases  # noqa: E402
 from benchmarks.gpu_timing import sets_beyond, times  # noqa: E402
@@ -136,6 +137,40 @@ def test_the_check_finds_wrong_missing_and_moving_results(monkeypatch: pytest.Mo
     assert told(lambda out: out * 1.01).startswith("an error of")
     assert told(unwritten) == "an error of inf"
     assert told(lambda out: out * (1 + 1e-6 * torch.rand(()))) == "moves between runs"
+
+
+def test_the_hosts_path_is_measured_against_the_same_launches(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Graphs are stood for by calls that are made again, of which one is late by an input."""
+
+    def again(call: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], object]]:
+        out = call()
+        return out, lambda: out.copy_(call())
+
+    monkeypatch.setattr(gpu_overhead, "captured", again)
+    monkeypatch.setattr(gpu_overhead, "BAR", 10.0)  # kernels are interpreted here
+    spec = gpu_overhead._SPEC.with_(heads=2, kv_heads=1, head_dim=16, v_dim=16)
+    monkeypatch.setattr(gpu_overhead, "_SPEC", spec)
+    for name, value in {"_CALLS": 1, "_TOKENS": 16, "_KEYS": 300}.items():
+        monkeypatch.setattr(gpu_overhead, name, value)
+    few = replace(H100, units=4)
+    told = gpu_overhead.host_path(few, "cpu", rounds=1)
+    assert not told["wrong"] and told["a prompt"]["launches"] == 1
+    assert told["a step"]["launches"] == 2  # the parts and their merge
+    assert told["a step"]["seconds"] > 0 and told["a step"]["graph_error"] == 0.0
+    assert capsys.readouterr().out.count("gives the same bits") == 2
+
+    monkeypatch.setattr(gpu_overhead, "captured", lambda call: (call(), call))
+    late = {"overhead_seconds": 11.0, "launches": 1.0}
+    monkeypatch.setattr(gpu_overhead, "overhead", lambda *_: late)
+    told = gpu_overhead.host_path(few, "cpu", rounds=1)
+    said = capsys.readouterr().out
+    assert told["wrong"] and said.count("MISSED") == 2 and said.count("WRONG") == 2
+
+    monkeypatch.setattr(gpu_overhead, "overhead", lambda *_: 1 / 0)
+    told = gpu_overhead.host_path(few, "cpu", rounds=1)
+    assert told["wrong"] and "ZeroDivisionError" in told["a step"]["failed"]
 
 
 def test_without_a_gpu_it_says_so(
