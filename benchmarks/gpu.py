@@ -1,11 +1,12 @@
 """One command on a machine with a GPU: every kernel is checked, then timed against its peers.
 
-python benchmarks/gpu.py [--only dense,decode] [--check-only] [--rounds 30] [--out FOLDER]
-python benchmarks/gpu.py --estimate h100        without a GPU: what the roofline promises
+python benchmarks/gpu.py [--only dense,decode] [--check-only] [--seed 1] [--out FOLDER]
+python benchmarks/gpu.py --estimate h100 [--out FOLDER]   without a GPU: what the roofline promises
 
-Prints a table and writes `gpu-<target>.json` with device, versions, date and all samples. Nothing
-is timed that a red check covers. Needs torch with CUDA, triton and networkx; flash-linear-attention
-and FlashInfer are used where they are installed.
+Every kernel is checked on its examples at odd lengths and on random specs and sizes; the seed is
+printed. Then it prints a table and writes `gpu-<target>.json` with device, versions, date and all
+samples. Nothing is timed that a red check covers. Needs torch with CUDA, triton and networkx;
+flash-linear-attention, FlashInfer and FlashMLA are used where they are installed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import asdict
 from datetime import date
 from itertools import chain
 from pathlib import Path
+from random import SystemRandom
 from typing import Any
 
 ROOT = Path(__file__).parent
@@ -32,7 +34,9 @@ from attnopt.codegen.shipped import chosen  # noqa: E402
 from attnopt.codegen.target import Target, at_hand, target  # noqa: E402
 from benchmarks.gpu_case import Case, Outcome, measure  # noqa: E402
 from benchmarks.gpu_cases import cases  # noqa: E402
-from benchmarks.gpu_check import check_all, check_gradients  # noqa: E402
+from benchmarks.gpu_check import check_all, check_gradients, check_random  # noqa: E402
+from benchmarks.gpu_estimate import lines as estimated_lines  # noqa: E402
+from benchmarks.gpu_estimate import page  # noqa: E402
 from benchmarks.gpu_overhead import host_path  # noqa: E402
 from benchmarks.gpu_timing import Times, cuda_clock  # noqa: E402
 
@@ -41,41 +45,44 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit code 1: a check is red or a bar missed; 2: no GPU."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", default="", help="lines whose name holds one of these words")
-    parser.add_argument("--check-only", action="store_true")
-    parser.add_argument("--estimate", default="", metavar="TARGET")
+    parser.add_argument("--check-only", action="store_true", help="time nothing")
+    parser.add_argument("--seed", type=int, help="of the random specs and sizes; drawn, and told")
+    parser.add_argument("--draws", type=int, default=16, help="random specs for each kernel")
+    parser.add_argument("--estimate", default="", metavar="TARGET", help="needs no GPU")
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--out", type=Path, default=ROOT / "results")
-    chosen = parser.parse_args(arguments)
-    words = [word for word in chosen.only.split(",") if word]
+    parser.add_argument("--out", type=Path, help=f"folder of what is written: {ROOT.name}/results")
+    asked = parser.parse_args(arguments)
+    words = [word for word in asked.only.split(",") if word]
     lines = [c for c in cases() if not words or any(word in c.name for word in words)]
     if not lines:
-        parser.error(f"no line holds {chosen.only}")
-    if chosen.estimate:
-        return _estimated(lines, target(chosen.estimate))
+        parser.error(f"no line holds {asked.only}")
+    if asked.estimate:
+        return _estimated(lines, target(asked.estimate), asked.out)
     if not torch.cuda.is_available():
         print("no GPU that torch can use; --estimate h100 tells what the roofline promises")
         return 2
-    return _measured(lines, at_hand(), chosen)
+    asked.seed = SystemRandom().randrange(10**6) if asked.seed is None else asked.seed
+    asked.out = asked.out or ROOT / "results"
+    return _measured(lines, at_hand(), asked)
 
 
-def _estimated(lines: list[Case], device: Target) -> int:
-    print(f"estimated by the roofline of {device.title}, not measured")
-    for case in lines:
-        work, seconds = case.estimate(device)
-        if seconds is None:
-            print(f"  {case.name:45} {device.title} has no peaks to estimate by")
-            continue
-        rates = f"{work.flops / seconds / 1e12:7.1f} TFLOP/s {work.bytes / seconds / 1e9:7.0f} GB/s"
-        print(f"  {case.name:45} {seconds * 1e3:9.3f} ms {rates}  estimated")
+def _estimated(lines: list[Case], device: Target, folder: Path | None) -> int:
+    print("\n".join(estimated_lines(lines, device)))
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"gpu-{device.name}-estimated.md"
+        path.write_text(page(lines, device), encoding="utf-8")
+        print(f"written: {path}")
     return 0
 
 
-def _measured(lines: list[Case], device: Target, chosen: argparse.Namespace) -> int:
-    red, document = _checked(device, tuple({case.kernel for case in lines}))
+def _measured(lines: list[Case], device: Target, asked: argparse.Namespace) -> int:
+    only = _covered(lines) if asked.only else set(kernels())
+    red, document = _checked(device, only, asked.seed, asked.draws)
     document["host_path"] = host_path(device)
     missed = bool(red) or document["host_path"]["wrong"]
-    _write(chosen.out, device, document)
-    if chosen.check_only:
+    _write(asked.out, device, document)
+    if asked.check_only:
         return int(missed)
     bandwidth = _copy_bandwidth()
     document |= {"copy_bandwidth": bandwidth, "rows": []}
@@ -85,23 +92,32 @@ def _measured(lines: list[Case], device: Target, chosen: argparse.Namespace) -> 
             print(f"{case.name}: not timed, {case.kernel} is wrong")
             continue
         begun = time.perf_counter()
-        taken, outcomes, absent = measure(case, device, bandwidth, rounds=chosen.rounds)
+        taken, outcomes, absent = measure(case, device, bandwidth, rounds=asked.rounds)
         document["rows"].append(_row(case, device, taken, outcomes, absent))
-        _write(chosen.out, device, document)
+        _write(asked.out, device, document)
         _print(case, taken, outcomes, absent, time.perf_counter() - begun)
         missed |= any(outcome.met is False for outcome in outcomes)
         torch.cuda.empty_cache()
     return int(missed)
 
 
-def _checked(device: Target, names: tuple[str, ...]) -> tuple[set[str], dict[str, Any]]:
-    """Which of the named kernels (and of those that they launch, and of their gradients') are
-    wrong, and the document's head."""
+def _covered(lines: list[Case]) -> set[str]:
+    """The kernels of these lines, those that they launch beside, and those of their gradients."""
+    named = {case.kernel for case in lines} | {"flash_prefill", "split_decode", "merge_partials"}
+    return named | ({f"{name}_backward" for name in named} & set(kernels()))
+
+
+def _checked(
+    device: Target, names: set[str], seed: int, draws: int
+) -> tuple[set[str], dict[str, Any]]:
+    """Which of the named kernels are wrong, and the document's head."""
+    print(f"random specs and sizes by --seed {seed}", flush=True)
     red: set[str] = set()
     errors: dict[str, float] = {}
-    named = {*names, "flash_prefill", "split_decode"}
-    named |= {f"{name}_backward" for name in named} & set(kernels())
-    for found in chain(check_all(device, names=tuple(named)), check_gradients(device)):
+    only = tuple(names)
+    gradients = check_gradients(device) if "flash_prefill_backward" in names else ()
+    drawn = check_random(device, seed=seed, count=draws, names=only)
+    for found in chain(check_all(device, names=only), drawn, gradients):
         if found.skipped:
             print(f"not checked: {found.kernel} {found.spec}: {found.skipped}", flush=True)
             continue
@@ -112,7 +128,12 @@ def _checked(device: Target, names: tuple[str, ...]) -> tuple[set[str], dict[str
             print(said, flush=True)
     for name, error in errors.items():
         print(f"checked {name}: relative error at most {error:.1e}{' RED' if name in red else ''}")
-    facts = {"target": device.name, "date": date.today().isoformat(), "environment": environment()}
+    for name in sorted(names - set(errors)):
+        print(f"NOT CHECKED {name}: nothing of it runs here")
+    facts = {
+        "target": device.name, "date": date.today().isoformat(), "environment": environment(),
+        "seed": seed, "draws": draws,
+    }  # fmt: skip
     return red, {**facts, "errors": errors, "red": sorted(red)}
 
 
@@ -130,7 +151,7 @@ def _row(
     return {
         "case": case.name, "kernel": chosen(case.cls, case.spec, device, case.load).text,
         "spec": case.spec.text, "load": asdict(case.load), "work": asdict(case.work()),
-        "estimated_seconds": case.estimate(device)[1],
+        "estimated_seconds": case.estimates(device),
         "median_seconds": {name: taken.median(name) for name in taken.samples},
         "samples": {name: list(samples) for name, samples in taken.samples.items()},
         "bars": [
@@ -153,7 +174,8 @@ def _print(
     medians = ", ".join(f"{name} {taken.median(name) * 1e3:.3f} ms" for name in taken.samples)
     print(f"{case.name}: {medians} ({seconds:.0f} s)")
     for outcome in outcomes:
-        said = {True: "met", False: "MISSED", None: "not measured"}[outcome.met]
+        absent_peer = "not measured" if outcome.value is None else "told, no bar"
+        said = {True: "met", False: "MISSED", None: absent_peer}[outcome.met]
         value = "" if outcome.value is None else f" {outcome.value:.3g}"
         print(f"    {outcome.bar.words}:{value} {said}", flush=True)
     for name, reason in absent.items():

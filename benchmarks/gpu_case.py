@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from attnopt.codegen.kernel import Kernel, Load, Work, kernels
 from attnopt.codegen.roofline import estimated
@@ -25,16 +24,20 @@ Contender = Callable[[Given], Any]
 @dataclass(frozen=True)
 class Bar:
     """What is asked: `contender` at least `least` times as fast as the fastest of `over`, or at
-    least that share of the copy bandwidth, or that many operations per second."""
+    least that share of the copy bandwidth, or that many operations per second. Where it is not
+    `asked`, the figure is told and nothing hangs on it."""
 
     least: float
     over: tuple[str, ...] = ()
     of: Literal["speed", "bandwidth", "flops"] = "speed"
     contender: str = OURS
+    asked: bool = True
 
     @property
     def words(self) -> str:
         """The bar as the table says it."""
+        if not self.asked:
+            return f"{self.contender} against {' or '.join(self.over)}"
         if self.of == "bandwidth":
             return f"at least {self.least:.0%} of the copy bandwidth"
         if self.of == "flops":
@@ -48,9 +51,12 @@ class Case:
 
     `peers` are made on the device: each gives a function of the inputs, or the reason why it is not
     here. `own` are further kernels of ours on the same inputs, by name: (kernel, spec). `composed`
-    are made of several launches for a target; `parts` are what is estimated where the line is about
-    such launches, one after the other. What the contenders named in `same` give is compared with
-    ours.
+    are made of several launches for a target. What the contenders named in `same` give is compared
+    with ours; `alike` names pairs of others that are compared, the first of which is left out where
+    they differ.
+
+    `like` says of contenders which launches of ours have their least work, one after the other: so
+    they are estimated. Of the others, `unknown` says why they are not.
     """
 
     name: str
@@ -61,8 +67,10 @@ class Case:
     peers: Mapping[str, Callable[[], Peer | str]] = field(default_factory=dict)
     own: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
     composed: Mapping[str, Callable[[Target, Load], Contender]] = field(default_factory=dict)
-    parts: tuple[tuple[str, Any], ...] = ()
     same: tuple[str, ...] = ()
+    alike: tuple[tuple[str, str], ...] = ()
+    like: Mapping[str, tuple[tuple[str, Any], ...]] = field(default_factory=dict)
+    unknown: Mapping[str, str] = field(default_factory=dict)
     prepare: Callable[[Given, Load], Given] | None = None
 
     @property
@@ -79,15 +87,25 @@ class Case:
         given = self.cls.inputs(self.spec, self.load, device)
         return self.prepare(given, self.load) if self.prepare else given
 
-    def estimate(self, target: Target) -> tuple[Work, float | None]:
-        """The least work, and seconds by the roofline of the target, where its peaks are known.
+    def works(self) -> dict[str, tuple[Work, ...]]:
+        """The least work of the launches of every contender of which it is known."""
+        own = {OURS: (self.kernel, self.spec), **self.own}
+        launches = {name: (one,) for name, one in own.items()} | dict(self.like)
+        return {
+            name: tuple(kernels()[kernel].work(spec, self.load) for kernel, spec in each)
+            for name, each in launches.items()
+        }
+
+    def estimates(self, target: Target) -> dict[str, float]:
+        """Seconds of these contenders by the roofline of the target; none where it has no peaks.
         Estimated, never measured."""
-        done = [kernels()[k].work(spec, self.load) for k, spec in self.parts] or [self.work()]
-        whole = Work(sum(w.flops for w in done), sum(w.bytes for w in done))
         dtype = self.load.dtype if self.load.dtype in target.peak else "float16"
         if dtype not in target.peak or not target.bandwidth:
-            return whole, None
-        return whole, sum(estimated(work, dtype, target) for work in done)
+            return {}
+        return {
+            name: sum(estimated(work, dtype, target) for work in each)
+            for name, each in self.works().items()
+        }
 
     def contenders(self, target: Target) -> tuple[dict[str, Contender], dict[str, str]]:
         """All that run, and why the others do not."""
@@ -125,7 +143,9 @@ class Outcome:
     @property
     def met(self) -> bool | None:
         """Whether the bar is met, as far as can be said."""
-        return None if self.value is None else self.value >= self.bar.least
+        if self.value is None or not self.bar.asked:
+            return None
+        return self.value >= self.bar.least
 
 
 def measure(
@@ -147,9 +167,9 @@ def measure(
         except Exception as error:  # noqa: BLE001 (what fails is left out, and told)
             absent[name] = _told(error)
             del running[name]
-    for name in case.same:
-        if name in running and OURS in running and (off := _apart(outputs[name], outputs[OURS])):
-            absent[name] = f"computes something else: {off:.1e} apart"
+    for name, other in (*((name, OURS) for name in case.same), *case.alike):
+        if name in running and other in running and (off := _apart(outputs[name], outputs[other])):
+            absent[name] = f"computes something else: {off}"
             del running[name]
     del outputs
     if not running:
@@ -170,10 +190,13 @@ def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
 
 
-def _apart(one: Tensor, other: Tensor) -> float:
-    """The norm of the difference over the norm, where rounding does not explain it; else 0."""
-    error = float((one.float() - other.float()).norm() / other.float().norm())
-    return error if not error <= 0.05 else 0.0
+def _apart(one: Any, other: Any) -> str:
+    """What rounding does not explain of a difference, empty where there is nothing."""
+    pairs = [(x if isinstance(x, tuple) else (x,)) for x in (one, other)]
+    if [x.shape for x in pairs[0]] != [x.shape for x in pairs[1]]:
+        return "another shape"
+    off = [float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(*pairs)]  # noqa: B905
+    return "" if all(error <= 0.05 for error in off) else f"{max(off):.1e} apart"
 
 
 def _outcome(case: Case, bar: Bar, taken: Times, bandwidth: float) -> Outcome:

@@ -3,6 +3,7 @@ kernel figures of the papers named; all comparisons here are with what runs besi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,23 +14,43 @@ from attnopt.codegen.block_sparse_spec import BlockSparseSpec, Dense, Scattered,
 from attnopt.codegen.decode_spec import DecodeSpec
 from attnopt.codegen.dispatch import Dispatch
 from attnopt.codegen.kernel import Load, kernels
+from attnopt.codegen.kernels.flash_prefill import FlashPrefill, flash_prefill
 from attnopt.codegen.latent_spec import LatentSpec
 from attnopt.codegen.shipped import chosen
 from attnopt.codegen.target import Target
 from attnopt.compiler.linear_spec import LinearSpec
 from attnopt.compiler.spec import CAUSAL, FULL, AttentionSpec, Mask
 from benchmarks.gpu_case import OURS, Bar, Case, Contender, Given
-from benchmarks.gpu_peers import fla_linear, flashinfer_decode, flex, sdpa
+from benchmarks.gpu_peers import (
+    fla_linear,
+    flash_mla,
+    flashinfer_decode,
+    flashinfer_latent,
+    flex,
+    sdpa,
+    sdpa_backward,
+)
 
 CUDNN, FLASH, FLEX = "cuDNN", "FlashAttention-2", "FlexAttention"
+SDPA, FLASHINFER, FLASH_MLA = "scaled_dot_product_attention", "FlashInfer", "FlashMLA"
+FLA, DENSE = "flash-linear-attention", "attnopt, dense"
 K = 1024
+_OTHERS = {  # what no roofline tells, whatever the case
+    CUDNN: "the share of the peak that it reaches is in no target's file",
+    FLEX: "its code is generated, and no share of the peak is published for it",
+    FLASHINFER: "it does the same work, and its share of the roofline is not published here",
+    FLASH_MLA: "it does the same work, and its share of the roofline is not published here",
+    FLA: "it does the same work, and its share of the roofline is not published here",
+    "dispatch": "it runs the fastest of those that it knows, so that what is left to measure is "
+    "what dispatch itself costs",
+}
 
 
 def cases() -> list[Case]:
     """All lines, those that the others build on first."""
     return [
         *(dense_prefill(length) for length in (8 * K, 16 * K)),
-        grouped_decode(), windowed_prefill(), strided_prefill(),
+        dense_backward(8 * K), grouped_decode(), windowed_prefill(), strided_prefill(),
         *(scattered_prefill(density) for density in (0.05, 0.8)),
         *(mixed_prefill(kv_heads, full) for kv_heads, full in ((32, 8), (8, 4))),
         *(mixed_decode(kv_heads, full) for kv_heads, full in ((32, 8), (8, 4))),
@@ -54,6 +75,23 @@ def dense_prefill(length: int) -> Case:
         },
         same=(CUDNN, FLASH, FLEX, "dispatch"),
         composed={"dispatch": lambda target, load: _dispatched(spec, target)},
+        like={FLASH: (("flash_prefill", spec),)}, unknown=_OTHERS,
+    )  # fmt: skip
+
+
+def dense_backward(length: int) -> Case:
+    """The gradients of the same attention; nothing is asked of them, their times are told."""
+    spec = AttentionSpec(32, 32, 128, 128, 128**-0.5, CAUSAL)
+    return Case(
+        f"dense causal backward, {length // K}k, B·H 64", "flash_prefill_backward", spec,
+        Load(2, length, length),
+        (Bar(1.0, (FLASH,), asked=False), Bar(1.0, (CUDNN,), asked=False)),
+        {
+            FLASH: lambda: sdpa_backward("FLASH_ATTENTION"),
+            CUDNN: lambda: sdpa_backward("CUDNN_ATTENTION"),
+        },
+        same=(FLASH, CUDNN), prepare=_with_forward(spec),
+        like={FLASH: (("flash_prefill_backward", spec),)}, unknown=_OTHERS,
     )  # fmt: skip
 
 
@@ -64,31 +102,35 @@ def grouped_decode() -> Case:
     return Case(
         "grouped decode 8:1, batch 8, 32k cache", "split_decode", spec, Load(8, 1, 32 * K),
         (
-            Bar(0.8, of="bandwidth"), Bar(2.0, ("scaled_dot_product_attention",)),
-            Bar(1.0, ("FlashInfer",), contender="attnopt, pages"),
+            Bar(0.8, of="bandwidth"), Bar(2.0, (SDPA,)),
+            Bar(1.0, (FLASHINFER,), contender="attnopt, pages"),
         ),
         {
-            "scaled_dot_product_attention": lambda: sdpa("FLASH_ATTENTION", causal=False),
-            "FlashInfer": flashinfer_decode,
+            SDPA: lambda: sdpa("FLASH_ATTENTION", causal=False),
+            FLASHINFER: flashinfer_decode,
         },
-        same=("scaled_dot_product_attention",),
+        same=(SDPA,), alike=((FLASHINFER, "attnopt, pages"),),
         composed={"attnopt, pages": lambda target, load: _paged(paged, target, load)},
         prepare=_with_pages,
+        like={
+            SDPA: (("split_decode", spec),), "attnopt, pages": (("split_decode", paged),),
+        },
+        unknown=_OTHERS,
     )  # fmt: skip
 
 
 def windowed_prefill() -> Case:
     """The last 1,024 keys and four sink tokens of 32k."""
     mask, length = Mask("window", left=K, sink=4), 32 * K
+    dense = AttentionSpec(32, 32, 128, 128, 128**-0.5, CAUSAL)
     return Case(
-        "window+sink 1k at 32k", "flash_prefill",
-        AttentionSpec(32, 32, 128, 128, 128**-0.5, mask), Load(1, length, length),
+        "window+sink 1k at 32k", "flash_prefill", dense.with_(mask=mask), Load(1, length, length),
         (Bar(8.0, (FLASH, CUDNN)), Bar(1.1, (FLEX,))),
         {
             FLASH: lambda: sdpa("FLASH_ATTENTION"), CUDNN: lambda: sdpa("CUDNN_ATTENTION"),
             FLEX: lambda: flex(lambda b, h, i, j: mask.keep(i, j), length, length),
         },
-        same=(FLEX,),
+        same=(FLEX,), like={FLASH: (("flash_prefill", dense),)}, unknown=_OTHERS,
     )  # fmt: skip
 
 
@@ -101,8 +143,9 @@ def strided_prefill() -> Case:
     dense = AttentionSpec(32, 32, 128, 128, 128**-0.5, CAUSAL)
     return Case(
         f"strided blocks, {density:.1%} of 128k", "block_sparse_prefill", spec, load,
-        (Bar(0.8 / density, ("attnopt, dense",)), Bar(25.0, (FLASH,))),
-        {FLASH: lambda: sdpa("FLASH_ATTENTION")}, own={"attnopt, dense": ("flash_prefill", dense)},
+        (Bar(0.8 / density, (DENSE,)), Bar(25.0, (FLASH,))),
+        {FLASH: lambda: sdpa("FLASH_ATTENTION")}, own={DENSE: ("flash_prefill", dense)},
+        like={FLASH: (("flash_prefill", dense),)},
     )  # fmt: skip
 
 
@@ -111,21 +154,28 @@ def scattered_prefill(density: float) -> Case:
     spec = BlockSparseSpec(
         12, 12, 128, 128, 128**-0.5, Scattered(density, 4), causal=False, query_block=64
     )
+    dense = AttentionSpec(12, 12, 128, 128, 128**-0.5, FULL)
+    headline, even = Bar(13.7, (FLASH,)), Bar(1.0, (FLASH, CUDNN, DENSE))
     return Case(
         f"{1 - density:.0%} block-sparse, 32k, not causal", "block_sparse_prefill", spec,
-        Load(1, 32 * K, 32 * K), (Bar(13.7 if density < 0.1 else 1.0, (FLASH,)),),
-        {FLASH: lambda: sdpa("FLASH_ATTENTION", causal=False)},
-        own={"attnopt, dense": ("flash_prefill", AttentionSpec(12, 12, 128, 128, 128**-0.5, FULL))},
+        Load(1, 32 * K, 32 * K), (headline if density < 0.1 else even,),
+        {
+            FLASH: lambda: sdpa("FLASH_ATTENTION", causal=False),
+            CUDNN: lambda: sdpa("CUDNN_ATTENTION", causal=False),
+        },
+        own={DENSE: ("flash_prefill", dense)}, like={FLASH: (("flash_prefill", dense),)},
+        unknown=_OTHERS,
     )  # fmt: skip
 
 
 def mixed_prefill(kv_heads: int, full: int) -> Case:
     """DuoAttention's shapes (Xiao et al. 2024): some heads whole, the others window and sink."""
     spec = BlockSparseSpec(32, kv_heads, 128, 128, 128**-0.5, Windowed(256, 64, full=full))
+    dense = AttentionSpec(32, kv_heads, 128, 128, 128**-0.5, CAUSAL)
     return Case(
         f"mixed heads, prefill 100k, {full} of {kv_heads} whole", "block_sparse_prefill", spec,
         Load(1, 100 * K, 100 * K), (Bar(1.73 if kv_heads == 32 else 1.63, (FLASH,)),),
-        {FLASH: lambda: sdpa("FLASH_ATTENTION")},
+        {FLASH: lambda: sdpa("FLASH_ATTENTION")}, like={FLASH: (("flash_prefill", dense),)},
     )  # fmt: skip
 
 
@@ -138,7 +188,10 @@ def mixed_decode(kv_heads: int, full: int) -> Case:
         (Bar(2.18 if kv_heads == 32 else 1.5, (OURS, FLASH), contender="mixed"),),
         {FLASH: lambda: sdpa("FLASH_ATTENTION", causal=False)},
         composed={"mixed": lambda target, load: _mixed(spec, full, target, load)},
-        parts=tuple(("split_decode", part) for part in _whole_and_streaming(spec, full)),
+        like={
+            "mixed": tuple(("split_decode", part) for part in _whole_and_streaming(spec, full)),
+            FLASH: (("split_decode", spec),),
+        },
     )  # fmt: skip
 
 
@@ -151,6 +204,7 @@ def selected_decode() -> Case:
         Load(8, 1, 32 * K), (Bar(5.0, ("attnopt, all", FLASH)),),
         {FLASH: lambda: sdpa("FLASH_ATTENTION", causal=False)},
         composed={"attnopt, all": lambda target, load: _whole(whole, target, load)},
+        like=dict.fromkeys(("attnopt, all", FLASH), (("split_decode", whole),)),
     )  # fmt: skip
 
 
@@ -158,12 +212,16 @@ def latent_decode(heads: int) -> Case:
     """Absorbed MLA at DeepSeek's sizes, against decoding with as many uncompressed heads."""
     bar = Bar(0.75, of="bandwidth") if heads == 16 else Bar(400e12, of="flops")
     plain = DecodeSpec(AttentionSpec(heads, heads, 192, 128, 192**-0.5, CAUSAL))
-    batch = 8 if heads == 16 else 4
+    batch, scale = 8 if heads == 16 else 4, 192**-0.5
+    others = (FLASHINFER, FLASH_MLA)
     return Case(
         f"latent decode 512+64, {heads} heads, 32k", "latent_decode",
-        LatentSpec(heads, 512, 64, 128, 128, 192**-0.5), Load(batch, 1, 32 * K),
-        (bar, Bar(4.0, ("uncompressed",))),
+        LatentSpec(heads, 512, 64, 128, 128, scale), Load(batch, 1, 32 * K),
+        (bar, Bar(4.0, ("uncompressed",)), Bar(1.0, others, asked=False)),
+        {FLASHINFER: lambda: flashinfer_latent(scale), FLASH_MLA: lambda: flash_mla(scale)},
+        same=others,
         composed={"uncompressed": lambda target, load: _uncompressed(plain, target, load)},
+        like={"uncompressed": (("split_decode", plain),)}, unknown=_OTHERS,
     )  # fmt: skip
 
 
@@ -172,9 +230,8 @@ def linear(length: int) -> Case:
     spec = LinearSpec(8, 8, 256, 256, scale=256**-0.5, decay="head")
     return Case(
         f"linear chunk, {length // K}k", "linear_chunk", spec, Load(4, length, length),
-        (Bar(0.95, ("flash-linear-attention",)), Bar(0.45, of="bandwidth")),
-        {"flash-linear-attention": lambda: fla_linear("chunk_retention")},
-        prepare=_tokens_first,
+        (Bar(0.95, (FLA,)), Bar(0.45, of="bandwidth")),
+        {FLA: lambda: fla_linear("chunk_retention")}, prepare=_tokens_first, unknown=_OTHERS,
     )  # fmt: skip
 
 
@@ -185,6 +242,18 @@ def _causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
 def _dispatched(spec: AttentionSpec, target: Target) -> Contender:
     run = Dispatch(spec, target)
     return lambda given: run(given["q"], given["k"], given["v"])
+
+
+def _with_forward(spec: AttentionSpec) -> Callable[[Given, Load], Given]:
+    """Results and log-sum-exps that belong to the inputs, as a forward pass keeps them: so that
+    gradients can be compared."""
+
+    def made(given: Given, load: Load) -> Given:
+        tiles = FlashPrefill(64, 32).constants(spec)
+        out, lse = flash_prefill(given["q"], given["k"], given["v"], **tiles, with_lse=True)
+        return {**given, "out": out, "lse": lse}
+
+    return made
 
 
 def _tokens_first(given: Given, load: Load) -> Given:

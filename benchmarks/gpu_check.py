@@ -1,4 +1,5 @@
-"""Every kernel against its reference in float64, on random sizes, before anything is timed.
+"""Every kernel against its reference in float64, before anything is timed: on its examples at odd
+lengths, and on random specs and sizes (`gpu_draws`).
 
 Outputs are poisoned: torch fills new memory with NaN, so that what a kernel leaves unwritten shows.
 Each launch is repeated, and has to give the same bits: what moves between runs is a race.
@@ -7,7 +8,9 @@ Each launch is repeated, and has to give the same bits: what moves between runs 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
+from random import Random
 from typing import Any
 
 import torch
@@ -19,10 +22,12 @@ from attnopt.codegen.kernel import Kernel, Load, kernels
 from attnopt.codegen.kernels.flash_prefill import FlashPrefill
 from attnopt.codegen.kernels.flash_prefill_backward import FlashPrefillBackward
 from attnopt.codegen.shipped import chosen
+from attnopt.codegen.table import load_on
 from attnopt.codegen.target import Target
 from attnopt.compiler import attend
 from attnopt.compiler.contract import Miss
 from attnopt.compiler.spec import CAUSAL, AttentionSpec, Mask
+from benchmarks.gpu_draws import Draw, Most, draw
 
 LENGTHS = (1, 63, 100, 257, 1000, 1500)  # the last is beyond the windows of the examples
 REPEATS = 5
@@ -61,30 +66,63 @@ def check_all(
                 if (spec, queries, length) in seen:
                     continue
                 seen.add((spec, queries, length))
-                try:
-                    yield check(cls, spec, small, target, device)
-                except Exception as error:  # noqa: BLE001 (a crash is a red check, and is told)
-                    said = getattr(spec, "text", str(spec))
-                    yield Checked(name, said, small, float("inf"), _told(error))
+                yield _tried(cls, Draw(spec, small), target, device, seed=length)
 
 
-def check(cls: type[Kernel[Any]], spec: Any, load: Load, target: Target, device: str) -> Checked:
+def check_random(
+    target: Target,
+    device: str = "cuda",
+    seed: int = 0,
+    count: int = 16,
+    names: tuple[str, ...] = (),
+    most: Most = Most(),  # noqa: B008 (frozen)
+) -> Iterator[Checked]:
+    """All kernels (or the named ones) on `count` random specs and sizes each. What is drawn for a
+    kernel follows from the seed alone, whichever others are checked."""
+    for name, cls in kernels().items():
+        if names and name not in names:
+            continue
+        dice = Random(f"{seed} {name}")
+        for at in range(count):
+            drawn = draw(name, dice, most)
+            if drawn is None:
+                reason = "it is not of this package, and nothing is drawn for it"
+                yield Checked(name, "random specs", Load(), 0.0, skipped=reason)
+                break
+            yield _tried(cls, drawn, target, device, seed=1000 * seed + at)
+
+
+def _tried(cls: type[Kernel[Any]], drawn: Draw, target: Target, device: str, seed: int) -> Checked:
+    drawn = replace(drawn, load=load_on(drawn.load, target))
+    with torch.random.fork_rng(enabled=True):
+        torch.manual_seed(seed)
+        try:
+            return check(cls, drawn, target, device)
+        except Exception as error:  # noqa: BLE001 (a crash is a red check, and is told)
+            return Checked(cls.name, drawn.text, drawn.load, float("inf"), _told(error))
+
+
+def check(cls: type[Kernel[Any]], drawn: Draw, target: Target, device: str) -> Checked:
     """Launch several times on poisoned memory and compare."""
-    said = getattr(spec, "text", str(spec))
+    spec, load = drawn.spec, drawn.load
     missed = cls.supports(spec, target)
     if isinstance(missed, Miss):
-        return Checked(cls.name, said, load, 0.0, skipped=missed.reason)
+        return Checked(cls.name, drawn.text, load, 0.0, skipped=missed.reason)
     kernel = chosen(cls, spec, target, load)
-    inputs = cls.inputs(spec, load, device)
-    with poisoned():
-        runs = [_flat(kernel.run(spec, _copied(inputs))) for _ in range(REPEATS)]
-    expected = _flat(cls.reference(spec, _wide(inputs)))
-    error = max(_error(got, want) for got, want in zip(runs[0], expected, strict=False))
+    with poisoned():  # an output may be among the inputs
+        inputs = cls.inputs(spec, load, device)
+        if drawn.change is not None:
+            inputs = drawn.change(inputs)
+        runs = [_flat(kernel.run(spec, _copied(inputs) | drawn.also)) for _ in range(REPEATS)]
+    expected = _flat(cls.reference(spec, _wide(inputs) | drawn.plain))
+    error = max(_error(got, want) for got, want in zip(runs[0], expected, strict=True))
     moved = any(
         not torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True)
     )
     wrong = "" if error <= ALLOWED[load.dtype] else f"an error of {error:.1e}"
-    return Checked(cls.name, said, load, error, wrong or ("moves between runs" if moved else ""))
+    return Checked(
+        cls.name, drawn.text, load, error, wrong or ("moves between runs" if moved else "")
+    )
 
 
 def check_gradients(
@@ -139,8 +177,9 @@ def _told(error: Exception) -> str:
 
 
 def _copied(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Kernels that write into a state or a cache get their own."""
-    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    """Kernels that write into a state or a cache get their own; parts of one tensor stay that."""
+    memo: dict[int, Any] = {}
+    return {k: deepcopy(v, memo) if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
 
 def _wide(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,9 +194,12 @@ def _wide(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _error(got: Tensor, want: Tensor) -> float:
-    """Norm of the difference over the norm; infinite where a number is missing."""
+    """Norm of the difference over the norm; infinite where a number is missing, or is there where
+    the reference has an infinity."""
     got = got.detach().cpu().to(torch.float64)
-    if got.shape != want.shape or not torch.isfinite(got[torch.isfinite(want)]).all():
-        return float("inf")
     there = torch.isfinite(want)
+    if got.shape != want.shape or not torch.isfinite(got[there]).all():
+        return float("inf")
+    if not torch.equal(got[~there], want[~there].to(got.dtype)):
+        return float("inf")
     return float((got[there] - want[there]).norm() / want[there].norm().clamp_min(1e-30))

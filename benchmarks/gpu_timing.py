@@ -62,11 +62,12 @@ def times(
 ) -> Times:
     """Time contenders, each called with one element of `inputs`.
 
-    Two rounds go before, unmeasured: they compile, and fill what is kept between calls.
+    One round for each input goes before, two at least, unmeasured: they compile, and fill what is
+    kept between calls.
     """
     names = list(contenders)
     samples: dict[str, list[float]] = {name: [] for name in names}
-    for at in range(-2, rounds):
+    for at in range(-max(2, len(inputs)), rounds):
         given = inputs[at % len(inputs)]
         for name in rotated(names, at):
             taken = clock(partial(contenders[name], given))

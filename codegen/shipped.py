@@ -1,8 +1,11 @@
 """Tile sizes that were found good for a target, as committed files: `codegen/tuned/<target>.json`.
 
 Each entry says for which kernel, spec and sizes, and how it was obtained: timed on the device
-("measured"), or taken without one because the default does not fit the target ("estimated", by the
-static score). `python -m attnopt.autotune.kernels --target NAME --write` writes them.
+("measured"), or without one ("estimated"). Without a device the default stays what is launched,
+unless it does not fit the target: a static score is no speed. Then the best score of what fits is
+taken; elsewhere the entry is a record of the default, with what it takes of the target, and is not
+`taken`: a kernel's default follows the sizes at hand, and an entry would hold those of an example.
+`python -m attnopt.autotune.kernels --target NAME --write` writes them.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ class Entry:
     """One entry: `tiles` of a kernel by field, for a spec (as text) at sizes.
 
     `why` says in words why they are taken, `obtained` with which versions and device, and when.
+    What is not `taken` is a record: dispatch goes by the kernel's default.
     """
 
     kernel: str
@@ -43,6 +47,7 @@ class Entry:
     evidence: str
     why: str
     obtained: Mapping[str, Any] = field(default_factory=dict)
+    taken: bool = True
 
     def as_json(self) -> dict[str, Any]:
         """The entry as a JSON object."""
@@ -71,12 +76,13 @@ def chosen(
 
 
 def nearest(known: tuple[Entry, ...], name: str, spec_kind: str, load: Load) -> Entry | None:
-    """The entry for a kernel and a kind of spec whose sizes are nearest; of two as near, the one
-    that was measured."""
+    """The entry to take for a kernel and a kind of spec whose sizes are nearest; of two as near,
+    the one that was measured."""
     ranked = [
         (far, EVIDENCE.index(entry.evidence), at)
         for at, entry in enumerate(known)
-        if (entry.kernel, entry.kind, entry.load.dtype) == (name, spec_kind, load.dtype)
+        if entry.taken
+        and (entry.kernel, entry.kind, entry.load.dtype) == (name, spec_kind, load.dtype)
         and (far := _distance(entry.load, load)) is not None
     ]
     return known[min(ranked)[2]] if ranked else None
@@ -131,10 +137,10 @@ def read(content: str, where: str) -> tuple[Entry, ...]:
 
 
 def written(target: str, kept: tuple[Entry, ...]) -> str:
-    """The text of a target's file."""
+    """The text of a target's file, an entry in a line."""
     ordered = sorted(kept, key=lambda e: (e.kernel, e.kind, dataclasses.astuple(e.load)))
-    facts = {"format": FORMAT, "target": target, "entries": [entry.as_json() for entry in ordered]}
-    return json.dumps(facts, indent=1) + "\n"
+    lines = ",\n".join(json.dumps(entry.as_json()) for entry in ordered)
+    return f'{{"format": {FORMAT}, "target": {json.dumps(target)}, "entries": [\n{lines}\n]}}\n'
 
 
 def _distance(a: Load, b: Load) -> int | None:

@@ -115,25 +115,26 @@ def at_hand(device: int = 0) -> Target:
 
 
 def _as_it_is(like: Target, facts: Any) -> Target:
-    """A known target as the driver has it: the same where processors and memory are the same and
-    the name tells of no other form (an H100 may be an SXM, PCIe or NVL module, or a slice of one);
-    else with its own sizes, and peaks in proportion to its processors. The target's name stays,
-    because tile sizes follow what all forms have alike."""
+    """A known target as the driver has it: the same, with its L2 where the file tells none, where
+    processors and memory are the same and the name tells of no other form (an H100 may be an SXM,
+    PCIe or NVL module, or a slice of one); else with its own sizes, and peaks in proportion to its
+    processors. The target's name stays, because tile sizes follow what all forms have alike."""
     units, memory = int(facts.multi_processor_count), int(facts.total_memory)
     forms = [
         form for form in _FORMS if re.search(rf"(?<![a-z]){form}(?![a-z])", facts.name.lower())
     ]
     other = any(form not in like.title.lower() for form in forms)
     same_memory = abs(memory / like.memory - 1) <= _MEMORY
+    told_l2 = int(getattr(facts, "L2_cache_size", 0))
     if units == like.units and same_memory and not other:
-        return like
+        return like if like.l2 else replace(like, l2=told_l2)
     share = units / like.units
     told = _bandwidth(facts)
     return replace(
         like, title=facts.name, units=units, memory=memory,
         bandwidth=told or like.bandwidth * min(1.0, share),
         peak={name: value * share for name, value in like.peak.items()},
-        l2=getattr(facts, "L2_cache_size", 0) or like.l2,
+        l2=told_l2 or like.l2,
         source=f"its driver, and {like.source}",
         note=f"its peaks are those of {like.title} times {units} of {like.units} processors, "
         "whatever its clock; its bandwidth is "

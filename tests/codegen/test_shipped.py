@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from attnopt.autotune import kernels as command
+from attnopt.autotune import recorded
 from attnopt.autotune.kernel_tuner import Tuned, spec_text, tiles_of
+from attnopt.autotune.recorded import COMMAND, TABLE, stale
 from attnopt.autotune.statistics import Interval
 from attnopt.autotune.timing import Ratio
 from attnopt.codegen import shipped
@@ -21,6 +23,7 @@ from attnopt.codegen.shipped import Entry, bucket, chosen, entries, kind, neares
 from attnopt.codegen.target import known, target
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.spec import CAUSAL, AttentionSpec, Mask
+from tests.tree import ROOT
 
 H100 = target("h100")
 SPEC, LOAD = AttentionSpec(32, 8, 128, 128, 128**-0.5, CAUSAL), Load(1, 8192, 8192)
@@ -28,7 +31,7 @@ TILES = {
     "block_m": 64, "block_n": 32, "packed": True, "warps": 8, "stages": 3, "waves": 0, "maxnreg": 0,
     "waves_per_eu": 0,
 }  # fmt: skip
-_WHOLE = {"evidence", "why", "obtained", "load", "kind", "spec", "tiles", "kernel"}
+_WHOLE = {"evidence", "why", "obtained", "load", "kind", "spec", "tiles", "kernel", "taken"}
 
 
 def _entry(load: Load = LOAD, **changes: Any) -> Entry:
@@ -95,6 +98,79 @@ def test_what_is_not_possible_is_seen() -> None:
 
 def _given(monkeypatch: pytest.MonkeyPatch, *given: Entry) -> None:
     monkeypatch.setattr(shipped, "entries", lambda name: given if name == "h100" else ())
+
+
+GPUS = tuple(name for name in known() if not target(name).measured)
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_records_of_defaults_ship_and_are_fresh(name: str) -> None:
+    records = [entry for entry in entries(name) if not entry.taken]
+    how = f"run {TABLE} && {COMMAND}"
+    assert records, how
+    for entry in records:
+        assert entry.evidence == "estimated" and "nothing timed" in entry.why
+        took = entry.obtained["took"]
+        assert took and all(each["shared"] <= target(name).shared_per_block for each in took)
+        said = stale(entry, name)
+        assert not said, f"{name}, {entry.kernel}: {said}; {how}"
+    for kernel, cls in kernels().items():
+        wanted = {
+            spec_text(spec)
+            for spec, _ in cls.examples()
+            if cls.supports(spec, target(name)) is None
+        }
+        assert wanted == {entry.spec for entry in records if entry.kernel == kernel}, how
+
+
+def test_a_stale_record_is_told() -> None:
+    record = next(e for e in entries("h100") if e.kernel == "flash_prefill" and not e.taken)
+    assert not stale(record, "h100")
+    for changes, why in (
+        ({"kernel": "flash_postfill"}, "no kernel"),
+        ({"spec": "attn{}"}, "none of the kernel's examples"),
+        ({"obtained": {**record.obtained, "source": "0"}}, "another text"),
+        ({"tiles": {**record.tiles, "block_m": 16}}, "the default is"),
+    ):
+        assert why in stale(replace(record, **changes), "h100")
+
+
+def test_a_record_is_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    _given(monkeypatch, _entry(taken=False))
+    assert chosen(FlashPrefill, SPEC, H100, LOAD) == FlashPrefill.default(SPEC, H100, LOAD)
+    _given(monkeypatch, _entry(taken=False), _entry(Load(1, 4096, 4096)))
+    assert chosen(FlashPrefill, SPEC, H100, LOAD) == FlashPrefill(**TILES)
+
+
+def test_records_are_made_of_rows(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is compiled, what differs in its date alone stays, and old rows are refused."""
+    monkeypatch.setattr(command, "files", lambda package: tmp_path)
+    monkeypatch.setattr(shipped, "files", lambda package: tmp_path)
+    entries.cache_clear()
+    path, of = tmp_path / "t4.json", ["--kernel", "merge_partials", "--target", "t4", "--rows"]
+    try:
+        asked = [*of, str(ROOT / "docs/kernels.json")]
+        assert command.main(asked) == 0 and not path.exists()
+        assert command.main([*asked, "--write"]) == 0
+        first = path.read_text(encoding="utf-8")
+        assert len(entries("t4")) == 4 and not any(entry.taken for entry in entries("t4"))
+        assert {entry.load.dtype for entry in entries("t4")} == {"float16"}
+        monkeypatch.setattr(recorded, "environment", lambda: {"date": "another"})
+        assert command.main([*asked, "--write"]) == 0 and path.read_text(encoding="utf-8") == first
+        monkeypatch.setattr(recorded, "versions", lambda: {"triton": "4", "torch": "3"})
+        assert command.main([*asked, "--write"]) == 0
+        assert all(entry.obtained["date"] == "another" for entry in entries("t4"))
+        rows = json.loads((ROOT / "docs/kernels.json").read_text(encoding="utf-8"))
+        for row in rows:
+            row["tiles"] = row["tiles"].replace("merge_partials{", "merge_partials{warps=8 ")
+        (tmp_path / "old.json").write_text(json.dumps(rows), encoding="utf-8")
+        assert command.main([*of, str(tmp_path / "old.json")]) == 1
+        assert TABLE in capsys.readouterr().out
+        assert command.main([*of, str(tmp_path / "none.json")]) == 1
+    finally:
+        entries.cache_clear()
 
 
 def test_the_entry_of_a_bucket_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +252,8 @@ def test_a_file_reads_back() -> None:
     given = (_entry(), _entry(Load(1, 16, 16), evidence="measured", obtained={"device": "X"}))
     content = written("h100", given)
     assert read(content, "h100.json") == given[::-1]  # sorted by sizes
-    assert content == written("h100", read(content, "")) and content.endswith("}\n")
+    assert content == written("h100", read(content, "")) and content.endswith("]}\n")
+    assert len(content.splitlines()) == 4  # an entry in a line
     assert set(json.loads(content)["entries"][0]) == _WHOLE
 
 
@@ -212,16 +289,20 @@ def test_the_command_writes_what_was_mended_and_what_was_measured(
         return command.main([*arguments, "--write"])
 
     try:
-        assert runs(_result(tiles=_result().default)) == 0 and not path.exists()
+        assert runs(_result(tiles=_result().default)) == 0
+        assert len(entries("h100")) == 4 and not any(entry.taken for entry in entries("h100"))
+        path.unlink()
+        entries.cache_clear()
         assert runs(_result()) == 0
-        (mended,) = entries("h100")
+        (mended,) = (entry for entry in entries("h100") if entry.taken)
         assert mended.tiles == TILES and not _wrong(replace(mended, kind=kind(SPEC)), "h100")
         ratio = Ratio("b", "a", Interval(1.2, 1.1, 1.3, 1.12, 1.28), 25)
         timed = {"evidence": "measured", "ratio": ratio, "device": "NVIDIA H100"}
         assert runs(_result(**timed)) == 0
-        (measured,) = entries("h100")
+        (measured,) = (entry for entry in entries("h100") if entry.taken)
         assert measured.evidence == "measured" and measured.obtained["over_default"]["low"] == 1.1
-        assert runs(_result()) == 0 and entries("h100") == (measured,)  # an estimate is no reason
+        assert runs(_result()) == 0 and measured in entries("h100")  # an estimate is no reason
+        assert sum(entry.taken for entry in entries("h100")) == 1
         assert runs(Problem("A838", "no tile sizes fit", why="of 9 tried")) == 1
         assert "no tile sizes fit" in capsys.readouterr().out
         assert runs(Problem("A835", "no process starts")) == 1

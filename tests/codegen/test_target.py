@@ -39,6 +39,11 @@ def test_figures_hang_together(name: str) -> None:
     assert 20 < got.peak["float16"] / got.bandwidth < 500
     assert 16e9 <= got.memory <= 200e9 and got.units >= 40
     assert bool(got.achievable) == bool(got.achievable_source)
+    assert 4 << 20 <= got.l2 <= 256 << 20  # timing rotates among inputs that exceed it
+    with_float8 = got.capability in ("8.9", "9.0", "10.0", "12.0", "gfx942")
+    assert ("float8" in got.peak) == with_float8
+    if with_float8:
+        assert got.peak["float8"] == pytest.approx(2 * got.peak["float16"], rel=0.02)
 
 
 def test_shared_memory_limits_are_those_of_the_architecture() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -87,6 +88,14 @@ def test_the_gpu_at_hand_is_known_by_its_name(
     like = targets.target(meant)
     _here(monkeypatch, told, like.units, 0.95 * like.memory)
     assert targets.at_hand() == like
+
+
+def test_the_l2_that_a_file_does_not_tell_is_the_drivers(monkeypatch: pytest.MonkeyPatch) -> None:
+    like, right = targets.target("b200"), targets.target
+    _here(monkeypatch, "NVIDIA B200", like.units, like.memory, L2_cache_size=100 << 20)
+    assert targets.at_hand() == like
+    monkeypatch.setattr(targets, "target", lambda name: replace(right(name), l2=0))
+    assert targets.at_hand() == replace(like, l2=100 << 20)
 
 
 def test_a_gpu_that_no_file_is_about_has_its_drivers_figures(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,7 +21,9 @@ benchmarks()
 
 from benchmarks import gpu, gpu_check, gpu_overhead  # noqa: E402
 from benchmarks.gpu_case import OURS, Bar, Case, measure  # noqa: E402
-from benchmarks.gpu_cases import cases  # noqa: E402
+from benchmarks.gpu_cases import _with_forward, cases  # noqa: E402
+from benchmarks.gpu_draws import Draw  # noqa: E402
+from benchmarks.gpu_peers import sdpa_backward  # noqa: E402
 from benchmarks.gpu_timing import sets_beyond, times  # noqa: E402
 
 H100 = target("h100")
@@ -60,7 +64,7 @@ def test_every_round_times_all_contenders_in_turning_order() -> None:
     taken = times({"one": one, "two": two}, [0, 1, 2], 6, _clock({"one": 1.0, "two": 2.0}))
     assert taken.samples == {"one": (1.0,) * 6, "two": (2.0,) * 6}
     assert taken.ratio("one", "two") == (2.0, 2.0, 2.0)
-    rounds = [order[at : at + 2] for at in range(4, 16, 2)]  # two rounds went before
+    rounds = [order[at : at + 2] for at in range(6, 18, 2)]  # a round for each input went before
     assert {first.split()[0] for first, _ in rounds} == {"one", "two"}
     assert [first.split()[1] for first, _ in rounds] == ["0", "1", "2"] * 2
 
@@ -103,7 +107,7 @@ def test_a_peer_that_fails_is_left_out_with_its_error() -> None:
 @pytest.mark.parametrize("length", [1, 63])
 def test_kernels_are_checked_against_float64(length: int) -> None:
     load = Load(2, length, length, "float32")
-    found = gpu_check.check(FlashPrefill, SPEC, load, H100, "cpu")
+    found = gpu_check.check(FlashPrefill, Draw(SPEC, load), H100, "cpu")
     assert not found.wrong and found.error < 1e-5
     assert length == 1 or found.error > 0
 
@@ -128,7 +132,7 @@ def test_the_check_finds_wrong_missing_and_moving_results(monkeypatch: pytest.Mo
 
     def told(change: Callable[[torch.Tensor], torch.Tensor]) -> str:
         monkeypatch.setattr(FlashPrefill, "run", lambda *given: change(right(*given)))  # type: ignore[arg-type]
-        return gpu_check.check(FlashPrefill, SPEC, load, H100, "cpu").wrong
+        return gpu_check.check(FlashPrefill, Draw(SPEC, load), H100, "cpu").wrong
 
     def unwritten(out: torch.Tensor) -> torch.Tensor:
         out[0, 0, 3] = float("nan")
@@ -181,10 +185,114 @@ def test_without_a_gpu_it_says_so(
     assert "no GPU" in capsys.readouterr().out
 
 
-def test_every_line_is_estimated(capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu.main(["--estimate", "h100"]) == 0
-    said = capsys.readouterr().out
-    assert "not measured" in said
-    assert all(case.name in said for case in cases())
-    rows = said.splitlines()[1:]
-    assert len(rows) == len(cases()) and all(row.endswith("estimated") for row in rows)
+def test_a_figure_that_nothing_is_asked_of_is_told() -> None:
+    bar = Bar(1.0, ("slow",), asked=False)
+    case = Case("small", "flash_prefill", SPEC, SMALL, (bar,), {"slow": _peer("slow")})
+    clock = _clock({"<lambda>": 2.0, "slow": 1.0})
+    _, (outcome,), _ = measure(case, H100, 1.0, "cpu", 2, clock)
+    assert outcome.value == 0.5 and outcome.met is None
+    assert bar.words == "attnopt against slow"
+
+
+def test_a_peer_of_other_numbers_or_of_another_shape_is_left_out() -> None:
+    def off(change: Callable[[torch.Tensor], Any]) -> Callable[[], Any]:
+        def make() -> Any:
+            return lambda given: change(FlashPrefill.reference(SPEC, dict(given)))  # type: ignore[arg-type]
+
+        return make
+
+    peers = {
+        "right": off(lambda out: out), "wrong": off(lambda out: out * 1.1),
+        "narrow": off(lambda out: out[:, :1]), "two": off(lambda out: (out, out)),
+    }  # fmt: skip
+    case = Case(
+        "small", "flash_prefill", SPEC, SMALL, (), peers, same=("right", "wrong", "narrow"),
+        alike=(("two", "right"),),
+    )  # fmt: skip
+    taken, _, absent = measure(case, H100, 1.0, "cpu", 2, _clock({"<lambda>": 1.0}))
+    assert set(taken.samples) == {OURS, "right"}
+    assert absent["narrow"] == absent["two"] == "computes something else: another shape"
+    assert absent["wrong"] == "computes something else: 1.0e-01 apart"
+
+
+@pytest.mark.slow
+def test_gradients_are_those_of_the_peer() -> None:
+    (case,) = (c for c in cases() if "backward" in c.name)
+    spec = case.spec.with_(heads=2, kv_heads=2, head_dim=32, v_dim=32, scale=32**-0.5)
+    load = Load(1, 40, 40, "float32")
+    small = replace(
+        case, spec=spec, load=load, prepare=_with_forward(spec),
+        peers={"math": lambda: sdpa_backward("MATH")}, same=("math",),
+        bars=(Bar(1.0, ("math",), asked=False),),
+    )  # fmt: skip
+    _, (outcome,), absent = measure(small, H100, 1.0, "cpu", 2, lambda run: float(bool(run())))
+    assert outcome.value == 1.0 and not absent
+    wrong = replace(small, prepare=lambda given, load: {**given, "lse": given["lse"] + 1})
+    _, (outcome,), absent = measure(wrong, H100, 1.0, "cpu", 2, lambda run: float(bool(run())))
+    assert outcome.value is None and "apart" in absent["math"]
+
+
+def test_peers_of_latent_decoding_say_why_they_are_not_here(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (case, _) = (c for c in cases() if c.kernel == "latent_decode")
+    said = {name: make() for name, make in case.peers.items()}
+    assert all("is not installed" in str(reason) for reason in said.values()) and len(said) == 2
+
+
+class _Wrapper:
+    """FlashInfer's interface for latents, in plain torch."""
+
+    def __init__(self, space: torch.Tensor) -> None:
+        self.given: tuple[Any, ...] = ()
+
+    def plan(self, *given: Any) -> None:
+        self.given = given
+
+    def run(self, q: Any, q_rope: Any, latents: Any, k_rope: Any) -> torch.Tensor:
+        queries, pages, order, lengths, heads, rank, rope, page, causal, scale, *_ = self.given
+        assert queries.tolist() == list(range(len(q) + 1)) and not causal
+        assert (heads, rank, rope) == (q.shape[1], q.shape[2], q_rope.shape[2])
+        out = []
+        for at in range(len(q)):
+            mine = order[pages[at] : pages[at + 1]].long()
+            values, rotary = latents[mine].flatten(0, 1), k_rope[mine].flatten(0, 1)
+            assert len(values) == lengths[at] == len(mine) * page
+            logits = (q[at] @ values.T + q_rope[at] @ rotary.T) * scale
+            out.append(logits.softmax(-1) @ values)
+        return torch.stack(out)
+
+
+def _flash_mla(
+    q: Any, cache: Any, table: Any, lengths: Any, wide: int, plan: str, splits: None, scale: float,
+    causal: bool,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """FlashMLA's interface, in plain torch."""
+    assert plan == "a plan" and splits is None and not causal
+    keys = cache[table.long()].flatten(1, 2)[:, :, 0]
+    assert (lengths == keys.shape[1]).all()
+    weights = (torch.einsum("bshd,btd->bsht", q, keys) * scale).softmax(-1)
+    return torch.einsum("bsht,btd->bshd", weights, keys[..., :wide]), None
+
+
+@pytest.mark.slow
+def test_peers_of_latent_decoding_are_called_as_they_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    flashinfer, mla, flash = (ModuleType(n) for n in ("flashinfer", "flashinfer.mla", "flash_mla"))
+    mla.BatchMLAPagedAttentionWrapper = _Wrapper  # type: ignore[attr-defined]
+    flashinfer.mla = mla  # type: ignore[attr-defined]
+    flash.flash_mla_with_kvcache = _flash_mla  # type: ignore[attr-defined]
+    flash.get_mla_metadata = lambda lengths, rows, heads: ("a plan", None)  # type: ignore[attr-defined]
+    for module in (flashinfer, mla, flash):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    (case, _) = (c for c in cases() if c.kernel == "latent_decode")
+    small = replace(
+        case, spec=replace(case.spec, heads=4, rank=64, rope=16), load=Load(2, 1, 128, "float32"),
+        composed={},
+    )  # fmt: skip
+    taken, _, absent = measure(small, H100, 1.0, "cpu", 2, lambda run: float(run() is not None))
+    assert set(taken.samples) == {OURS, "FlashInfer", "FlashMLA"} and not absent
+    monkeypatch.setattr(_Wrapper, "run", lambda *given: torch.zeros(2, 4, 64))
+    taken, _, absent = measure(small, H100, 1.0, "cpu", 2, lambda run: float(run() is not None))
+    assert "FlashInfer" not in taken.samples and "apart" in absent["FlashInfer"]
