@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from attnopt.codegen.decode_spec import DecodeSpec, decode_inputs, held_bytes
-from attnopt.codegen.kernel import Inputs, Kernel, Load, Outputs, Work
-from attnopt.codegen.kernels.flash_prefill import mask_arguments
+from attnopt.codegen.kernel import CompilerOptions, Inputs, Kernel, Load, Outputs, Work
+from attnopt.codegen.kernels.flash_prefill import mask_arguments, unsupported
 from attnopt.codegen.kernels.merge_partials import merge_partials
 from attnopt.codegen.kernels.references import split_decode as plain
 from attnopt.codegen.matrix_units import matrix_units
@@ -221,6 +221,7 @@ def split_decode(
     block_n: int = 64,
     warps: int = 4,
     stages: int = 3,
+    compiler: tuple[tuple[str, int], ...] = (),
 ) -> Any:
     """softmax(scale q k^T + bias) v of the newest tokens over the keys that each may read.
 
@@ -243,6 +244,7 @@ def split_decode(
 
     `longest` is for how many tokens of one sequence the launch is planned, 0 for all slots.
     `splits` 0 splits so that `units` processors with `waves` programs each are busy.
+    `compiler` are further options of Triton's compiler.
     """
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     lengths, starts = (x if x is None else x.contiguous() for x in (lengths, starts))
@@ -291,7 +293,7 @@ def split_decode(
         WHOLE=splits == 1, RUN=run, PAGE=page, CAPPED=softcap > 0, KEEP_HOOK=keep_hook,
         SCORE_HOOK=score_hook, D=depth, V=width, BLOCK_D=padded_size(depth),
         BLOCK_V=padded_size(width), BLOCK_M=block_m, BLOCK_N=block_n, PRECISION=precision,
-        num_warps=warps, num_stages=stages,
+        num_warps=warps, num_stages=stages, **dict(compiler),
     )  # fmt: skip
     if sums is None:
         return out
@@ -302,7 +304,7 @@ def split_decode(
 
 
 @dataclass(frozen=True)
-class SplitDecode(Kernel[DecodeSpec]):
+class SplitDecode(CompilerOptions, Kernel[DecodeSpec]):
     """`split_decode` with its tile sizes. `units` are the target's, `default` sets them."""
 
     name: ClassVar[str] = "split_decode"
@@ -319,12 +321,9 @@ class SplitDecode(Kernel[DecodeSpec]):
     @classmethod
     def supports(cls, spec: DecodeSpec, target: Target) -> Miss | None:
         of = spec.attention
-        if max(of.head_dim, of.v_dim) > 256:
-            return Miss(f"head_dim {max(of.head_dim, of.v_dim)} is more than 256")
-        if of.scale <= 0:
-            return Miss(f"the softmax scale {of.scale} is not positive")
-        if len(set(of.extras)) < len(of.extras):
-            return Miss(f"an extra is given twice: {', '.join(of.extras)}")
+        wrong = unsupported(of)
+        if wrong is not None:
+            return wrong
         dropping = {"keep", "padding"} & set(of.extras)
         if of.fill == "min" and dropping:
             return Miss(
@@ -361,6 +360,7 @@ class SplitDecode(Kernel[DecodeSpec]):
         return {
             **_meaning(spec), "block_n": self.block_n, "splits": self.splits,
             "units": self.units, "waves": self.waves, "warps": self.warps, "stages": self.stages,
+            "compiler": self.compiler,
         }  # fmt: skip
 
     @classmethod
