@@ -24,7 +24,7 @@ from torch import Tensor
 
 from attnopt.codegen.target import Target
 from attnopt.compiler import text
-from attnopt.compiler.contract import Miss
+from attnopt.compiler.contract import Miss, choice
 from attnopt.compiler.errors import Problem
 
 SpecT = TypeVar("SpecT")
@@ -56,6 +56,27 @@ class Work:
 
     flops: float
     bytes: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompilerOptions:
+    """What a kernel may tell Triton's compiler beside warps and stages; 0 leaves it to the
+    compiler. Kernels that inherit it before `Kernel` hand `compiler` to their launcher.
+
+    `maxnreg` registers at most for a thread, so that more blocks share a processor. On AMD,
+    `waves_per_eu` waves share a unit's registers, and matrix instructions multiply tiles of
+    `matrix_instr_nonkdim` rows and columns.
+    """
+
+    maxnreg: int = choice(0, 96, 128, 168, 224, default=0, vendor="nvidia")
+    waves_per_eu: int = choice(0, 1, 2, 3, 4, default=0, vendor="amd")
+    matrix_instr_nonkdim: int = choice(0, 16, 32, default=0, vendor="amd")
+
+    @property
+    def compiler(self) -> tuple[tuple[str, int], ...]:
+        """Those that are set, by name: one vendor's compiler refuses the other's."""
+        given = ((name, getattr(self, name)) for name in CompilerOptions.__dataclass_fields__)
+        return tuple((name, value) for name, value in given if value)
 
 
 @dataclass(frozen=True)

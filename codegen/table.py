@@ -75,14 +75,9 @@ def rows(names: Iterable[str], targets: Iterable[str], recorded: Iterable[Row] =
     Raises `Problem` A804 in triton's interpreter.
     """
     before = {row.place: row for row in recorded}
-    planned = [
-        _planned(kernels()[name], at, target(each))
-        for name in names
-        for at in range(len(kernels()[name].examples()))
-        for each in targets
-    ]
-    found = {row.place: _known(row, before.get(row.place)) for row in planned}
-    missing = [row for row in planned if found[row.place] is None]
+    asked = planned(names, targets)
+    found = {row.place: _known(row, before.get(row.place)) for row in asked}
+    missing = [row for row in asked if found[row.place] is None]
     tasks = [
         list(group)
         for _, group in groupby(sorted(missing, key=_code), key=_code)
@@ -97,7 +92,19 @@ def rows(names: Iterable[str], targets: Iterable[str], recorded: Iterable[Row] =
         with ProcessPoolExecutor(JOBS, mp_context=get_context("spawn")) as pool:
             made = list(pool.map(_compiled, tasks))
     found |= {row.place: row for part in made for row in part}
-    return [row for row in (found[each.place] for each in planned) if row is not None]
+    return [row for row in (found[each.place] for each in asked) if row is not None]
+
+
+def planned(names: Iterable[str], targets: Iterable[str]) -> list[Row]:
+    """The rows of these kernels and targets without what compiling tells, which is enough to know
+    whether a recorded one is of the same text."""
+    on = [target(name) for name in targets]
+    return [
+        _planned(kernels()[name], at, each)
+        for name in names
+        for at in range(len(kernels()[name].examples()))
+        for each in on
+    ]
 
 
 def _planned(kernel: type[Kernel[Any]], at: int, on: Target) -> Row:
@@ -137,8 +144,8 @@ def _code(row: Row) -> tuple[str, int, str]:
     return row.kernel, row.example, target(row.target).capability
 
 
-def _compiled(planned: Sequence[Row]) -> list[Row]:
-    return [_filled(row) for row in planned]
+def _compiled(rows: Sequence[Row]) -> list[Row]:
+    return [_filled(row) for row in rows]
 
 
 def _filled(row: Row) -> Row:

@@ -155,5 +155,11 @@ def test_files_stay_small_enough_to_read() -> None:
     assert not long, f"more than 400 lines: {long}"
 
 
+def test_references_of_kernels_are_read_at_a_glance() -> None:
+    found = {name: _lines(path) for name, path in _MODULES.items() if ".references." in name}
+    long = {name: lines for name, lines in found.items() if lines >= 60}
+    assert len(found) > 10 and not long, f"60 lines or more: {long}"
+
+
 def _lines(path: Path) -> int:
     return len(path.read_text(encoding="utf-8").splitlines())

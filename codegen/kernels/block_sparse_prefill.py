@@ -24,7 +24,7 @@ from torch import Tensor
 
 from attnopt.codegen.arguments import precision_argument
 from attnopt.codegen.block_sparse_spec import BlockSparseSpec, Dense, Scattered, Strided, Windowed
-from attnopt.codegen.kernel import Inputs, Kernel, Load, Outputs, Work
+from attnopt.codegen.kernel import CompilerOptions, Inputs, Kernel, Load, Outputs, Work
 from attnopt.codegen.kernels.references import block_sparse_prefill as plain
 from attnopt.codegen.matrix_units import matrix_units
 from attnopt.codegen.pieces.online_softmax import FLOOR, LOG2E, absorb, finish, soft_cap
@@ -203,6 +203,7 @@ def block_sparse_prefill(
     pack: int = 1,
     warps: int = 4,
     stages: int = 2,
+    compiler: tuple[tuple[str, int], ...] = (),
 ) -> Any:
     """softmax(scale q k^T) v over the keys in the blocks that are listed for each query block.
 
@@ -221,8 +222,9 @@ def block_sparse_prefill(
     unit * rows + row in the order of launch.
 
     Hooks as in `flash_prefill`; `score_hook(logits, batch, head, i, j, data)` sees all blocks.
-    `block_m`, `block_n` and `pack` are lowered to what the blocks and heads allow. Raises
-    `ValueError` where the shapes of the lists disagree with the inputs.
+    `block_m`, `block_n` and `pack` are lowered to what the blocks and heads allow; `compiler` are
+    further options of Triton's compiler. Raises `ValueError` where the shapes of the lists disagree
+    with the inputs.
     """
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     batch, heads, queries, depth = q.shape
@@ -254,13 +256,13 @@ def block_sparse_prefill(
         CAPPED=softcap > 0, KEEP_HOOK=keep_hook, SCORE_HOOK=score_hook,
         D=depth, V=width, BLOCK_D=padded_size(depth), BLOCK_V=padded_size(width),
         QUERY_BLOCK=query_block, KEY_BLOCK=key_block, BLOCK_M=block_m, BLOCK_N=block_n,
-        PRECISION=precision, num_warps=warps, num_stages=stages,
+        PRECISION=precision, num_warps=warps, num_stages=stages, **dict(compiler),
     )  # fmt: skip
     return (out, lse) if with_lse else out
 
 
 @dataclass(frozen=True)
-class BlockSparsePrefill(Kernel[BlockSparseSpec]):
+class BlockSparsePrefill(CompilerOptions, Kernel[BlockSparseSpec]):
     """`block_sparse_prefill` with its tile sizes."""
 
     name: ClassVar[str] = "block_sparse_prefill"
@@ -323,6 +325,7 @@ class BlockSparsePrefill(Kernel[BlockSparseSpec]):
         return {
             **computed(spec), "with_lse": spec.lse, "block_m": self.block_m,
             "block_n": self.block_n, "pack": self.pack, "warps": self.warps, "stages": self.stages,
+            "compiler": self.compiler,
             **precision_argument(self.precision),
         }  # fmt: skip
 

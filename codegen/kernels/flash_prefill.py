@@ -21,14 +21,14 @@ import triton.language as tl
 from torch import Tensor
 
 from attnopt.codegen.arguments import mask_arguments, precision_argument
-from attnopt.codegen.kernel import Inputs, Kernel, Load, Outputs, Work
+from attnopt.codegen.kernel import CompilerOptions, Inputs, Kernel, Load, Outputs, Work
 from attnopt.codegen.kernels.references import flash_prefill as plain
 from attnopt.codegen.matrix_units import matrix_units
 from attnopt.codegen.pieces.attend import attend, mean_values
 from attnopt.codegen.pieces.online_softmax import FLOOR, LOG2E, NEVER, finish
 from attnopt.codegen.pieces.reach import extent, key_tiles
 from attnopt.codegen.pieces.rows import by_token, dense_rows
-from attnopt.codegen.pieces.sizes import ceil_div, compiler_options, padded_size, with_strides
+from attnopt.codegen.pieces.sizes import ceil_div, padded_size, with_strides
 from attnopt.codegen.pieces.tiles import load_tile
 from attnopt.codegen.shared_memory import loop_stages
 from attnopt.codegen.target import Target
@@ -196,8 +196,7 @@ def flash_prefill(
     units: int = 132,
     warps: int = 4,
     stages: int = 2,
-    maxnreg: int = 0,
-    waves_per_eu: int = 0,
+    compiler: tuple[tuple[str, int], ...] = (),
 ) -> Any:
     """softmax(scale q k^T + bias) v over the keys that each query may read.
 
@@ -218,9 +217,7 @@ def flash_prefill(
     `data` a tuple of tensors and numbers.
 
     With `waves`, no more than so many programs for each of `units` processors are launched, which
-    turn to one tile of queries after another. `maxnreg` (NVIDIA) and `waves_per_eu` (AMD) tell the
-    compiler how many registers a thread may take, and how many waves share a unit's (0: its own
-    choice).
+    turn to one tile of queries after another. `compiler` are further options of Triton's compiler.
     """
     varied = q_starts is not None
     batch, heads, tokens, depth = q.shape
@@ -265,13 +262,13 @@ def flash_prefill(
         CAPPED=softcap > 0, MEAN=mean_of_none, KEEP_HOOK=keep_hook, SCORE_HOOK=score_hook,
         D=depth, V=width, BLOCK_D=padded_size(depth), BLOCK_V=padded_size(width),
         BLOCK_M=block_m, BLOCK_N=block_n, PERSISTENT=waves > 0, PRECISION=precision,
-        num_warps=warps, num_stages=stages, **compiler_options(maxnreg, waves_per_eu),
+        num_warps=warps, num_stages=stages, **dict(compiler),
     )  # fmt: skip
     return (out, lse) if with_lse else out
 
 
 @dataclass(frozen=True)
-class FlashPrefill(Kernel[AttentionSpec]):
+class FlashPrefill(CompilerOptions, Kernel[AttentionSpec]):
     """`flash_prefill` with its tile sizes. `units` are the target's, `default` sets them."""
 
     name: ClassVar[str] = "flash_prefill"
@@ -284,8 +281,6 @@ class FlashPrefill(Kernel[AttentionSpec]):
     warps: int = choice(1, 2, 4, 8, default=4)
     stages: int = choice(1, 2, 3, 4, default=2)
     waves: int = choice(0, 1, 2, default=0)
-    maxnreg: int = choice(0, 128, 168, 224, default=0, vendor="nvidia")
-    waves_per_eu: int = choice(0, 1, 2, 3, 4, default=0, vendor="amd")
     units: int = 132
     precision: str = "ieee"  # of products of float32, see `precision_argument`
 
@@ -293,13 +288,7 @@ class FlashPrefill(Kernel[AttentionSpec]):
     def supports(cls, spec: AttentionSpec, target: Target) -> Miss | None:
         if target.measured:
             return Miss(f"Triton has no code for {target.title}")
-        if max(spec.head_dim, spec.v_dim) > 256:
-            return Miss(f"head_dim {max(spec.head_dim, spec.v_dim)} is more than 256")
-        if spec.scale <= 0:
-            return Miss(f"the softmax scale {spec.scale} is not positive")
-        if len(set(spec.extras)) < len(spec.extras):
-            return Miss(f"an extra is given twice: {', '.join(spec.extras)}")
-        return None
+        return unsupported(spec)
 
     @classmethod
     def default(cls, spec: AttentionSpec, target: Target, load: Load) -> Self:
@@ -347,7 +336,7 @@ class FlashPrefill(Kernel[AttentionSpec]):
             **mask_arguments(spec.mask), "scale": spec.scale, "softcap": spec.softcap,
             "mean_of_none": spec.fill == "min", "block_m": self.block_m, "block_n": self.block_n,
             "packed": self.packed, "waves": self.waves, "units": self.units, "warps": self.warps,
-            "stages": self.stages, "maxnreg": self.maxnreg, "waves_per_eu": self.waves_per_eu,
+            "stages": self.stages, "compiler": self.compiler,
             **precision_argument(self.precision),
         }  # fmt: skip
 
@@ -394,3 +383,14 @@ class FlashPrefill(Kernel[AttentionSpec]):
             for depth in (64, 128)
             for mask in (CAUSAL, Mask("window", left=1024, sink=4))
         )
+
+
+def unsupported(spec: AttentionSpec) -> Miss | None:
+    """Why no kernel of exact attention computes the spec, None where one may."""
+    if max(spec.head_dim, spec.v_dim) > 256:
+        return Miss(f"head_dim {max(spec.head_dim, spec.v_dim)} is more than 256")
+    if spec.scale <= 0:
+        return Miss(f"the softmax scale {spec.scale} is not positive")
+    if len(set(spec.extras)) < len(spec.extras):
+        return Miss(f"an extra is given twice: {', '.join(spec.extras)}")
+    return None

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attnopt.codegen.arguments import precision_argument
-from attnopt.codegen.kernel import Inputs, Kernel, Load, Outputs, Work
+from attnopt.codegen.kernel import CompilerOptions, Inputs, Kernel, Load, Outputs, Work
 from attnopt.codegen.kernels.merge_partials import merge_partials
 from attnopt.codegen.kernels.references import latent_decode as plain
 from attnopt.codegen.latent_spec import LatentSpec
@@ -159,6 +159,7 @@ def latent_decode(
     block_n: int = 64,
     warps: int = 8,
     stages: int = 2,
+    compiler: tuple[tuple[str, int], ...] = (),
 ) -> Any:
     """softmax(scale (q_latent latents^T + q_rope k_rope^T)) latents of the newest tokens.
 
@@ -176,6 +177,7 @@ def latent_decode(
 
     `longest` is for how many tokens of one sequence the launch is planned, 0 for all slots.
     `splits` 0 splits so that `units` processors with `waves` programs each are busy.
+    `compiler` are further options of Triton's compiler.
     """
     q_latent, q_rope, latents, k_rope = (
         x if x.stride(-1) == 1 else x.contiguous() for x in (q_latent, q_rope, latents, k_rope)
@@ -203,7 +205,7 @@ def latent_decode(
         with_strides(padding, batch, slots), scale * math.log2(math.e),
         CAUSAL=causal, WHOLE=splits == 1, PAGE=page, R=rank, P=rope, BLOCK_R=block_r,
         MORE_R=more_r, BLOCK_P=padded_size(rope), BLOCK_M=block_m, BLOCK_N=block_n,
-        PRECISION=precision, num_warps=warps, num_stages=stages,
+        PRECISION=precision, num_warps=warps, num_stages=stages, **dict(compiler),
     )  # fmt: skip
     if sums is None:
         return out
@@ -214,7 +216,7 @@ def latent_decode(
 
 
 @dataclass(frozen=True)
-class LatentDecode(Kernel[LatentSpec]):
+class LatentDecode(CompilerOptions, Kernel[LatentSpec]):
     """`latent_decode` with its tile sizes. `units` are the target's, `default` sets them."""
 
     name: ClassVar[str] = "latent_decode"
@@ -276,6 +278,8 @@ class LatentDecode(Kernel[LatentSpec]):
                 lookups = spec.cache == "paged"  # loads that wait for other loads
                 ahead = buffers - (block_m == 64)
                 stages = ahead * (1 + lookups) + 1
+                if block_m == 32 < block_n:  # logits that 4 warps would spill
+                    warps = 8
                 return cls(block_m, block_n, 0, waves, warps, stages, target.units)
         return None
 
@@ -301,6 +305,7 @@ class LatentDecode(Kernel[LatentSpec]):
             "scale": spec.scale, "causal": spec.causal, "block_m": self.block_m,
             "block_n": self.block_n, "splits": self.splits, "units": self.units,
             "waves": self.waves, "warps": self.warps, "stages": self.stages,
+            "compiler": self.compiler,
             **precision_argument(self.precision),
         }  # fmt: skip
 
@@ -327,4 +332,5 @@ class LatentDecode(Kernel[LatentSpec]):
             (latent(16), Load(8, 1, 32768)),
             (latent(128), Load(8, 1, 32768)),
             (latent(128, 64), Load(8, 2, 32768)),
+            (LatentSpec(40, 256, 32, 64, 64, 96**-0.5), Load(8, 1, 32768)),
         )

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attnopt.codegen.arguments import precision_argument
-from attnopt.codegen.kernel import Inputs, Kernel, Load, Outputs, Work
+from attnopt.codegen.kernel import CompilerOptions, Inputs, Kernel, Load, Outputs, Work
 from attnopt.codegen.kernels.references import latent_prefill as plain
 from attnopt.codegen.latent_spec import LatentSpec
 from attnopt.codegen.matrix_units import matrix_units
@@ -142,6 +142,7 @@ def latent_prefill(
     block_n: int = 64,
     warps: int = 8,
     stages: int = 3,
+    compiler: tuple[tuple[str, int], ...] = (),
 ) -> Any:
     """softmax(scale q [k_nope, k_rope]^T) v, with k_rope shared by all heads.
 
@@ -150,7 +151,8 @@ def latent_prefill(
     dense; k_nope and v may be slices of one tensor. The result is `[batch, heads, S, V]`, in memory
     `[batch, S, heads, V]`, with the log-sum-exps `[batch, heads, S]` in float32 where `with_lse`.
     Query i stands at position `offset` + i and reads key j <= i where `causal`; `padding` bool
-    [batch, T] is true at real keys. A query without a key gives zeros.
+    [batch, T] is true at real keys. A query without a key gives zeros. `compiler` are further
+    options of Triton's compiler.
     """
     q, k_nope, k_rope, v = (
         x if x.stride(3) == 1 else x.contiguous() for x in (q, k_nope, k_rope, v)
@@ -168,13 +170,13 @@ def latent_prefill(
         with_strides(padding, batch, keys), scale,
         CAUSAL=causal, D=depth, P=rope, V=width, BLOCK_D=padded_size(depth),
         BLOCK_P=padded_size(rope), BLOCK_V=padded_size(width), BLOCK_M=block_m, BLOCK_N=block_n,
-        PRECISION=precision, num_warps=warps, num_stages=stages,
+        PRECISION=precision, num_warps=warps, num_stages=stages, **dict(compiler),
     )  # fmt: skip
     return (out, lse) if with_lse else out
 
 
 @dataclass(frozen=True)
-class LatentPrefill(Kernel[LatentSpec]):
+class LatentPrefill(CompilerOptions, Kernel[LatentSpec]):
     """`latent_prefill` with its tile sizes."""
 
     name: ClassVar[str] = "latent_prefill"
@@ -230,6 +232,7 @@ class LatentPrefill(Kernel[LatentSpec]):
         return {
             "scale": spec.scale, "causal": spec.causal, "block_m": self.block_m,
             "block_n": self.block_n, "warps": self.warps, "stages": self.stages,
+            "compiler": self.compiler,
             **precision_argument(self.precision),
         }  # fmt: skip
 

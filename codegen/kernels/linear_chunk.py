@@ -28,7 +28,7 @@ import torch
 import triton
 from torch import Tensor
 
-from attnopt.codegen.kernel import Inputs, Kernel, Load, Outputs, Work
+from attnopt.codegen.kernel import CompilerOptions, Inputs, Kernel, Load, Outputs, Work
 from attnopt.codegen.kernels.references import linear_chunk as plain
 from attnopt.codegen.matrix_units import below_ampere, matrix_units
 from attnopt.codegen.pieces.decays import decay_hook
@@ -65,6 +65,7 @@ def linear_chunk(
     segment: int = 0,
     warps: int = 4,
     stages: int = 2,
+    compiler: tuple[tuple[str, int], ...] = (),
 ) -> Any:
     """o_t = scale phi(q_t) S_t, where S_t = exp(g_t) S_{t-1} + phi(k_t)^T v_t.
 
@@ -78,7 +79,8 @@ def linear_chunk(
 
     Returns the output; with `with_final`, also S after the last token, and z where `normalised`;
     with `with_total`, also what rows were divided by, `[batch, heads, S]` in float32. Not `causal`,
-    every query reads the state after the last token. `segment` is a multiple of `block_c`, or 0.
+    every query reads the state after the last token. `segment` is a multiple of `block_c`, or 0;
+    `compiler` are further options of Triton's compiler.
     Raises `ValueError` where there is no token.
     """
     if q.shape[2] == 0:
@@ -105,14 +107,14 @@ def linear_chunk(
         final_sums=final_sums, total=total, scale=scale, eps=eps, hook=decay_hook(decay_kind),
         key_map=feature_map(feature)[0], key_sides=sides, sums="keys" if normalised else "none",
         causal=causal, precision=precision, block_c=block_c, block_v=block_v, segment=segment,
-        warps=warps, stages=stages,
+        warps=warps, stages=stages, compiler=compiler,
     )  # fmt: skip
     given = tuple(x for x in (final, final_sums, total) if x is not None)
     return (out, *given) if given else out
 
 
 @dataclass(frozen=True)
-class LinearChunk(Kernel[LinearSpec]):
+class LinearChunk(CompilerOptions, Kernel[LinearSpec]):
     """`linear_chunk` with its tile sizes: tokens of a chunk, values of a program, and tokens of a
     segment (0: all)."""
 
@@ -167,7 +169,7 @@ class LinearChunk(Kernel[LinearSpec]):
             **feature_arguments(spec), "decay_kind": spec.decay, "state_heads": spec.states,
             "causal": spec.causal, "with_final": spec.final, "block_c": self.block_c,
             "block_v": self.block_v, "segment": self.segment, "warps": self.warps,
-            "stages": self.stages,
+            "stages": self.stages, "compiler": self.compiler,
         }  # fmt: skip
 
     @classmethod

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from attnopt.codegen.arguments import mask_arguments, precision_argument
 from attnopt.codegen.decode_spec import DecodeSpec, decode_inputs, held_bytes
-from attnopt.codegen.kernel import Inputs, Kernel, Load, Outputs, Work
+from attnopt.codegen.kernel import CompilerOptions, Inputs, Kernel, Load, Outputs, Work
+from attnopt.codegen.kernels.flash_prefill import unsupported
 from attnopt.codegen.kernels.merge_partials import merge_partials
 from attnopt.codegen.kernels.references import split_decode as plain
 from attnopt.codegen.matrix_units import matrix_units
@@ -221,6 +222,7 @@ def split_decode(
     block_n: int = 64,
     warps: int = 4,
     stages: int = 3,
+    compiler: tuple[tuple[str, int], ...] = (),
 ) -> Any:
     """softmax(scale q k^T + bias) v of the newest tokens over the keys that each may read.
 
@@ -243,6 +245,7 @@ def split_decode(
 
     `longest` is for how many tokens of one sequence the launch is planned, 0 for all slots.
     `splits` 0 splits so that `units` processors with `waves` programs each are busy.
+    `compiler` are further options of Triton's compiler.
     """
     (q, q_strides), (k, k_strides), (v, v_strides) = dense_rows(q), dense_rows(k), dense_rows(v)
     lengths = None if lengths is None else lengths.contiguous()
@@ -286,7 +289,7 @@ def split_decode(
         WHOLE=splits == 1, RUN=run, PAGE=page, CAPPED=softcap > 0, KEEP_HOOK=keep_hook,
         SCORE_HOOK=score_hook, D=depth, V=width, BLOCK_D=padded_size(depth),
         BLOCK_V=padded_size(width), BLOCK_M=block_m, BLOCK_N=block_n, PRECISION=precision,
-        num_warps=warps, num_stages=stages,
+        num_warps=warps, num_stages=stages, **dict(compiler),
     )  # fmt: skip
     if sums is None:
         return out
@@ -297,7 +300,7 @@ def split_decode(
 
 
 @dataclass(frozen=True)
-class SplitDecode(Kernel[DecodeSpec]):
+class SplitDecode(CompilerOptions, Kernel[DecodeSpec]):
     """`split_decode` with its tile sizes. `units` are the target's, `default` sets them."""
 
     name: ClassVar[str] = "split_decode"
@@ -315,12 +318,9 @@ class SplitDecode(Kernel[DecodeSpec]):
     @classmethod
     def supports(cls, spec: DecodeSpec, target: Target) -> Miss | None:
         of = spec.attention
-        if max(of.head_dim, of.v_dim) > 256:
-            return Miss(f"head_dim {max(of.head_dim, of.v_dim)} is more than 256")
-        if of.scale <= 0:
-            return Miss(f"the softmax scale {of.scale} is not positive")
-        if len(set(of.extras)) < len(of.extras):
-            return Miss(f"an extra is given twice: {', '.join(of.extras)}")
+        wrong = unsupported(of)
+        if wrong is not None:
+            return wrong
         dropping = {"keep", "padding"} & set(of.extras)
         if of.fill == "min" and dropping:
             return Miss(
@@ -340,7 +340,8 @@ class SplitDecode(Kernel[DecodeSpec]):
         token = (padded_size(of.head_dim) + padded_size(of.v_dim)) * held_bytes(spec, load)
         lookups = (spec.cache == "paged") + (spec.selected > 0)  # loads that wait for other loads
         buffers = 1 if target.vendor == "amd" else 2
-        warps = 4 if of.group * load.queries <= 16 else 8
+        narrow = held_bytes(spec, load) == 1  # what is widened takes registers
+        warps = 8 if narrow or of.group * load.queries > 16 else 4
         sizes = (128, 64, 32, 16) if matrix_units(target, load.dtype) else (16,)
         for block_n in sizes:
             tile = block_n * token
@@ -357,6 +358,7 @@ class SplitDecode(Kernel[DecodeSpec]):
         return {
             **_meaning(spec), "block_n": self.block_n, "splits": self.splits,
             "units": self.units, "waves": self.waves, "warps": self.warps, "stages": self.stages,
+            "compiler": self.compiler,
             **precision_argument(self.precision),
         }  # fmt: skip
 

@@ -216,6 +216,7 @@ def chunked_recurrence(
     value_map: Any = None, slope: Any = None, key_sides: int = 1, sums: str = "none",
     causal: bool = True, reverse: bool = False, precision: str = "ieee",
     block_c: int = 64, block_v: int = 64, segment: int = 0, warps: int = 4, stages: int = 2,
+    compiler: tuple[tuple[str, int], ...] = (),
 ) -> None:  # fmt: skip
     """Fill `out` [batch, heads, S, channels of v], see the module, and what else is given.
 
@@ -242,7 +243,7 @@ def chunked_recurrence(
         "K_ROW": k.stride(2), "V_ROW": v.stride(2), "Q_ROW": q.stride(2),
         "X_ROW": 0 if x is None else x.stride(2), "OUT_ROW": out.stride(2),
         "BLOCK_D": padded_size(depth), "BLOCK_V": block_v, "BLOCK_C": block_c,
-        "PRECISION": precision, "num_warps": warps, "num_stages": stages,
+        "PRECISION": precision, "num_warps": warps, "num_stages": stages, **dict(compiler),
     }  # fmt: skip
     numbers = (length, span, segments, scale, eps)
     state_in = None if initial is None else with_state(initial, heads)

@@ -33,11 +33,3 @@ def two_pieces(size: int) -> tuple[int, int]:
     if large < 16 or large == size or padded_size(size - large) == large:
         return padded_size(size), 0
     return large, padded_size(size - large)
-
-
-def compiler_options(maxnreg: int, waves_per_eu: int) -> dict[str, int]:
-    """Options that one vendor's compiler has and the other's refuses, where they are not zero."""
-    if not (maxnreg or waves_per_eu):
-        return {}
-    given = {"maxnreg": maxnreg, "waves_per_eu": waves_per_eu}
-    return {name: value for name, value in given.items() if value}

@@ -262,6 +262,23 @@ def test_binaries_are_written_with_what_launches_them(name: str, run: Path, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["h100", "mi300x"])
+def test_the_same_plan_gives_the_same_binaries_in_another_process(
+    name: str, run: Path, tmp_path: Path
+) -> None:
+    """Each process has a seed of hashes and a compiler's cache of its own."""
+    made = []
+    for seed in ("1", "2"):
+        out, cache = tmp_path / seed / "out", tmp_path / seed / "cache"
+        ended, _ = compiling(_AOT, run, name, out, PYTHONHASHSEED=seed, TRITON_CACHE_DIR=str(cache))
+        assert ended == 0
+        made.append(_bytes(out))
+    assert any(file.endswith((".cubin", ".hsaco")) for file in made[0])
+    differing = [file for file in made[0] if made[0][file] != made[1].get(file)]
+    assert set(made[0]) == set(made[1]) and not differing
+
+
+@pytest.mark.slow
 def test_a_package_for_the_cpu_equals_the_model(command: Command, run: Path) -> None:
     told = command(
         "attnopt", "codegen", run, "--target", "cpu", "--package", "--out", "out", "--json"

@@ -32,7 +32,7 @@ H100 = target("h100")
 SPEC, LOAD = AttentionSpec(32, 8, 128, 128, 128**-0.5, CAUSAL), Load(1, 8192, 8192)
 TILES = {
     "block_m": 64, "block_n": 32, "packed": True, "warps": 8, "stages": 3, "waves": 0, "maxnreg": 0,
-    "waves_per_eu": 0,
+    "waves_per_eu": 0, "matrix_instr_nonkdim": 0,
 }  # fmt: skip
 DEVICE = FakeDevice(lambda kernel, sample: 1.0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from attnopt.codegen.target import known, target
 from tests.codegen.compiling import compiling
 from tests.codegen.conftest import Golden
 from tests.codegen.doubling import Doubling
+from tests.tree import ROOT
 
 GPUS = tuple(name for name in known() if not target(name).measured)
 
@@ -76,6 +78,7 @@ _ROWS = """
 from dataclasses import asdict, replace
 from attnopt.codegen import table
 from tests.codegen.doubling import Doubling
+from tests.tree import ROOT
 
 class Refused(Doubling):
     name = "refused"
@@ -109,6 +112,7 @@ def test_the_command_writes_the_page_and_keeps_what_was_there(tmp_path: Path) ->
 import io, contextlib
 from attnopt.codegen import table
 from tests.codegen.doubling import Doubling
+from tests.tree import ROOT
 table.kernels = lambda: {"double": Doubling}
 said = io.StringIO()
 with contextlib.redirect_stdout(said):
@@ -124,6 +128,23 @@ told.append(table.main(["--targets", "a100", "--out", sys.argv[1]]))
     both = out.read_text()
     assert "2 of 2 fit" in both and both.index("| a100 |") < both.index("| h100 |")
     assert [row.target for row in read(out.with_suffix(".json"))] == ["a100", "h100"]
+
+
+RECORDED = read(ROOT / "docs" / "kernels.json")
+
+
+@pytest.mark.parametrize("name", sorted(kernels()))
+def test_the_recorded_rows_are_of_the_kernels_at_hand(name: str) -> None:
+    told = version("triton")
+    if f"with triton {told}." not in (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8"):
+        pytest.skip(f"the table was made with another triton than {told}")
+    before = {row.place: row for row in RECORDED}
+    for row in table.planned([name], ["h100"]):
+        kept = before.get(row.place)
+        assert kept is not None and (kept.digest, kept.why_not) == (row.digest, row.why_not), (
+            f"{row.place} is of another text: run "
+            f"python -m attnopt.codegen.table --kernels {name} --out docs/kernels.md"
+        )
 
 
 _EVERY = """

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from attnopt.codegen.kernels.references.masked_logits import masked_logits
 
 
 def split_decode(
@@ -22,42 +25,34 @@ def split_decode(
     batch, heads, queries = q.shape[:3]
     if table is not None:
         k, v = (x[table.long()].flatten(1, 2).transpose(1, 2) for x in (k, v))
-    kv_heads, slots = k.shape[1], k.shape[2]
-    group = heads // kv_heads
-    k, v = ((x.to(q.dtype) * by).repeat_interleave(group, 1)
-            for x, by in ((k, k_scale), (v, v_scale)))  # fmt: skip
+    k, v = k.to(q.dtype) * k_scale, v.to(q.dtype) * v_scale
+    slots, group = k.shape[2], heads // k.shape[1]
     length = torch.full([batch], slots) if lengths is None else lengths.long()
     length = length[:, None, None, None]
     start = 0 if starts is None else starts.long()[:, None, None, None]
     slot = torch.arange(slots)
-    i = length - queries + torch.arange(queries)[:, None]
     j = slot.expand(batch, 1, 1, slots)
     if ring:
         j = torch.where(slot < sink, slot, length - 1 - (length - 1 - slot) % max(slots - sink, 1))
-    where = torch.arange(batch)[:, None, None, None], torch.arange(heads)[:, None, None], i, j
-    logits = scale * q @ k.transpose(2, 3)
-    if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
     if slopes is not None:
-        logits = logits + slopes.expand(batch, heads)[:, :, None, None] * (j - i)
-    if score_hook is not None:
-        logits = score_hook(logits, *where)
-    if bias is not None:
-        logits = logits + bias
-    read = (slot < length) & (slot >= start) & ((j <= i) if causal else (i > -slots - 1))
-    if window:
-        read = read & ((((i - j) < left) & ((j - i) < left)) | (j < start + sink))
+        score_hook = partial(_sloped, slopes.expand(batch, heads)[:, :, None, None])
+    logits = masked_logits(
+        q, k, bias, keep, padding, length - queries, j, scale=scale, causal=causal, window=window,
+        left=left, sink=start + sink, softcap=softcap, keep_hook=keep_hook, score_hook=score_hook,
+    )  # fmt: skip
+    read = (slot < length) & (slot >= start)
     if selected is not None:
         runs = torch.arange(selected.shape[2]).expand(selected.shape)
         listed = runs < (selected.shape[2] if counts is None else counts[..., None])
         named = torch.where(listed, selected.long(), -1)[..., None] == slot // run
         read = read & named.any(2)[:, :, None].repeat_interleave(group, 1)
-    for extra in (keep, None if padding is None else padding[:, None, None, :],
-                  None if keep_hook is None else keep_hook(*where)):  # fmt: skip
-        read = read if extra is None else read & extra
     logits = logits.masked_fill(~read, float("-inf"))
     if sinks is not None:
         logits = torch.cat([logits, sinks.expand(batch, heads, queries, 1).to(logits.dtype)], 3)
     lse = logits.logsumexp(3)
     weights = (logits - lse[..., None].masked_fill(lse.isinf()[..., None], 0.0)).exp()[..., :slots]
-    return weights @ v.masked_fill(v.isnan(), 0.0), lse
+    return weights @ v.masked_fill(v.isnan(), 0.0).repeat_interleave(group, 1), lse
+
+
+def _sloped(slopes: Tensor, logits: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    return logits + slopes * (j - i)

@@ -47,7 +47,19 @@ def test_every_length_and_number_of_splits(keys: int, splits: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "rank,rope", [(16, 16), (40, 8), (64, 32), (96, 16), (100, 20), (192, 64), (224, 16), (512, 64)]
+    "rank,rope",
+    [
+        (16, 16),
+        (33, 10),
+        (40, 8),
+        (57, 20),
+        (64, 32),
+        (96, 16),
+        (100, 20),
+        (192, 64),
+        (224, 16),
+        (512, 64),
+    ],
 )
 def test_ranks_and_rotary_sizes(rank: int, rope: int) -> None:
     spec = LatentSpec(4, rank, rope, 16, 16, rank**-0.5)

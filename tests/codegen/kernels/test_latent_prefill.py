@@ -45,7 +45,16 @@ def test_every_length(length: int, causal: bool) -> None:
 
 @pytest.mark.parametrize(
     "head_dim,rope,v_dim",
-    [(40, 8, 40), (64, 32, 64), (80, 20, 48), (96, 16, 96), (128, 64, 128), (192, 64, 40)],
+    [
+        (33, 10, 57),
+        (40, 8, 40),
+        (57, 16, 33),
+        (64, 32, 64),
+        (80, 20, 48),
+        (96, 16, 96),
+        (128, 64, 128),
+        (192, 64, 40),
+    ],
 )
 def test_sizes_of_heads(head_dim: int, rope: int, v_dim: int) -> None:
     spec = LatentSpec(2, 32, rope, head_dim, v_dim, 0.1)

@@ -58,12 +58,12 @@ def test_half_precision(dtype: str, normalised: bool) -> None:
     check(spec, LinearChunk(32, 32), load(100, dtype=dtype))
 
 
-@pytest.mark.parametrize("tokens", [1, 63, 128, 257])
+@pytest.mark.parametrize("tokens", [1, 63, 100, 128, 257])
 def test_lengths(tokens: int) -> None:
     check(spec_of(1, 1, decay="token", final=True), LinearChunk(64, 32, 128), load(tokens))
 
 
-@pytest.mark.parametrize("dim", [40, 64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("dim", [33, 40, 57, 64, 80, 96, 128, 192, 256])
 def test_dimensions(dim: int) -> None:
     spec = spec_of(1, 1, dim, value_dim=dim - 8, decay="token", final=True, initial=True)
     check(spec, LinearChunk(32, 64), load(70))

@@ -67,19 +67,19 @@ def test_everything_at_once(feature: str, segment: int) -> None:
     agree(spec, LinearChunkBackward(16, 16, segment), 40)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "own"), [(4, 2, False), (4, 1, False), (4, 2, True)])
+@pytest.mark.parametrize(("heads", "kv_heads", "own"), [(4, 2, False), (8, 1, False), (4, 2, True)])
 def test_grouped_heads(heads: int, kv_heads: int, own: bool) -> None:
     spec = spec_of(heads, kv_heads, 16, feature="elu", normalised=True, decay="token",
                    initial=True, final=True, state_heads=heads if own else 0)  # fmt: skip
     agree(spec, LinearChunkBackward(16, 16, 32), 40)
 
 
-@pytest.mark.parametrize("tokens", [1, 63, 128])
+@pytest.mark.parametrize("tokens", [1, 63, 100, 128, 257])
 def test_lengths(tokens: int) -> None:
     agree(spec_of(1, 1, decay="token", final=True), LinearChunkBackward(64, 32), tokens, batch=2)
 
 
-@pytest.mark.parametrize("dim", [40, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dim", [33, 40, 57, 64, 80, 96, 128, 192, 256])
 def test_dimensions(dim: int) -> None:
     agree(spec_of(1, 1, dim, value_dim=dim - 8, decay="head"), LinearChunkBackward(32, 64), 40)
 

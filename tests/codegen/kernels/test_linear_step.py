@@ -48,7 +48,7 @@ def test_grouped_heads(heads: int, kv_heads: int, own: bool, normalised: bool) -
     agree(spec, LinearStep(16), Load(2, 2, 2, "float32"))
 
 
-@pytest.mark.parametrize("dim", [40, 64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("dim", [33, 40, 57, 64, 80, 96, 128, 192, 256])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_dimensions(dim: int, dtype: str) -> None:
     spec = spec_of(1, 1, dim, value_dim=dim - 8, decay="head")

@@ -14,7 +14,7 @@ from attnopt.codegen.target import target
 from tests.tolerance import assert_close
 
 
-@pytest.mark.parametrize("v_dim", [32, 40, 80, 128, 192, 512])
+@pytest.mark.parametrize("v_dim", [32, 33, 40, 57, 80, 128, 192, 512])
 @pytest.mark.parametrize("parts", [1, 2, 5, 17])
 def test_merging_agrees_with_the_reference(v_dim: int, parts: int) -> None:
     spec, load = MergeSpec(2, v_dim, parts), Load(2, 3, dtype="float32")

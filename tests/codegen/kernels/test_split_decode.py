@@ -13,6 +13,7 @@ from torch import Tensor
 
 from attnopt.codegen.decode_spec import DecodeSpec
 from attnopt.codegen.kernel import Inputs, Load
+from attnopt.codegen.kernels.flash_prefill import mask_arguments
 from attnopt.codegen.kernels.references import split_decode as plain
 from attnopt.codegen.kernels.split_decode import SplitDecode, split_decode
 from attnopt.codegen.pieces.splits import split_count
@@ -56,7 +57,7 @@ def test_every_length_and_number_of_splits(keys: int, splits: int) -> None:
     agree(spec, SplitDecode.inputs(spec, load), SplitDecode(32, splits))
 
 
-@pytest.mark.parametrize("dim", [32, 40, 64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("dim", [32, 33, 40, 57, 64, 80, 96, 128, 192, 256])
 def test_head_dims(dim: int) -> None:
     spec, load = DecodeSpec(grouped(dim=dim)), Load(1, 1, 100, "float32")
     agree(spec, SplitDecode.inputs(spec, load))
@@ -252,6 +253,32 @@ def test_hooks() -> None:
         score_hook=lambda x, b, h, i, j: x + (j % 7) * 0.1 * (h + b),
     )  # fmt: skip
     assert_close(got, want)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize(
+    "cache,page,selected",
+    [("ring", 0, 0), ("paged", 16, 0), ("contiguous", 0, 3), ("paged", 16, 3)],
+)
+def test_hooks_are_given_positions_in_every_cache(
+    cache: Any, page: int, selected: int, queries: int
+) -> None:
+    mask = Mask("window", left=24, sink=4) if cache == "ring" else CAUSAL
+    spec = DecodeSpec(grouped(kv_heads=2, mask=mask), cache, page, selected, 16)
+    inputs = SplitDecode.inputs(spec, Load(2, queries, 96, "float32"))
+    inputs["lengths"] = lengths(96, 75)
+    options = SplitDecode(16, 2).constants(spec)
+    got = split_decode(
+        **inputs, **options, keep_hook=near, score_hook=tilted, data=(9,), with_lse=True
+    )
+    meaning = {key: options[key] for key in (*mask_arguments(mask), "scale", "ring", "run")}
+    want = plain.split_decode(
+        **wide(inputs), **meaning,
+        keep_hook=lambda b, h, i, j: (i - j < 9) | (j % 3 == 0),
+        score_hook=lambda x, b, h, i, j: x + (j % 7) * 0.1 * (h + b),
+    )  # fmt: skip
+    for one, other in zip(got, want, strict=True):
+        assert_close(one, other)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
