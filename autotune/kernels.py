@@ -25,11 +25,11 @@ from attnopt.autotune.kernel_cache import KernelCache
 from attnopt.autotune.kernel_device import Device, gpu_here
 from attnopt.autotune.kernel_search import TRIALS
 from attnopt.autotune.kernel_tuner import Tuned, told, tune
-from attnopt.autotune.recorded import TABLE, is_other, recorded, undated
+from attnopt.autotune.recorded import TABLE, recorded, undated
 from attnopt.autotune.timing import Progress
 from attnopt.codegen.kernel import Kernel, kernels
 from attnopt.codegen.shipped import Entry, bucket, entries, kind, written
-from attnopt.codegen.table import load_on, read
+from attnopt.codegen.table import load_on, planned, read
 from attnopt.codegen.target import Target, known, target
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.whole_file import write_whole
@@ -85,8 +85,8 @@ def _record(asked: argparse.Namespace) -> int:
     names = every if asked.target == "all" else [target(asked.target).name]
     chosen = [cls.name for cls in _kernels(asked.kernel)]
     made = [row for row in read(asked.rows) if row.kernel in chosen and row.target in names]
-    other = [row for row in made if is_other(row)]
-    if other or len(made) < len(names) * sum(len(kernels()[name].examples()) for name in chosen):
+    wanted = {row.place: (row.digest, row.tiles) for row in planned(chosen, names)}
+    if {row.place: (row.digest, row.tiles) for row in made} != wanted:
         print(f"{asked.rows} is not of the kernels as they are: run first {TABLE}")
         return 1
     for row in made:

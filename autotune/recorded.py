@@ -46,15 +46,6 @@ def recorded(rows: Iterable[Row]) -> list[Entry]:
     return found
 
 
-def is_other(row: Row) -> bool:
-    """Whether a row was made of another default, or of an example that is no more."""
-    cls, on = kernels()[row.kernel], target(row.target)
-    if row.example >= len(cls.examples()):
-        return True
-    spec, load = cls.examples()[row.example]
-    return not row.why_not and cls.default(spec, on, load_on(load, on)).text != row.tiles
-
-
 def stale(entry: Entry, on: str) -> str:
     """Why the record of a default is not that of the kernel as it is, empty where it is."""
     cls = kernels().get(entry.kernel)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from attnopt.compiler import native
+from attnopt.compiler.decode import padding
 from attnopt.compiler.decode.caches import Ring, cache_of
 from attnopt.compiler.decode.causal import require_causal
 from attnopt.compiler.decode.convolutions import Convolution
@@ -34,9 +35,11 @@ class Decoder:
     """
 
     def __init__(
-        self, program: Program, parts: Split, slack: int = 0, dtype: torch.dtype | None = None
-    ) -> None:
+        self, program: Program, parts: Split, slack: int = 0, dtype: torch.dtype | None = None,
+        counted: bool = False,
+    ) -> None:  # fmt: skip
         self.program, self.split, self.slack, self.dtype = program, parts, slack, dtype
+        self.counted = counted  # whether its tables count real tokens alone
         self.caches: dict[str, Cache] = {
             node.name: find(program, parts, node, dtype)
             or cache_of(parse_spec(str(node.args[4])), slack)
@@ -50,7 +53,6 @@ class Decoder:
         self._single: Single | None = None
         self._with_slack: dict[int, Decoder] = {}
         self._padded: Decoder | None = None
-        self.counted = False  # whether tables count real tokens alone
 
     @cached_property
     def device(self) -> torch.device:
@@ -143,7 +145,7 @@ class Decoder:
         if all(slack >= tokens for slack in slacks):
             return self
         if tokens not in self._with_slack:
-            made = Decoder(self.program, self.split, tokens, self.dtype)
+            made = Decoder(self.program, self.split, tokens, self.dtype, self.counted)
             if self._single is not None:
                 made.compile()
             self._with_slack[tokens] = made
@@ -156,9 +158,7 @@ class Decoder:
         if self.split.masks or attention_mask is None or bool(attention_mask.all()):
             return self
         if self._padded is None:
-            from attnopt.compiler.decode.padding import padded
-
-            self._padded = padded(self)
+            self._padded = padding.padded(self)
             if self._single is not None:
                 self._padded.compile()
         return self._padded
@@ -232,6 +232,7 @@ class Decoder:
                 form = with_few_rows(form)
         self._single = Single(form, cpp_wrapper=True)
         self._with_slack.clear()
+        self._padded = None
 
     def phase(self, kind: str, last: bool) -> fx.GraphModule:
         """The graph of a phase; see `phases.phase`."""
@@ -305,11 +306,7 @@ class Decoder:
                     why=f"`{table.node}` reaches over {min(sizes)}",
                     help="make a state of a smaller capacity",
                 )  # fmt: skip
-        if self.counted:
-            real = next(iter(state.masks.values())) == self.split.real
-            pairs = zip(self.split.tables, made, strict=True)
-            return [table.counted(value, real) for table, value in pairs]
-        return made
+        return padding.counted(self.split, state, made) if self.counted else made
 
     @cached_property
     def _tables(self) -> fx.GraphModule:

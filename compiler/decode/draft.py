@@ -184,7 +184,7 @@ def seconds(decoder: Decoder, tokens: int) -> float:
 
 
 def _decoder(program: Program, whole: Decoder) -> Decoder:
-    return Decoder(program, split(program), whole.slack, whole.dtype)
+    return Decoder(program, split(program), whole.slack, whole.dtype, whole.counted)
 
 
 def _orders(

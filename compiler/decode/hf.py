@@ -71,6 +71,11 @@ class Past:
             except Problem:
                 decoder.grow(self.state, needed)
         if mask is not None and not bool(mask[:, self.state.length : needed].all()):
+            if not decoder.split.masks:
+                raise _no(
+                    "padding after tokens that were read without",
+                    "pad the first prompt on the left",
+                )
             decoder.pad(self.state, decoder.masks(mask[:, :needed]))
         if positions is None:
             at = torch.arange(self.state.length, needed, device=ids.device)
@@ -132,7 +137,8 @@ def as_transformers(decoder: Decoder, config: Any) -> Any:
             `return_dict` says so. `logits_to_keep` is how many of the last positions have logits (0
             for all), or which, int64 `[n]`. Raises `Problem` A707 where losses, hidden states or
             attentions are asked for, or another cache is given."""
-            asked = [name for name in _MISSING if more.get(name) not in (None, False)]
+            given = {name: more.get(name) for name in _MISSING}
+            asked = [name for name, x in given.items() if x is not None and x is not False]
             if asked or not isinstance(past_key_values, Past | None):
                 what = ", ".join(asked) or type(past_key_values).__name__
                 raise _no(what, "it gives logits, from tokens and its own cache")

@@ -25,6 +25,7 @@ from attnopt.compiler.decode.decoder import Decoder
 from attnopt.compiler.decode.draft import Draft
 from attnopt.compiler.decode.generate import Generation, Rows, checked, inputs_of
 from attnopt.compiler.decode.sampling import Sampling
+from attnopt.compiler.errors import Problem
 
 
 @dataclass
@@ -76,8 +77,9 @@ def stream_speculatively(
     tokens = torch.zeros(batch, end, dtype=torch.int64, device=input_ids.device)
     tokens[:, :known] = input_ids
     whole = _Reader(decoder, mask, tokens, draft.length, decoder.masks(mask))
-    seen = draft.decoder.masks(mask) if draft.decoder.split.masks else {}
-    small = _Reader(draft.decoder, mask, tokens, draft.length, seen)
+    guessing = _taking(draft.decoder, mask)
+    seen = guessing.masks(mask) if guessing.split.masks else {}
+    small = _Reader(guessing, mask, tokens, draft.length, seen)
     chunk = how.prefill_chunk or known
     for reader in (whole, small):
         reader.prompt(known - 1, chunk)
@@ -103,6 +105,14 @@ def stream_speculatively(
             tally.kept += i < count
         for reader in (whole, small):
             reader.back(known - 1)
+
+
+def _taking(decoder: Decoder, mask: Tensor) -> Decoder:
+    """A draft's decoder that takes padding; as it is where there is none, since it only guesses."""
+    try:
+        return decoder.taking(mask)
+    except Problem:
+        return decoder
 
 
 def decided(

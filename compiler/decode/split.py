@@ -3,7 +3,7 @@ depend on positions and padding alone and are known for all positions beforehand
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -28,23 +28,14 @@ class Table:
     """A value `[..., seq, ...]` that new tokens read and that depends on none of them.
 
     `rows` is the axis along the new tokens, `keys` the one along all tokens so far (of a mask or a
-    bias, which may have both); None where it has no such axis.
+    bias, which may have both); None where it has no such axis. `batched` says that its first axis
+    is that of the batch in whatever reads it.
     """
 
     node: str
     rows: int | None
     keys: int | None
-
-    def counted(self, value: Tensor, real: Tensor) -> Tensor:
-        """A value for all positions as each row of a batch needs it that counts real ones alone
-        (`real` bool `[batch, seq]`); as it is where it holds no axis of rows of a batch."""
-        if self.keys is not None or not self.rows or value.shape[0] not in (1, len(real)):
-            return value
-        shape = [1] * value.dim()
-        shape[0], shape[self.rows] = real.shape
-        at = real.cumsum(1).sub(1).clamp(min=0).reshape(shape)
-        value = value.expand(len(real), *value.shape[1:])
-        return value.gather(self.rows, at.expand_as(value))
+    batched: bool = False
 
 
 @dataclass(frozen=True)
@@ -246,7 +237,10 @@ def _tables(program: Program, moving: set[fx.Node], seq: Any) -> tuple[Table, ..
             table = _table(node, source, seq)
             if table is None:
                 continue
-            if found.setdefault(source.name, table) != table:
+            known = found.get(source.name, table)
+            batched = known.batched and table.batched
+            found[source.name] = replace(known, batched=batched)
+            if found[source.name] != replace(table, batched=batched):
                 raise Problem(
                     "A702", f"`{source.name}` is read both as a mask and as something else",
                     where=where_of(source),
@@ -276,7 +270,8 @@ def _table(user: fx.Node, source: fx.Node, seq: Any) -> Table | None:
             "A702", f"`{user.name}` reads `{source.name}`, which relates positions",
             where=where_of(user), why="only an attention may do so",
         )  # fmt: skip
-    return Table(source.name, along[0], None) if along else None
+    batched = len(shape) == user.meta["val"].dim() and (shape[0] == 1 or along != [0])
+    return Table(source.name, along[0], None, batched) if along else None
 
 
 def _check_attention(attention: fx.Node, moving: set[fx.Node], seq: Any) -> None:

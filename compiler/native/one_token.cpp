@@ -142,7 +142,9 @@ void attend(const Head& head, const Sizes& size, int64_t from, int64_t to, float
         most = at::vec::maximum(most, Vec::loadu(scores + j));
       float lanes[Vec::size()];
       most.store(lanes);
-      const float top = std::max(tops[r], *std::max_element(lanes, lanes + Vec::size()));
+      float top = tops[r];
+      for (const float lane : lanes)
+        if (!(lane <= top)) top = lane;  // a NaN stays one, and reaches the result
       if (r + 1 == size.rows)
         for (int64_t j = 0; j < after; j++)
           prefetch(k + (kBlock + j) * head.k_row, size.dim);

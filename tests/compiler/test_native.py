@@ -88,6 +88,13 @@ def test_one_token_of_large_scores() -> None:
     assert_close(torch.ops.attnopt.one_token(q, k, v, 1.0), _attention(q, k, v, 1.0))
 
 
+@pytest.mark.parametrize("at", [0, 1, 16, 100])
+def test_one_token_hides_no_nan(at: int) -> None:
+    q, k, v = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 128, 16), torch.randn(1, 1, 128, 16)
+    k[0, 0, at] = float("nan")
+    assert torch.ops.attnopt.one_token(q, k, v, 1.0).isnan().all()
+
+
 def test_one_token_says_what_does_not_fit() -> None:
     q, k = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 5, 8)
     with pytest.raises(RuntimeError, match="do not fit"):

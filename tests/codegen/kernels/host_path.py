@@ -39,8 +39,8 @@ def without_launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, _Unlaunched]:
 
 
 def least_seconds(call: Callable[[], Any]) -> float:
-    """The best of many, because others use the machine too: for as long as `_PATIENCE` while that is
-    beyond the bar."""
+    """The best of many, because others use the machine too: for as long as `_PATIENCE` while that
+    is beyond the bar."""
     call()
     best, until = float("inf"), time.monotonic() + _PATIENCE
     while best >= BAR and time.monotonic() < until:

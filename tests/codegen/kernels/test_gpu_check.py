@@ -173,7 +173,6 @@ def test_a_kernel_that_was_not_checked_is_told(
     monkeypatch.setattr(gpu, "check_all", lambda *given, **asked: ())
     monkeypatch.setattr(gpu, "check_random", lambda *given, **asked: ())
     monkeypatch.setattr(gpu, "check_gradients", lambda device: ())
-    monkeypatch.setattr(gpu, "host_path", lambda device: {"wrong": False})
     asked = argparse.Namespace(only="", seed=1, draws=1, out=tmp_path, check_only=True)
     lines: list[Case] = cases()[:1]
     assert gpu._measured(lines, H100, asked) == 0
