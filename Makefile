@@ -3,7 +3,8 @@
 #   make demo       optimize a real pretrained model and show what it cost
 #   make test       the whole test suite           make test-fast   without the slow tests
 #   make bench      the figures of the README      make lint        ruff and mypy
-#   make coverage   docs/coverage.md: what raising finds in the architectures of tests/zoo
+#   make coverage   docs/coverage.md and decoders.md: the architectures of tests/zoo, raised and
+#                   decoded
 #   make clean      remove the virtual environment and build outputs
 #
 # PYTHON=python3.12   the interpreter to use; another one makes the environment anew
@@ -40,6 +41,7 @@ bench: $(STAMP)
 
 coverage: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo.survey --jobs $(JOBS) --out docs/coverage.md $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo.decoding --jobs $(JOBS) --out docs/decoders.md $(ARGS)
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .

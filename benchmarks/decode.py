@@ -51,7 +51,7 @@ class _Logits(nn.Module):
 def rows() -> list[Row]:
     """Two rows per model and batch size: the whole generation, and a step against its floor."""
     found = list[Row]()
-    for name, model in (("pylm", _pylm()), ("8x512", random_model(1024))):
+    for name, model in (("pylm", pylm()), ("8x512", random_model(1024))):
         decoder = decoder_of(model)
         decoder.compile()
         for batch in (1, 8):
@@ -61,7 +61,8 @@ def rows() -> list[Row]:
     return found
 
 
-def _pylm() -> Any:
+def pylm() -> Any:
+    """The language model of the project, in float32."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(PYLM, dtype=torch.float32).eval()

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib import import_module
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,9 +73,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: Attent
         extras = [x for x in extras if x is not padding]
         spec = _without_padding(spec)
     if spec.mask.kind == "causal" and not spec.extras:
-        return F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=spec.scale, enable_gqa=grouped
-        )
+        return _fused(q, k, v, is_causal=True, scale=spec.scale, enable_gqa=grouped)
     mask = _sdpa_mask(q, k, extras, spec)
     if mask is not None and mask.dtype == torch.float16:
         # Its lowest number does not absorb a score that the kernel adds in float32: in a row that
@@ -85,9 +84,20 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: Attent
     if sinks is not None:
         mask = with_sinks(q, k, mask, sinks)
         k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, scale=spec.scale, enable_gqa=grouped
-    )
+    return _fused(q, k, v, attn_mask=mask, scale=spec.scale, enable_gqa=grouped)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
+    """Torch's operator. On a CPU it is fused only where keys and values are of one width, so that
+    the narrower get zeros, which change neither scores nor outputs."""
+    width, v_dim = q.shape[-1], v.shape[-1]
+    if q.device.type != "cpu" or width == v_dim:
+        return F.scaled_dot_product_attention(q, k, v, **how)
+    if width < v_dim:
+        q, k = (F.pad(x, (0, v_dim - width)) for x in (q, k))
+    else:
+        v = F.pad(v, (0, width - v_dim))
+    return F.scaled_dot_product_attention(q, k, v, **how)[..., :v_dim]
 
 
 def runs_on_sdpa(spec: AttentionSpec) -> str:
@@ -152,6 +162,13 @@ def run(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: Attenti
     return backend(q, k, v, extras, spec)
 
 
+def fast(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: AttentionSpec) -> Tensor:
+    """Run the backend that a rewrite has chosen, or, where none has yet, the best of torch's own:
+    for what is computed on the way and neither timed nor saved."""
+    backend = in_torch(spec) if spec.backend == "reference" else run
+    return backend(q, k, v, extras, spec)
+
+
 def _sdpa_mask(
     q: Tensor, k: Tensor, extras: Sequence[Tensor], spec: AttentionSpec
 ) -> Tensor | None:
@@ -161,9 +178,17 @@ def _sdpa_mask(
         return bias.to(q.dtype) if bias is not None else None
     if bias is None and spec.fill == "-inf":
         return keep
-    lowest = torch.finfo(q.dtype).min if spec.fill == "min" else float("-inf")
-    base = torch.zeros((), dtype=q.dtype, device=q.device) if bias is None else bias.to(q.dtype)
-    return torch.where(keep, base, torch.full((), lowest, dtype=q.dtype, device=q.device))
+    dtype = _multiplied(q)
+    lowest = torch.finfo(dtype).min if spec.fill == "min" else float("-inf")
+    base = torch.zeros((), dtype=dtype, device=q.device) if bias is None else bias.to(dtype)
+    return torch.where(keep, base, torch.full((), lowest, dtype=dtype, device=q.device))
+
+
+def _multiplied(q: Tensor) -> torch.dtype:
+    """The dtype that the operator computes in: another than that of q under autocast, where the
+    lowest number of q's would become an infinity."""
+    kind = q.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else q.dtype
 
 
 def with_sinks(q: Tensor, k: Tensor, mask: Tensor | None, sinks: Tensor) -> Tensor:

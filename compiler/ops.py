@@ -22,7 +22,7 @@ from attnopt.compiler.spec import AttentionSpec, parse_spec
 @torch.library.custom_op("attnopt::attention", mutates_args=())
 def attention(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: str) -> Tensor:
     """Softmax(scale q k^T + masks) v as `spec` says; shapes as in `attnopt.compiler.spec`."""
-    return _as_tokens(attend.run(q, k, v, extras, parse_spec(spec)))
+    return as_tokens(attend.run(q, k, v, extras, parse_spec(spec)))
 
 
 @attention.register_fake
@@ -70,7 +70,7 @@ def attention_step(
 ) -> Tensor:
     """`attend_step.to_newest` or `to_ring`, dispatched."""
     run = attend_step.dispatching("attention_step")
-    return _as_tokens(run(q, k, v, extras, parse_spec(spec), end, ring))
+    return as_tokens(run(q, k, v, extras, parse_spec(spec), end, ring))
 
 
 @attention_step.register_fake
@@ -87,7 +87,7 @@ def latent_step(
 ) -> Tensor:  # fmt: skip
     """`attend_latent.step`, dispatched."""
     run = attend_step.dispatching("latent_step")
-    return _as_tokens(run(q, kept, up_k, up_v, bias, extras, parse_spec(spec), rope_at))
+    return as_tokens(run(q, kept, up_k, up_v, bias, extras, parse_spec(spec), rope_at))
 
 
 @latent_step.register_fake
@@ -98,7 +98,7 @@ def _(
     return _like_tokens(q, up_v.shape[1])
 
 
-def _as_tokens(out: Tensor) -> Tensor:
+def as_tokens(out: Tensor) -> Tensor:
     """In memory `[batch, S, heads, dim]`, as a fake is."""
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 

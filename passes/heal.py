@@ -72,8 +72,9 @@ class Heal(Pass):
             "trained_numbers": made.numbers, "sites": made.sites, "seconds": made.seconds,
         }  # fmt: skip
         said = f"held-out loss {made.before:.4g} -> {made.after:.4g} {made.unit}"
+        how = ", with products in bfloat16" if made.narrow else ""
         return Edit(
             weights=made.weights,
-            note=f"{said} after {made.tokens} tokens at {made.sites} sites",
+            note=f"{said} after {made.tokens} tokens at {made.sites} sites{how}",
             evidence={key: float(value) for key, value in evidence.items()},
         )

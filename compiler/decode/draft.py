@@ -125,12 +125,14 @@ def choose(
     texts: Sequence[Batch | Tensor],
     how: Sampling | None = None,
     clock: Clock | None = None,
+    least: float = LEAST_GAIN,
 ) -> Draft | Miss:
     """The draft and the number of guesses with the highest predicted gain, or why there is none.
 
     `texts` are calibration batches of the model's inputs, or tokens int64 `[batch, seq]`; `how` is
     what the acceptance is measured for, `clock(decoder, n)` gives the seconds of a step of n tokens
-    and is measured unless given. Raises `Problem` A709 without text.
+    and is measured unless given; a predicted gain below `least` is none. Raises `Problem` A709
+    without text.
     """
     how, clock = how or Sampling(), clock or seconds
     batches = _batches(decoder, texts)
@@ -155,10 +157,10 @@ def choose(
             "no sublayer of the model can be left out so that an attention stays and "
             f"{LEAST_ACCEPTANCE:.0%} of the guesses are kept"
         )
-    if (best.gain or 0.0) < LEAST_GAIN:
+    if (best.gain or 0.0) < least:
         return Miss(
             f"the best draft, without {', '.join(best.skipped)}, is predicted to gain "
-            f"{best.gain:.2f}x, under {LEAST_GAIN}x: {best.acceptance:.0%} of its guesses are kept "
+            f"{best.gain:.2f}x, under {least}x: {best.acceptance:.0%} of its guesses are kept "
             f"and its step takes {best.cost:.2f} of a whole one"
         )
     return best

@@ -24,6 +24,7 @@ from attnopt.compiler.healing.checkpoint import Checkpoint, key_of
 from attnopt.compiler.healing.draw import Draw, tokens
 from attnopt.compiler.healing.factors import Factors
 from attnopt.compiler.healing.local import Local
+from attnopt.compiler.healing.products import Products
 from attnopt.compiler.healing.settings import Settings
 from attnopt.compiler.healing.touched import Touched, touched
 from attnopt.compiler.healing.working import Working
@@ -43,6 +44,7 @@ class Healed:
     away. `before` and `after` are the held-out loss in `unit`, `stages` the loss after each stage.
     `tokens` were trained on, each counted once for all sites that it trained; `numbers` is how many
     numbers were trained, `sites` of how many sites, `fitted` of how many the local stage was kept.
+    `narrow` says that it was trained with products in bfloat16.
     """
 
     weights: Mapping[str, Tensor]
@@ -55,6 +57,7 @@ class Healed:
     numbers: int
     fitted: int = 0
     stages: Mapping[str, float] = field(default_factory=dict)
+    narrow: bool = False
 
     @property
     def accepted(self) -> bool:
@@ -104,10 +107,11 @@ def start(
     weights = {name: program.weight(name) for mine in names.values() for name in mine}
     if saved.path is not None:
         saved.key = key_of(settings, program, original, (*batches, *heldout))
+    student, teacher = Working.of(program), Working.of(original)
     return Healing(
-        Working.of(program), Working.of(original), found, Factors(weights, settings),
-        Draw.of(batches, settings.seed), heldout, settings, saved,
-        progress or (lambda what, share: None),
+        student, teacher, found, Factors(weights, settings), Draw.of(batches, settings.seed),
+        heldout, settings, saved, progress or (lambda what, share: None),
+        Products.of(student, teacher, heldout[0]),
     )  # fmt: skip
 
 
@@ -124,6 +128,7 @@ class Healing:
     settings: Settings
     checkpoint: Checkpoint
     progress: Progress
+    products: Products
     losses: dict[str, float] = field(default_factory=dict)
     best: dict[str, Tensor] = field(default_factory=dict)
     fitted: int = 0
@@ -139,8 +144,9 @@ class Healing:
     def local(self) -> Local:
         """The fitting of its single sites."""
         return Local(
-            self.student, self.teacher, self.factors, self.draw, self.heldout, self.touched.shared
-        )
+            self.student, self.teacher, self.factors, self.draw, self.heldout,
+            self.touched.shared, self.products,
+        )  # fmt: skip
 
     def run(self) -> Healed | Miss:
         """Both stages, from the checkpoint where there is one."""
@@ -195,10 +201,11 @@ class Healing:
     def step(self, optimizer: torch.optim.Optimizer, step: int, steps: int) -> int:
         """One step end to end; the tokens it took."""
         batch = self.student.ready(self.draw(step, 1))
-        with torch.no_grad():
-            expected = self.teacher(batch)
         schedule.pace(optimizer, step, steps)
-        actual = self.student(batch, self.factors.weights(dtype=torch.float32))
+        with self.products():
+            with torch.no_grad():
+                expected = self.teacher(batch)
+            actual = self.student(batch, self.factors.weights(dtype=torch.float32))
         loss.distance(expected, actual, batch).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -239,7 +246,7 @@ class Healing:
         return Healed(
             self.factors.merged() if after < before else {}, before, after, unit, trained,
             self.spent + time.monotonic() - self._begun, len(self.names), self.factors.count,
-            self.fitted, dict(self.losses),
+            self.fitted, dict(self.losses), self.products.narrow,
         )  # fmt: skip
 
     def _save(self, stage: int, at: int, optimizer: dict[str, Any] | None = None) -> None:

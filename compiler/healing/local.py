@@ -11,7 +11,7 @@ section 3), with the original's outputs as the target and the healed program's i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from attnopt.compiler.grams import real, rows
 from attnopt.compiler.healing import schedule
 from attnopt.compiler.healing.draw import Draw, tokens
 from attnopt.compiler.healing.factors import Factors
+from attnopt.compiler.healing.products import Products
 from attnopt.compiler.healing.working import Region, Working
 from attnopt.compiler.program import Batch, Program, peek
 
@@ -65,6 +66,7 @@ class Local:
     draw: Draw
     heldout: Sequence[Batch]
     shared: frozenset[str] = frozenset()
+    products: Products = field(default_factory=Products)
 
     def fit(self, id: str, names: Sequence[str], budget: int, stage: int) -> SiteHealed | None:
         """Train one site on about `budget` tokens; None where it cannot be compared with the
@@ -124,7 +126,8 @@ class Local:
         optimizer = schedule.optimizer(self.factors.groups(names))
         for step in range(steps):
             schedule.pace(optimizer, step, steps)
-            wrong, norm = self._error(program, region, names, pairs[step % len(pairs)])
+            with self.products():
+                wrong, norm = self._error(program, region, names, pairs[step % len(pairs)])
             (wrong / norm.clamp_min(1e-30)).backward()
             optimizer.step()
             optimizer.zero_grad()

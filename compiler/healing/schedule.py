@@ -14,7 +14,7 @@ BETAS = (0.9, 0.99)
 
 def optimizer(groups: list[dict[str, Any]]) -> torch.optim.AdamW:
     """AdamW without decay: what is trained should stay near where it starts, not near zero."""
-    return torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, fused=False, foreach=False)
+    return torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, fused=True)
 
 
 def share(step: int, steps: int) -> float:

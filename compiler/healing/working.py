@@ -3,7 +3,7 @@ the trained weights handed in from outside."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -18,14 +18,15 @@ from attnopt.compiler.lower import lower
 from attnopt.compiler.ops import ATTENTION
 from attnopt.compiler.program import Batch, Program, attribute
 from attnopt.compiler.site import Site
-from attnopt.compiler.spec import parse_spec
+from attnopt.compiler.spec import AttentionSpec, parse_spec
 from attnopt.compiler.verify import own_dtype, widened
 
 
 @dataclass(frozen=True)
 class Working:
-    """A program to train with: its attentions run on their backends, which torch differentiates
-    itself, and whatever is not trained takes no gradient.
+    """A program to train with: its attentions run on their backends (torch's fused attention where
+    none was chosen), which torch differentiates itself, and whatever is not trained takes no
+    gradient.
 
     On a CPU, and where the model is in float16, all of it is computed in float32; a bfloat16 model
     on another device stays as it is, with float32 masters beside it.
@@ -42,7 +43,7 @@ class Working:
         narrow = own in (torch.float16, torch.bfloat16)
         if narrow and (own is torch.float16 or device_of(program).type == "cpu"):
             program = widened(program, torch.float32)
-        module = lower(program)
+        module = lower(program, _fast)
         named = module.named_parameters(remove_duplicate=False)
         return Working(program, module, {name: value.detach() for name, value in named})
 
@@ -123,10 +124,17 @@ class Region:
         return cast(Tensor, known[self.end])
 
 
+def _fast(spec: AttentionSpec) -> Callable[..., Tensor]:
+    def attention(q: Tensor, k: Tensor, v: Tensor, *extras: Tensor) -> Tensor:
+        return attend.fast(q, k, v, extras, spec)
+
+    return attention
+
+
 def _called(node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     if node.target is ATTENTION:  # the op's own gradient computes the whole score matrix
         q, k, v, extras, line = args
-        return attend.run(q, k, v, extras, parse_spec(str(line)))
+        return attend.fast(q, k, v, extras, parse_spec(str(line)))
     return cast(Any, node.target)(*args, **kwargs)
 
 

@@ -15,6 +15,7 @@
 #include <array>
 #include <optional>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "total.h"
@@ -54,37 +55,60 @@ Vec loaded(const T* x) {
 #endif
 }
 
+// What a thread does of one weight: x `[M, ins]`, its rows from the first output on, the bias of
+// that and the place in y, whose rows are `width` apart.
+template <typename T>
+struct Part {
+  const float* x;
+  const T* rows;
+  const float* bias;  // or null
+  float* y;
+  int64_t width, ins;
+};
+
+// f(0) to f(N - 1), each with a constant: what is indexed by it stays in registers.
+template <int N, typename F>
+[[gnu::always_inline]] inline void times(F f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, I>()), ...);
+  }(std::make_integer_sequence<int, N>());
+}
+
+// The outputs n to n + R of M rows. The weights of the next R, where `ahead` says that there are
+// some, are fetched meanwhile: a row is too short for the processor to foresee the next.
 template <int M, int R, typename T>
-void block(const float* x, const Weight& w, float* y, int64_t n, int64_t width, int64_t ins) {
-  Vec sums[M][R];  // in registers: the loops over it are unrolled whole
-#pragma GCC unroll 8
-  for (int m = 0; m < M; m++)
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) sums[m][r] = Vec(0.f);
-  const T* rows = w.stored.const_data_ptr<T>() + n * ins;
-  const float* bias = w.bias.defined() ? w.bias.const_data_ptr<float>() + n : nullptr;
+void block(const Part<T>& of, int64_t n, bool ahead) {
+  constexpr int kSums = M * R, kFours = (kSums + 3) / 4;
+  const int64_t ins = of.ins;
+  const T* rows = of.rows + n * ins;
+  const T* next = rows + (ahead ? R * ins : 0);
+  const float* x = of.x;
+  std::array<Vec, 4 * kFours> sums;
+  times<4 * kFours>([&](auto i) __attribute__((always_inline)) { sums[i] = Vec(0.f); });
   int64_t k = 0;
   for (; k + Vec::size() <= ins; k += Vec::size()) {
-    Vec of[R];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) of[r] = loaded(rows + r * ins + k);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++) {
+    std::array<Vec, R> weights;
+    times<R>([&](auto r) __attribute__((always_inline)) {
+      weights[r] = loaded(rows + r * ins + k);
+      __builtin_prefetch(next + r * ins + k);
+    });
+    times<M>([&](auto m) __attribute__((always_inline)) {
       const Vec in = Vec::loadu(x + m * ins + k);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++) sums[m][r] = at::vec::fmadd(in, of[r], sums[m][r]);
-    }
+      times<R>([&](auto r) __attribute__((always_inline)) {
+        sums[m * R + r] = at::vec::fmadd(in, weights[r], sums[m * R + r]);
+      });
+    });
   }
-#pragma GCC unroll 8
-  for (int m = 0; m < M; m++) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-      float sum = total(sums[m][r]);
-      for (int64_t rest = k; rest < ins; rest++)
-        sum += x[m * ins + rest] * static_cast<float>(rows[r * ins + rest]);
-      y[m * width + w.at + n + r] = bias ? sum + bias[r] : sum;
-    }
-  }
+  float made[4 * kFours];
+  times<kFours>([&](auto i) __attribute__((always_inline)) {
+    totals(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3], made + 4 * i);
+  });
+  for (; k < ins; k++)
+    for (int i = 0; i < kSums; i++)
+      made[i] += x[i / R * ins + k] * static_cast<float>(rows[i % R * ins + k]);
+  for (int m = 0; m < M; m++)
+    for (int r = 0; r < R; r++)
+      of.y[m * of.width + n + r] = made[m * R + r] + (of.bias ? of.bias[n + r] : 0.f);
 }
 
 template <int M, typename T>
@@ -92,9 +116,11 @@ void share_of(const float* x, const Weight& w, float* y, int64_t from, int64_t t
               int64_t ins) {
   constexpr int kSums = Vec::size() == 16 ? 24 : 10;  // registers of sums: of 32, or of 16
   constexpr int R = std::clamp(kSums / M, 1, 8);
+  const Part<T> of{x, w.stored.const_data_ptr<T>(),
+                   w.bias.defined() ? w.bias.const_data_ptr<float>() : nullptr, y + w.at, width, ins};
   int64_t n = from;
-  for (; n + R <= to; n += R) block<M, R, T>(x, w, y, n, width, ins);
-  for (; n < to; n++) block<M, 1, T>(x, w, y, n, width, ins);
+  for (; n + R <= to; n += R) block<M, R>(of, n, n + 2 * R <= to);
+  for (; n < to; n++) block<M, 1>(of, n, false);
 }
 
 template <int M>

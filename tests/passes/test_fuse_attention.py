@@ -4,9 +4,12 @@ stay.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnopt.compiler import attend
 from attnopt.compiler.contract import Edit, Miss, Notes, passes, read_pass
@@ -107,3 +110,38 @@ def test_a_padding_that_drops_nothing_is_not_traced_away() -> None:
 def test_reads_back_from_its_text() -> None:
     made = passes()["fuse_attention"]()
     assert read_pass(made.text) == made
+
+
+class _Called(TorchDispatchMode):
+    """The names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = list[str]()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("width", "v_dim"), [(5, 7), (24, 16), (16, 16)])
+def test_a_cpu_runs_it_fused_whatever_the_widths_of_keys_and_values(width: int, v_dim: int) -> None:
+    spec = SPEC.with_(head_dim=width, v_dim=v_dim)
+    q, k, v = one_attention(spec).example.args[:3]
+    with _Called() as called:
+        made = attend.sdpa(q, k, v, (), spec)
+    assert any("flash_attention_for_cpu" in name for name in called.names), called.names
+    assert_close(made, attend.reference(q, k, v, (), spec))
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_rows_that_read_no_key_stay_numbers_under_autocast(padding: str) -> None:
+    spec = SPEC.with_(extras=("padding",), fill="min")
+    q, k, v = (x.float() for x in one_attention(SPEC).example.args[:3])
+    extras = [PADDINGS[padding]]
+    with torch.autocast("cpu", torch.bfloat16):
+        made = attend.sdpa(q, k, v, extras, spec)
+    assert made.dtype == torch.bfloat16
+    assert_close(made, attend.reference(*(x.bfloat16() for x in (q, k, v)), extras, spec))

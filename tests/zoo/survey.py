@@ -166,12 +166,6 @@ def _one(at: tuple[int, str]) -> Row:
 
 def table(rows: Sequence[Row]) -> str:
     """The page as Markdown."""
-    versions = []
-    for name in LIBRARIES:
-        try:
-            versions.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            versions.append(f"{name} not installed")
     found, expected = _raised(rows)
     lines = [
         "# Coverage",
@@ -181,7 +175,7 @@ def table(rows: Sequence[Row]) -> str:
         "raised program and the model at three shapes, relative to the outputs' rms. A mask that",
         "is *observed* was seen at a few sizes and is not relied on by any exact rewrite.",
         "",
-        f"{', '.join(versions)}. **{found} of {expected} attentions raised"
+        f"{versions()}. **{found} of {expected} attentions raised"
         f" ({100 * found / max(1, expected):.1f}%)** in {len({r.name for r in rows})}"
         f" architectures, {len(rows)} spellings; in {sum(r.complete for r in rows)} of these every"
         " fact was found as well.",
@@ -198,6 +192,17 @@ def table(rows: Sequence[Row]) -> str:
             f" {facts} | {error} | {reasons.replace('|', chr(92) + '|')} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def versions() -> str:
+    """Those of the libraries that models come from."""
+    found = []
+    for name in LIBRARIES:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"{name} not installed")
+    return ", ".join(found)
 
 
 def named(part: str) -> list[tuple[int, str]]:
