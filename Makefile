@@ -3,8 +3,8 @@
 #   make demo       optimize a real pretrained model and show what it cost
 #   make test       the whole test suite           make test-fast   without the slow tests
 #   make bench      the figures of the README      make lint        ruff and mypy
-#   make coverage   docs/coverage.md and decoders.md: the architectures of tests/zoo, raised and
-#                   decoded
+#   make coverage   docs/coverage.md: what raising finds in the architectures of tests/zoo
+#   make decoders   docs/decoders.md: the same architectures' decoders, held against them
 #   make clean      remove the virtual environment and build outputs
 #
 # PYTHON=python3.12   the interpreter to use; another one makes the environment anew
@@ -24,7 +24,7 @@ DEV_STAMP := $(STAMP)-dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST := $(BIN)/python -P -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: demo test test-fast bench coverage lint clean
+.PHONY: demo test test-fast bench coverage decoders lint clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -41,6 +41,8 @@ bench: $(STAMP)
 
 coverage: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo.survey --jobs $(JOBS) --out docs/coverage.md $(ARGS)
+
+decoders: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo.decoding --jobs $(JOBS) --out docs/decoders.md $(ARGS)
 
 lint: $(DEV_STAMP)

@@ -25,7 +25,7 @@ SHAPES = (  # batch, heads, kv_heads, head_dim, keys
     (1, 32, 1, 64, 4096),
     (1, 8, 8, 64, 4096),
 )
-BARS = {torch.float32: 1.5, torch.bfloat16: 9.0}  # the figures of the plan, on a small CPU
+BARS = {torch.float32: 1.5, torch.bfloat16: 9.0}  # where query heads share keys
 FAR = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # from the definition, relative to its maximum
 
 
@@ -52,8 +52,8 @@ def _row(dtype: torch.dtype, batch: int, heads: int, kv_heads: int, dim: int, ke
     def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         if dtype is not torch.float32:
             return attend_step.to_all(q, k, v, (), spec)
-        rows = q.reshape(batch, kv_heads, heads // kv_heads, dim)
-        made: torch.Tensor = torch.ops.attnopt.one_token(rows, k, v, spec.scale)
+        grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim)
+        made: torch.Tensor = torch.ops.attnopt.one_token(grouped, k, v, spec.scale)
         return made.reshape(q.shape)
 
     def theirs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -2,8 +2,9 @@
 
 The op is `attnopt::attention`. Every function takes q `[batch, heads, S, head_dim]`,
 k `[batch, kv_heads, T, head_dim]`, v `[batch, kv_heads, T, v_dim]`, the extras in the order of
-`spec.extras`, and the spec; it returns `[batch, heads, S, v_dim]` in q's dtype. All are traceable
-by `torch.export` with dynamic batch and lengths, so a lowered program holds aten operators only.
+`spec.extras`, and the spec; it returns `[batch, heads, S, v_dim]` in q's dtype (under autocast in
+that of autocast). All are traceable by `torch.export` with dynamic batch and lengths, so a lowered
+program holds aten operators only.
 """
 
 from __future__ import annotations
@@ -62,8 +63,9 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: Attent
     """Torch's fused scaled_dot_product_attention.
 
     It has no soft cap: `runs_on_sdpa` says so beforehand. Sinks become a key and a value of zeros
-    whose bias is the sink. Run eagerly on a CPU, a padding that
-    drops nothing is left out, so that a causal mask stays a flag.
+    whose bias is the sink. Rows that read no key (fill "min") have the outputs of the reference,
+    not its gradients. Run eagerly on a CPU, a padding that drops nothing is left out, so that a
+    causal mask stays a flag.
     """
     grouped = False
     if spec.group > 1:  # asked, since torch.compile may trace sizes as symbols
@@ -73,7 +75,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: Attent
         extras = [x for x in extras if x is not padding]
         spec = _without_padding(spec)
     if spec.mask.kind == "causal" and not spec.extras:
-        return _fused(q, k, v, is_causal=True, scale=spec.scale, enable_gqa=grouped)
+        return fused(q, k, v, is_causal=True, scale=spec.scale, enable_gqa=grouped)
     mask = _sdpa_mask(q, k, extras, spec)
     if mask is not None and mask.dtype == torch.float16:
         # Its lowest number does not absorb a score that the kernel adds in float32: in a row that
@@ -84,14 +86,19 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: Attent
     if sinks is not None:
         mask = with_sinks(q, k, mask, sinks)
         k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
-    return _fused(q, k, v, attn_mask=mask, scale=spec.scale, enable_gqa=grouped)
+    return fused(q, k, v, attn_mask=mask, scale=spec.scale, enable_gqa=grouped)
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
-    """Torch's operator. On a CPU it is fused only where keys and values are of one width, so that
-    the narrower get zeros, which change neither scores nor outputs."""
+def fused(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
+    """Torch's operator, q `[..., S, head_dim]`, k `[..., T, head_dim]`, v `[..., T, v_dim]`; `how`
+    are its arguments by name, with a scale.
+
+    On a CPU it is fused only where keys and values are of one width. So for many queries the
+    narrower get zeros, which change neither scores nor outputs, in saved graphs as well; for one
+    query, which has no scores to save, a copy of the keys would cost more.
+    """
     width, v_dim = q.shape[-1], v.shape[-1]
-    if q.device.type != "cpu" or width == v_dim:
+    if q.device.type != "cpu" or width == v_dim or q.shape[-2] == 1:
         return F.scaled_dot_product_attention(q, k, v, **how)
     if width < v_dim:
         q, k = (F.pad(x, (0, v_dim - width)) for x in (q, k))
@@ -185,9 +192,11 @@ def _sdpa_mask(
 
 
 def _multiplied(q: Tensor) -> torch.dtype:
-    """The dtype that the operator computes in: another than that of q under autocast, where the
-    lowest number of q's would become an infinity."""
+    """The dtype that the operator computes in: another than that of q under autocast (but for
+    float64), where the lowest number of float32 would become an infinity."""
     kind = q.device.type
+    if q.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+        return q.dtype
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else q.dtype
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from attnopt.compiler import attend
@@ -147,14 +146,8 @@ def _group(
     position = index.view(count, length)
     spec = _simplest(spec, position, seq)
     if not extras and spec.mask.kind != "window" and not len(keys) and not spec.softcap:
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            is_causal=spec.mask.kind == "causal",
-            scale=spec.scale,
-            enable_gqa=spec.group > 1,
-        )
+        causal = spec.mask.kind == "causal"
+        out = attend.fused(q, k, v, is_causal=causal, scale=spec.scale, enable_gqa=spec.group > 1)
         return out.transpose(1, 2).reshape(count * length, *out.shape[1:4:2])
     flags = keys.view(count, length) if len(keys) else None
     inner, names = _local(extras, spec, position, flags, seq)

@@ -214,11 +214,7 @@ class _Recorder(fx.Interpreter):
         if target is not ATTENTION:
             return super().call_function(target, args, kwargs)
         q, k, v, extras, line = args
-        spec = parse_spec(line)
-        run = (
-            attend.in_torch(spec) if spec.backend == "reference" else attend.BACKENDS[spec.backend]
-        )
-        return as_tokens(run(q, k, v, extras, spec))
+        return as_tokens(attend.fast(q, k, v, extras, parse_spec(str(line))))
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from attnopt.compiler.healing.settings import Settings
 from attnopt.compiler.program import Batch, Program
 
 SECONDS = 30.0
@@ -74,12 +73,10 @@ class Checkpoint:
             self.path.unlink(missing_ok=True)
 
 
-def key_of(
-    settings: Settings, program: Program, original: Program, batches: Iterable[Batch]
-) -> str:
-    """A hash of all that a healing depends on: both graphs, which hold the specs of the attentions,
-    all weights, and the data."""
-    made = sha256(repr(settings).encode())
+def key_of(told: object, program: Program, original: Program, batches: Iterable[Batch]) -> str:
+    """A hash of all that a healing depends on: what it is told, both graphs, which hold the specs
+    of the attentions, all weights, and the data."""
+    made = sha256(repr(told).encode())
     known = dict[int, str]()  # the programs share most of their weights
     for graph in (program, original):
         made.update(str(graph.graph).encode())

@@ -105,13 +105,14 @@ def start(
         return Miss("no site differs from the original's: there is nothing to heal")
     saved = checkpoint or Checkpoint()
     weights = {name: program.weight(name) for mine in names.values() for name in mine}
-    if saved.path is not None:
-        saved.key = key_of(settings, program, original, (*batches, *heldout))
     student, teacher = Working.of(program), Working.of(original)
+    factors = Factors(weights, settings)
+    products = Products.of(student, teacher, factors, heldout[0])
+    if saved.path is not None:
+        saved.key = key_of((settings, products), program, original, (*batches, *heldout))
     return Healing(
-        student, teacher, found, Factors(weights, settings), Draw.of(batches, settings.seed),
-        heldout, settings, saved, progress or (lambda what, share: None),
-        Products.of(student, teacher, heldout[0]),
+        student, teacher, found, factors, Draw.of(batches, settings.seed), heldout, settings,
+        saved, progress or (lambda what, share: None), products,
     )  # fmt: skip
 
 

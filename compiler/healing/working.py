@@ -28,8 +28,9 @@ class Working:
     none was chosen), which torch differentiates itself, and whatever is not trained takes no
     gradient.
 
-    On a CPU, and where the model is in float16, all of it is computed in float32; a bfloat16 model
-    on another device stays as it is, with float32 masters beside it.
+    On a CPU, and where the model is in float16, all of it is in float32 (its products may be in
+    bfloat16, see `products`); a bfloat16 model on another device stays as it is, with float32
+    masters beside it.
     """
 
     program: Program

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnopt.compiler import attend
 from attnopt.compiler.contract import Edit, Miss, Notes, passes, read_pass
+from attnopt.compiler.program import peek
 from attnopt.compiler.spec import CAUSAL, FULL, AttentionSpec, Mask
 from tests.programs import one_attention
 from tests.tolerance import assert_close
@@ -126,14 +127,75 @@ class _Called(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("width", "v_dim"), [(5, 7), (24, 16), (16, 16)])
-def test_a_cpu_runs_it_fused_whatever_the_widths_of_keys_and_values(width: int, v_dim: int) -> None:
-    spec = SPEC.with_(head_dim=width, v_dim=v_dim)
-    q, k, v = one_attention(spec).example.args[:3]
+WIDTHS = [(5, 7), (24, 16), (16, 16)]
+
+
+@pytest.mark.parametrize("padding", [None, "left"])
+@pytest.mark.parametrize(("width", "v_dim"), WIDTHS)
+def test_a_cpu_runs_it_fused_whatever_the_widths_of_keys_and_values(
+    width: int, v_dim: int, padding: str | None
+) -> None:
+    extras = [PADDINGS[padding]] if padding else []
+    spec = SPEC.with_(head_dim=width, v_dim=v_dim, extras=("padding",) if padding else ())
+    q, k, v = one_attention(spec.with_(extras=())).example.args[:3]
     with _Called() as called:
-        made = attend.sdpa(q, k, v, (), spec)
+        made = attend.sdpa(q, k, v, extras, spec)
     assert any("flash_attention_for_cpu" in name for name in called.names), called.names
-    assert_close(made, attend.reference(q, k, v, (), spec))
+    assert_close(made, attend.reference(q, k, v, extras, spec))
+    one = attend.sdpa(q[:, :, -1:], k, v, extras, spec.with_(mask=FULL))
+    assert_close(one, attend.reference(q[:, :, -1:], k, v, extras, spec.with_(mask=FULL)))
+
+
+@pytest.mark.parametrize("fill", ["-inf", "min"])
+@pytest.mark.parametrize("padding", [None, *PADDINGS])
+@pytest.mark.parametrize(("width", "v_dim"), WIDTHS)
+def test_gradients_are_those_of_the_reference(
+    width: int, v_dim: int, padding: str | None, fill: str
+) -> None:
+    extras = [PADDINGS[padding]] if padding else []
+    names = ("padding",) if padding else ()
+    spec = SPEC.with_(head_dim=width, v_dim=v_dim, extras=names, fill=fill)
+    operands = [x.requires_grad_() for x in one_attention(spec.with_(extras=())).example.args[:3]]
+    q, k, v = operands
+    out = attend.sdpa(q, k, v, extras, spec)
+    towards = torch.randn_like(out)
+    kept = attend.kept(q, k, extras, spec)
+    assert kept is not None
+    towards = towards * kept.any(-1, keepdim=True)  # rows that read no key are padding
+    found = torch.autograd.grad(out, operands, towards)
+    exact = attend.reference(q, k, v, extras, spec)
+    for name, mine, theirs in zip(
+        "qkv", found, torch.autograd.grad(exact, operands, towards), strict=True
+    ):
+        assert_close(mine, theirs, name)
+
+
+@pytest.mark.parametrize(
+    ("spec", "run"),
+    [
+        (SPEC, "flash_attention_for_cpu"),
+        (SPEC.with_(softcap=30.0), "tanh"),
+        (SPEC.with_(mask=Mask("window", left=3), backend="chunked"), "constant_pad"),
+    ],
+)
+def test_what_is_recorded_runs_on_the_best_backend_there_is(spec: AttentionSpec, run: str) -> None:
+    program = one_attention(spec)
+    (node,) = program.attentions()
+    with _Called() as called:
+        found = peek(program, [node.name], program.example)[node.name]
+    assert any(run in name for name in called.names), called.names
+    assert_close(found, attend.reference(*program.example.args, spec))
+
+
+def test_a_float64_model_and_shapes_alone_pass_under_autocast() -> None:
+    spec = SPEC.with_(extras=("padding",), fill="min")
+    q, k, v = one_attention(SPEC).example.args[:3]
+    extras = [PADDINGS["left"]]
+    with torch.autocast("cpu", torch.bfloat16):
+        made = attend.sdpa(q, k, v, extras, spec)
+    assert_close(made, attend.reference(q, k, v, extras, spec))
+    q, k, v = (x.to("meta") for x in (q, k, v))
+    assert attend.sdpa(q, k, v, [extras[0].to("meta")], spec).shape == made.shape
 
 
 @pytest.mark.parametrize("padding", PADDINGS)

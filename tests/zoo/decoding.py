@@ -1,4 +1,4 @@
-"""`make coverage`: derives a decoder of every causal language model of the zoo and writes
+"""`make decoders`: derives a decoder of every causal language model of the zoo and writes
 `docs/decoders.md`.
 
     python -m tests.zoo.decoding [--only TEXT] [--out docs/decoders.md] [--jobs 2]
@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from attnopt.compiler.decode import Decoder, derive
@@ -27,7 +27,15 @@ from attnopt.compiler.decode.generate import inputs_of
 from attnopt.compiler.errors import Problem
 from tests.programs import rewritten
 from tests.zoo.architecture import Architecture
-from tests.zoo.survey import ALL, ALLOWED, DECODERS, X_TRANSFORMERS, read, versions
+from tests.zoo.survey import (
+    ALL,
+    ALLOWED,
+    DECODERS,
+    NOT_INSTALLED,
+    X_TRANSFORMERS,
+    read,
+    versions,
+)
 
 ROWS, PROMPT, STEPS = 2, 7, 24
 
@@ -44,12 +52,14 @@ class Row:
     error: float = 0.0
     dtype: str = "float64"
     padding: str = ""
-    problem: str = ""
+    refused: str = ""
+    failed: str = ""
 
     @property
     def exact(self) -> bool:
         """Whether the decoder gives what the model gives."""
-        return not self.problem and self.error <= ALLOWED[getattr(torch, self.dtype)]
+        allowed = ALLOWED[getattr(torch, self.dtype)]
+        return not self.refused and not self.failed and self.error <= allowed
 
 
 def survey(architecture: Architecture) -> Row:
@@ -57,28 +67,27 @@ def survey(architecture: Architecture) -> Row:
     dtype = "float64" if architecture.double else "float32"
     bare = Row(architecture.name, architecture.library, dtype=dtype)
     try:
-        _, program = read(architecture, architecture.spellings[0])
-        program = rewritten(program)
-        decoder = derive(program)
+        model, program = read(architecture, architecture.spellings[0])
+        decoder = derive(rewritten(program))
     except Problem as problem:
-        return replace(bare, problem=f"{problem.what}{f': {problem.why}' if problem.why else ''}")
+        return replace(bare, refused=_said(problem))
     except ImportError as missing:
-        return replace(bare, problem=f"not installed: {missing.name}")
+        return replace(bare, refused=f"{NOT_INSTALLED}: {missing.name}")
     ids = torch.randint(3, 50, (ROWS, PROMPT + STEPS), generator=torch.Generator().manual_seed(0))
     return replace(
-        bare, caches=_caches(decoder), bytes=decoder.bytes_per_token(), error=_error(decoder, ids),
-        padding=_padding(decoder, ids),
+        bare, caches=_caches(decoder), bytes=decoder.bytes_per_token(),
+        padding=_padding(decoder, ids), error=_error(model, decoder, ids),
     )  # fmt: skip
 
 
-def _error(decoder: Decoder, ids: Tensor) -> float:
-    """Of the logits of all positions, the last ones read token by token."""
+def _error(model: nn.Module, decoder: Decoder, ids: Tensor) -> float:
+    """Of the logits of all positions, the last ones read token by token, from the model's."""
     at = torch.arange(ids.shape[1]).expand_as(ids)
     names = (*decoder.split.tokens, *decoder.split.masks)
     masks = [torch.full_like(ids, decoder.split.real) for _ in decoder.split.masks]
     with torch.no_grad():
         given = dict(zip(names, (*inputs_of(decoder, ids, at), *masks), strict=True))
-        out = decoder.program(**given)
+        out = model(**given)
     expected = next(x for x in pytree.tree_leaves(out) if isinstance(x, Tensor) and x.dim() == 3)
     state = decoder.state(len(ids), ids.shape[1])
     parts = [slice(0, PROMPT), *(slice(i, i + 1) for i in range(PROMPT, ids.shape[1]))]
@@ -93,8 +102,12 @@ def _padding(decoder: Decoder, ids: Tensor) -> str:
     try:
         decoder.taking(mask)
     except Problem as problem:
-        return f"{problem.what}{f': {problem.why}' if problem.why else ''}"
+        return _said(problem)
     return ""
+
+
+def _said(problem: Problem) -> str:
+    return f"{problem.what}{f': {problem.why}' if problem.why else ''}"
 
 
 def _caches(decoder: Decoder) -> tuple[str, ...]:
@@ -111,16 +124,16 @@ def _one(at: int) -> Row:
         return survey(architecture)
     except Exception as error:  # noqa: BLE001  (a library may fail in any way; the table tells it)
         said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        return Row(architecture.name, architecture.library, problem=said)
+        return Row(architecture.name, architecture.library, failed=said)
 
 
 def table(rows: Sequence[Row]) -> str:
     """The page as Markdown."""
-    there = [row for row in rows if not row.problem.startswith("not installed")]
+    there = [row for row in rows if not row.refused.startswith(NOT_INSTALLED)]
     lines = [
         "# Decoders",
         "",
-        "Written by `make coverage`: a decoder derived from each causal model, a prompt of",
+        "Written by `make decoders`: a decoder derived from each causal model, a prompt of",
         f"{PROMPT} tokens and {STEPS} single ones. *Difference* is the largest one between its",
         "logits and the model's, relative to their rms. *Bytes* are those of a token of the random",
         "tiny model. Left padding is taken, or the reason says why not.",
@@ -128,19 +141,20 @@ def table(rows: Sequence[Row]) -> str:
         f"{versions()}. **{sum(r.exact for r in there)} of {len(there)}** give what the model"
         " gives.",
         "",
-        "| architecture | library | caches | bytes | difference | refused, and why |",
+        "| architecture | library | caches | bytes | difference | what is refused, and why |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        said = row.problem or (f"padding: {row.padding}" if row.padding else "")
-        error = "" if row.problem else f"{row.error:.0e} ({row.dtype})"
+        failed = f"FAILED: {row.failed}" if row.failed else ""
+        said = row.refused or failed or (f"padding: {row.padding}" if row.padding else "")
+        error = f"{row.error:.0e} ({row.dtype})" if row.caches else ""
         cells = (row.name, row.library, ", ".join(row.caches), str(row.bytes or ""), error, said)
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Survey the decoders; exit code 1 where one gives something else than its model."""
+    """Survey the decoders; exit code 1 where one fails, or gives something else than its model."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", default="", help="architectures whose name holds this")
     parser.add_argument("--out", type=Path, help="the page to write; printed when left out")
@@ -159,13 +173,13 @@ def main(arguments: list[str] | None = None) -> int:
             rows.append(row)
             flag = "  " if row.exact else "! "
             print(f"{flag}{row.name}: {', '.join(row.caches)} | {row.error:.0e}", row.padding,
-                  row.problem, sep=" | ", file=sys.stderr, flush=True)  # fmt: skip
+                  row.refused, row.failed, sep=" | ", file=sys.stderr, flush=True)  # fmt: skip
     page = table(rows)
     if chosen.out is None:
         print(page)
     else:
         chosen.out.write_text(page, encoding="utf-8")
-    return int(any(not row.problem and not row.exact for row in rows))
+    return int(any(not row.refused and not row.exact for row in rows))
 
 
 if __name__ == "__main__":

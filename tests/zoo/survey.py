@@ -36,7 +36,7 @@ ALL = (
     *TORCH,
 )  # fmt: skip
 LIBRARIES = ("torch", "transformers", "diffusers", "x-transformers", "vit-pytorch")
-_NOT_INSTALLED = "not installed"
+NOT_INSTALLED = "not installed"
 ALLOWED = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
@@ -63,7 +63,7 @@ class Row:
     @property
     def installed(self) -> bool:
         """Whether its library is there."""
-        return not self.problem.startswith(_NOT_INSTALLED)
+        return not self.problem.startswith(NOT_INSTALLED)
 
     @property
     def complete(self) -> bool:
@@ -106,7 +106,7 @@ def survey(architecture: Architecture, spelling: str) -> Row:
         at = f", at {problem.where.rpartition('/')[2]}" if problem.where else ""
         return replace(bare, problem=f"{problem.what}: {problem.why}{at}")
     except ImportError as missing:
-        return replace(bare, problem=f"{_NOT_INSTALLED}: {missing.name}")
+        return replace(bare, problem=f"{NOT_INSTALLED}: {missing.name}")
     error, failed = 0.0, list[str]()
     stuck = held(architecture, program)
     for batch, length in architecture.shapes:
