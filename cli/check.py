@@ -91,7 +91,7 @@ def check(
     with Progress("check", quiet=json) as bar:
         bar("starting torch", 0.0)
         options.set_threads(threads)
-        from attnopt.autotune.replay import check as measure
+        from attnopt.autotune.check import check as measure
 
         original, asked = _as_then(folder, model, given, form)
         options.find_metric(metric)

@@ -121,7 +121,11 @@ def failures() -> tuple[type[Exception], ...]:
 
 def learning(*tensors: Tensor) -> bool:
     """Whether gradients of any of these are wanted."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x.requires_grad:
+                return True
+    return False
 
 
 def _gives_gradients(way: Way, *tensors: Tensor) -> bool:

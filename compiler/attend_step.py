@@ -181,7 +181,8 @@ def _compiled(*operands: Tensor) -> bool:
     gradients, and an exported graph would need them elsewhere."""
     if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return False
-    fits = all(x.dtype == torch.float32 and x.device.type == "cpu" for x in operands)
+    dtypes = {x.dtype for x in operands}
+    fits = len(dtypes) == 1 and dtypes <= native.DTYPES and operands[0].device.type == "cpu"
     return fits and not torch.is_grad_enabled() and native.loaded()
 
 

@@ -103,21 +103,24 @@ def merge_partials(
     query whose every set is empty gives zeros and -inf. Raises `ValueError` where `out` is not
     dense in its last dimension.
     """
-    if out is not None and out.stride(3) != 1:
-        raise ValueError("what is written to must be dense in its last dimension")
-    given = parts if isinstance(parts, tuple) else (parts,)
-    sums = lse if isinstance(lse, tuple) else (lse,)
-    stacks = tuple(_stack(*pair) for pair in zip(given, sums, strict=True))
-    _, batch, heads, queries, width = given[0].shape
+    if isinstance(parts, Tensor) and isinstance(lse, Tensor):
+        pairs = [(parts, lse)]
+    else:
+        pairs = [*zip(parts, lse, strict=True)]
+    stacks, first = tuple([_stack(*pair) for pair in pairs]), pairs[0][0]
+    _, batch, heads, queries, width = first.shape
     if out is None:
-        out = by_token(given[0], batch, heads, queries, width)
+        out = by_token(first, batch, heads, queries, width)
+    *strides, dense = out.stride()
+    if dense != 1:
+        raise ValueError("what is written to must be dense in its last dimension")
     merged = None
     if with_lse:
         merged = torch.empty(batch, heads, queries, dtype=torch.float32, device=out.device)
     count = batch * heads * queries
     _merge_partials[(ceil_div(count, block_rows),)](
         stacks, out, merged, count, heads, queries,
-        *out.stride()[:3], *((0, 0, 0) if merged is None else merged.stride()),
+        *strides, *((0, 0, 0) if merged is None else merged.stride()),
         V=width, BLOCK_V=padded_size(width), BLOCK_ROWS=block_rows, BLOCK_PARTS=block_parts,
         num_warps=warps,
     )  # fmt: skip

@@ -251,7 +251,7 @@ def split_decode(
     lengths = None if lengths is None else lengths.contiguous()
     starts = None if starts is None else starts.contiguous()
     batch, heads, queries, depth = q.shape
-    kv_heads, slots, width = v.shape[1:]
+    _, kv_heads, slots, width = v.shape
     page = 1
     if table is not None:
         page, kv_heads = kv_heads, slots

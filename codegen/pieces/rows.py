@@ -21,8 +21,8 @@ def dense_rows(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 def by_token(like: Tensor, batch: int, heads: int, tokens: int, width: int) -> Tensor:
     """Room for `[batch, heads, tokens, width]` in the dtype of another tensor and on its device, in
     memory `[batch, tokens, heads, width]`."""
-    size = (batch, heads, tokens, width)
-    return torch.empty_permuted(size, (0, 2, 1, 3), dtype=like.dtype, device=like.device)
+    size, strides = (batch, heads, tokens, width), (tokens * heads * width, width, heads * width, 1)
+    return like.new_empty_strided(size, strides)
 
 
 def partial_results(out: Tensor, splits: int, with_lse: bool) -> tuple[Tensor, Tensor | None]:
@@ -30,11 +30,12 @@ def partial_results(out: Tensor, splits: int, with_lse: bool) -> tuple[Tensor, T
     `[splits, batch, heads, tokens, width]` in float32, of one the result itself; and float32
     log-sum-exps `[splits, batch, heads, tokens]`, None where nobody reads them."""
     batch, heads, tokens, width = out.shape
-    sums = None
+    sums, rows = None, heads * tokens
     if splits > 1 or with_lse:
-        sums = torch.empty(splits, batch, heads, tokens, dtype=torch.float32, device=out.device)
+        size, strides = (splits, batch, heads, tokens), (batch * rows, rows, tokens, 1)
+        sums = out.new_empty_strided(size, strides, dtype=torch.float32)
     if splits == 1:
         return out[None], sums
-    size = (splits, batch, heads, tokens, width)
-    order = (0, 1, 3, 2, 4)
-    return torch.empty_permuted(size, order, dtype=torch.float32, device=out.device), sums
+    wide = (splits, batch, heads, tokens, width)
+    apart = (batch * rows * width, rows * width, width, heads * width, 1)
+    return out.new_empty_strided(wide, apart, dtype=torch.float32), sums

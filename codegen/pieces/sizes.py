@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from torch import Tensor
 
 
@@ -10,6 +12,7 @@ def ceil_div(size: int, step: int) -> int:
     return -(-size // step)
 
 
+@lru_cache
 def padded_size(size: int) -> int:
     """The size of the tile that holds `size` channels: a power of two, at least 16, which is what
     matrix instructions take."""

@@ -214,7 +214,7 @@ class Decoder:
     def compile(self) -> None:
         """Run single tokens (`step` of one token with `last`) under torch.compile from now on.
 
-        In float32 on a CPU, linear maps, and attention without a mask or bias, run through
+        On a CPU, linear maps of float32, and attention without a mask or bias, run through
         operators in C++ that are built here, once per machine; a warning (A507) says where they
         cannot be. The first call takes the time of a compilation, and a second one for other batch
         sizes. Weights are taken as they are: where one is written to later, steps of the next state
@@ -241,9 +241,9 @@ class Decoder:
         return phase(self.program, self.split, at, kind, last)  # type: ignore[arg-type]
 
     def _native(self) -> bool:
-        """Whether the operators in C++ are for this model: attends in float32 on a CPU."""
+        """Whether the operators in C++ are for this model, by the dtypes of its caches."""
         kept = {self.dtype or self._kept(name) for name in self.caches}
-        return self.device.type == "cpu" and torch.float32 in kept
+        return self.device.type == "cpu" and not kept.isdisjoint(native.DTYPES)
 
     def _owners(self) -> list[tuple[str, Cache]]:
         """The attentions whose caches are kept, in the order of a state's."""

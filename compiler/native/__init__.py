@@ -6,6 +6,11 @@ the sources beside this file. `ready` builds them, and says why not where it can
 
 from __future__ import annotations
 
+import torch
+
 from attnopt.compiler.native.build import loaded, ready
 
-__all__ = ["loaded", "ready"]
+__all__ = ["DTYPES", "loaded", "ready"]
+
+DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+"""Of q, k and v that `one_token` takes."""

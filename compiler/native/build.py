@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 SOURCES = ("few_rows.cpp", "one_token.cpp")
-HEADERS = ("total.h",)
+HEADERS = ("vectors.h",)
 _loaded, _building = False, Lock()
 _VECTORS = {  # flags by what torch says of the processor
     "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mavx2", "-mfma", "-mf16c"),

@@ -14,15 +14,13 @@
 #include <algorithm>
 #include <array>
 #include <optional>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
-#include "total.h"
+#include "vectors.h"
 
 namespace {
 
-using Vec = at::vec::Vectorized<float>;
 using MaybeTensor = std::optional<at::Tensor>;
 
 constexpr int64_t kInRegisters = 8;         // rows of x whose sums stay in registers
@@ -36,25 +34,6 @@ struct Weight {
   int64_t at;         // its first column of y
 };
 
-Vec loaded(const float* x) { return Vec::loadu(x); }
-
-template <typename T>
-Vec loaded(const T* x) {
-#if defined(CPU_CAPABILITY_AVX512)
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
-  if constexpr (std::is_same_v<T, at::Half>) return _mm512_cvtph_ps(bits);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-#elif defined(CPU_CAPABILITY_AVX2)
-  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
-  if constexpr (std::is_same_v<T, at::Half>) return _mm256_cvtph_ps(bits);
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
-#else
-  float wide[Vec::size()];
-  std::copy(x, x + Vec::size(), wide);
-  return Vec::loadu(wide);
-#endif
-}
-
 // What a thread does of one weight: x `[M, ins]`, its rows from the first output on, the bias of
 // that and the place in y, whose rows are `width` apart.
 template <typename T>
@@ -65,14 +44,6 @@ struct Part {
   float* y;
   int64_t width, ins;
 };
-
-// f(0) to f(N - 1), each with a constant: what is indexed by it stays in registers.
-template <int N, typename F>
-[[gnu::always_inline]] inline void times(F f) {
-  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
-    (f(std::integral_constant<int, I>()), ...);
-  }(std::make_integer_sequence<int, N>());
-}
 
 // The outputs n to n + R of M rows. The weights of the next R, where `ahead` says that there are
 // some, are fetched meanwhile: a row is too short for the processor to foresee the next.

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from attnopt.autotune import replay
+from attnopt.autotune import check as checking
 from attnopt.autotune.accuracy import Accuracy
 from attnopt.autotune.baselines import COMPILED, EAGER, Baselines
+from attnopt.autotune.cache_entry import CacheEntry
+from attnopt.autotune.check import SLACK, Verdict, _same_metric, _speed_bound, check
 from attnopt.autotune.data import Data
-from attnopt.autotune.replay import SLACK, Verdict, _same_metric, _speed_bound, check
 from attnopt.autotune.result import Result
 from attnopt.autotune.timing import Contender, Timing
 from attnopt.compiler.errors import Problem
@@ -46,17 +47,20 @@ def _folder(folder: Path, report: Result) -> Path:
 
 
 def _checked(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, seconds: dict[str, Any], **bounds: Any
-) -> Verdict:
-    """A check in which the forms of the model take these seconds, and nothing else is done."""
+    folder: Path, monkeypatch: pytest.MonkeyPatch, seconds: dict[str, Any],
+    cache: CacheEntry | None = None, kept: int = 0, **bounds: Any,
+) -> Verdict:  # fmt: skip
+    """A check in which the forms of the model take these seconds, the optimized one keeps so many
+    bytes per token, and nothing else is done."""
+    optimized = SimpleNamespace(decoder=SimpleNamespace(bytes_per_token=lambda: kept))
     contenders = tuple(Contender(name, print) for name in (EAGER, COMPILED) if name in seconds)
     loaded = SimpleNamespace(module=print, task="other")
     for name, answer in {
-        "load": loaded, "require_weights": None, "gather": Data(()), "load_folder": print,
+        "load": loaded, "require_weights": None, "gather": Data(()), "load_folder": optimized,
         "baselines": Baselines(contenders), "compare": Timing(seconds),
     }.items():  # fmt: skip
-        monkeypatch.setattr(replay, name, lambda *_, _answer=answer, **__: _answer)
-    report = replace(full(), accuracy=None, model_sha256="")
+        monkeypatch.setattr(checking, name, lambda *_, _answer=answer, **__: _answer)
+    report = replace(full(), accuracy=None, model_sha256="", cache=cache)
     return check(_folder(folder, report), "model.pt", **bounds)
 
 
@@ -97,10 +101,31 @@ def test_more_than_the_baseline_takes_what_is_surely_faster(
 
 def test_a_metric_needs_no_evaluation_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     accuracy = Accuracy("mine", 0.0, 0.0, 0.0, bounded=False)
-    monkeypatch.setattr(replay, "evaluate", lambda *_, **__: accuracy)
+    monkeypatch.setattr(checking, "evaluate", lambda *_, **__: accuracy)
     seconds = {EAGER: (1.0,) * 6, "optimized": (0.5,) * 6}
     found = _checked(tmp_path, monkeypatch, seconds, metric="mine:score", max_drop=0.01)
     assert found.ok and found.drop == 0.0
+
+
+@pytest.mark.parametrize(
+    ("after", "kept", "ok", "said"),
+    [
+        (30, 40, True, "40 bytes per token, 40.0% of 100 (40.0% allowed): ok"),
+        (30, 41, False, "(40.0% allowed): too large"),
+        (50, 50, True, "(50.0% allowed): ok"),  # missed then, and not by more now
+        (50, 51, False, "(50.0% allowed): too large"),
+    ],
+)
+def test_a_cache_is_held_to_its_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, kept: int, ok: bool, said: str
+) -> None:
+    seconds = {EAGER: (1.0,) * 6, "optimized": (0.5,) * 6}
+    found = _checked(
+        tmp_path, monkeypatch, seconds, min_speed=1.0, cache=CacheEntry(0.4, 100, after), kept=kept
+    )
+    assert found.ok is ok and found.lines[-1].endswith(said)
+    assert found.cache_share == kept / 100 and found.cache_bound == max(0.4, after / 100)
+    assert _checked(tmp_path, monkeypatch, seconds, min_speed=1.0).cache_share is None
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from attnopt.autotune import replay
+from attnopt.autotune import check as checking
 from attnopt.autotune.baselines import Baselines
-from attnopt.autotune.replay import UNMEASURED, apply, check
+from attnopt.autotune.check import check
+from attnopt.autotune.replay import UNMEASURED, apply
 from attnopt.autotune.result import Result
 from attnopt.autotune.timing import Contender
 from attnopt.compiler.artifact import load_calibration, read_report, save, source_sha256
@@ -99,7 +100,7 @@ def test_another_model_has_no_figures(
 
 def _eager_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        replay, "baselines", lambda model, batches: Baselines((Contender("eager", model),))
+        checking, "baselines", lambda model, batches: Baselines((Contender("eager", model),))
     )
 
 

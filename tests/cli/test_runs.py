@@ -95,7 +95,7 @@ def _report(folder: Path, recorded: str) -> Path:
 
 def _asked(command: Command, monkeypatch: Any, *argv: object) -> dict[str, Any]:
     """What `check` would measure."""
-    import attnopt.autotune.replay
+    import attnopt.autotune.check
 
     class Stop(Exception):
         pass
@@ -106,7 +106,7 @@ def _asked(command: Command, monkeypatch: Any, *argv: object) -> dict[str, Any]:
         asked.update(given, model=model)
         raise Stop
 
-    monkeypatch.setattr(attnopt.autotune.replay, "check", check)
+    monkeypatch.setattr(attnopt.autotune.check, "check", check)
     with pytest.raises(Stop):
         command("attnopt", "check", *argv)
     return asked

@@ -60,6 +60,7 @@ def test_few_rows_says_what_does_not_fit() -> None:
             torch.ops.attnopt.few_rows(x, torch.randn(8, 24), None, wrong, *none[:6])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     "batch, heads, rows, keys, dim, v_dim",
     [
@@ -68,16 +69,18 @@ def test_few_rows_says_what_does_not_fit() -> None:
         (1, 1, 8, 2100, 64, 64),  # parts, with keys left over
         (2, 3, 4, 77, 24, 40),
         (1, 3, 2, 1025, 33, 17),
+        (2, 1, 11, 131, 48, 176),  # rows and columns left over
     ],
 )
 def test_one_token_is_attention(
-    batch: int, heads: int, rows: int, keys: int, dim: int, v_dim: int
+    batch: int, heads: int, rows: int, keys: int, dim: int, v_dim: int, dtype: torch.dtype
 ) -> None:
-    k = torch.randn(batch, heads, keys + 5, dim)[:, :, :keys]
-    v = torch.randn(batch, heads, keys + 5, v_dim)[:, :, :keys]
-    q = torch.randn(batch, rows, heads, dim).transpose(1, 2)
+    k = torch.randn(batch, heads, keys + 5, dim).to(dtype)[:, :, :keys]
+    v = torch.randn(batch, heads, keys + 5, v_dim).to(dtype)[:, :, :keys]
+    q = torch.randn(batch, rows, heads, dim).to(dtype).transpose(1, 2)
     scale = dim**-0.5
     made = torch.ops.attnopt.one_token(q, k, v, scale)
+    assert made.dtype == dtype
     assert_close(made, _attention(q, k, v, scale))
 
 
@@ -101,6 +104,10 @@ def test_one_token_says_what_does_not_fit() -> None:
         torch.ops.attnopt.one_token(q, k, k[:, :, :4], 1.0)
     with pytest.raises(RuntimeError, match="do not fit"):
         torch.ops.attnopt.one_token(q, k[:, :, :0], k[:, :, :0], 1.0)
+    with pytest.raises(RuntimeError, match="of one dtype"):
+        torch.ops.attnopt.one_token(q, k.bfloat16(), k, 1.0)
+    with pytest.raises(RuntimeError, match="not Double"):
+        torch.ops.attnopt.one_token(q.double(), k.double(), k.double(), 1.0)
 
 
 def test_they_compile_for_a_processor_without_avx512(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,6 +144,29 @@ def test_a_prompt_of_one_token_and_one_sequence(both: Both) -> None:
     assert len(both.guarded) < 5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_steps_attend_in_cpp_whatever_the_dtype_of_the_cache(dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Small("").to(dtype)
+    decoder = derive(traced(model, input_ids=torch.randint(0, 50, (2, 12))))
+    wide = derive(traced(copy.deepcopy(model).float(), input_ids=torch.randint(0, 50, (2, 12))))
+    decoder.compile()
+    states = [each.state(2, 12) for each in (decoder, wide)]
+    for each, state in zip((decoder, wide), states, strict=True):
+        each.prefill(state, IDS, last=True)
+    token = torch.full((2, 1), 9)
+    with torch.no_grad():
+        decoder.step(states[0], token, last=True)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+            made = decoder.step(states[0], token, last=True)
+        wide.step(states[1], token, last=True)
+        assert_close(made, wide.step(states[1], token, last=True))
+    assert made.dtype == dtype
+    assert "attnopt::one_token" in {event.key for event in seen.key_averages()}
+    torch._dynamo.reset()
+
+
 def test_padded_batches_skip_the_guards_too() -> None:
     torch._dynamo.reset()
     both = Both(masked=True)
