@@ -10,7 +10,7 @@ candidate and a spec with r times fewer key/value heads, which is the same funct
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, fx
@@ -41,11 +41,12 @@ class FoldRepeatedKV(Pass):
             return Miss(_why(found, spec.kv_heads), at=target.node)
         heads = shared[0]
         made = spec.with_(kv_heads=heads)
-        k, v = found[1][heads].name, found[2][heads].name
+        names = [found[n][heads].name for n in (1, 2)]
 
         def edit(copy: Program) -> None:
             at = copy.node(target.node)
-            at.args = (at.args[0], copy.node(k), copy.node(v), at.args[3], made.text)
+            k, v = (_cast(copy, name, at) for name in names)
+            at.args = (at.args[0], k, v, at.args[3], made.text)
 
         site = replace(target, spec=made, kv_heads=heads)
         times = spec.kv_heads // heads
@@ -58,7 +59,7 @@ class FoldRepeatedKV(Pass):
 
 def originals(program: Program, attention: fx.Node, operand: int) -> dict[int, fx.Node]:
     """Nodes upstream of an operand of which it is a grouped repeat: number of heads -> node [batch,
-    heads, T, dim].
+    heads, T, dim]. What lies behind a cast is taken only where the copies themselves are cast.
     """
     copies = attention.args[operand]
     assert isinstance(copies, fx.Node)
@@ -70,9 +71,19 @@ def originals(program: Program, attention: fx.Node, operand: int) -> dict[int, f
             break
         at = inputs[0]
         heads = _fewer_heads(at, copies)
+        if heads in found and at.meta["val"].dtype != copies.meta["val"].dtype:
+            break
         if heads and _repeats(program, at, copies, heads):
             found[heads] = at
     return found
+
+
+def _cast(program: Program, name: str, attention: fx.Node) -> fx.Node:
+    """A node by its name, in the dtype of the queries."""
+    node, dtype = program.node(name), cast(fx.Node, attention.args[0]).meta["val"].dtype
+    if node.meta["val"].dtype == dtype:
+        return node
+    return program.call(torch.ops.aten.to.dtype, (node, dtype), before=attention)
 
 
 def _is_data(node: fx.Node) -> bool:

@@ -16,6 +16,7 @@ from attnopt.compiler.program import Program
 from attnopt.compiler.raising import raise_program
 from attnopt.compiler.verify import compare
 from tests.residual_models import traced, traced_family
+from tests.tolerance import assert_close
 
 HEADS, KV_HEADS, DIM = 6, 2, 4
 Repeat = Callable[[Tensor], Tensor]
@@ -61,8 +62,17 @@ def scaled(x: Tensor) -> Tensor:
     return interleaved(x) * torch.arange(1.0, 7.0)[:, None, None]
 
 
-def program_of(keys: Repeat, values: Repeat) -> Program:
-    program = raise_program(traced(Grouped(keys, values), torch.randn(2, 5, 8)))
+def cast_before(x: Tensor) -> Tensor:
+    return interleaved(x.float().mul(1.5).to(x.dtype))
+
+
+def cast_after(x: Tensor) -> Tensor:
+    return interleaved(x.float().mul(1.5)).to(x.dtype)
+
+
+def program_of(keys: Repeat, values: Repeat, dtype: torch.dtype = torch.float32) -> Program:
+    model = Grouped(keys, values).to(dtype)
+    program = raise_program(traced(model, torch.randn(2, 5, 8, dtype=dtype)))
     assert len(program.sites) == 1, program.unraised
     return program
 
@@ -83,6 +93,23 @@ def test_reads_the_heads_before_they_are_copied(repeat: Repeat) -> None:
     assert k.meta["val"].shape[1] == KV_HEADS
     assert len(after.graph.nodes) < len(before.graph.nodes)
     assert compare(before, after).same
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("repeat", [cast_before, cast_after])
+def test_keys_that_are_cast_on_the_way_are_read_in_the_dtype_of_queries(
+    repeat: Repeat, dtype: torch.dtype
+) -> None:
+    """As in rotary embeddings that are worked out in float32."""
+    before = program_of(repeat, interleaved, dtype)
+    program, (outcome,) = apply_pass(before, read_pass("fold_repeated_kv{}"), ("*",), Notes(before))
+    assert outcome.applied
+    after, _ = apply_pass(program, read_pass("fuse_attention{}"), ("*",), Notes(program))
+    q, k, v = after.attentions()[0].args[:3]
+    dtypes = {node.meta["val"].dtype for node in (q, k, v)}  # type: ignore[union-attr]
+    assert dtypes == {dtype} and k.meta["val"].shape[1] == KV_HEADS  # type: ignore[union-attr]
+    x = torch.randn(2, 9, 8, dtype=dtype)
+    assert_close(after(x), before(x))
 
 
 @pytest.mark.parametrize("repeat", [tiled, scaled])

@@ -290,6 +290,10 @@ def test_a_draft_that_does_not_pay_is_not_offered(text: Tensor) -> None:
     found = choose(small()[1], [text], None, even)
     assert isinstance(found, Miss)
     assert "under 1.05x" in found.reason and "100% of its guesses are kept" in found.reason
+    less = choose(small()[1], [text], None, even, least=0.1)  # as one asks who wants to measure it
+    assert isinstance(less, Draft) and less.gain is not None and 0.1 <= less.gain < 1.05
+    more = choose(small()[1], [text], None, by_sublayers, least=100.0)
+    assert isinstance(more, Miss) and "under 100.0x" in more.reason
 
 
 def test_steps_are_timed_unless_a_clock_is_given(text: Tensor, monkeypatch: Any) -> None:
