@@ -8,14 +8,13 @@ launched one by one.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from attnopt.autotune.timing import no_collection
+from attnopt.codegen.own_tiles import driver
 from attnopt.codegen.target import Target
 
 Sampler = Callable[[], float]
@@ -63,7 +62,7 @@ class Gpu:
         self.where = f"cuda:{torch.cuda.current_device()}"
         self.facts: Any = torch.cuda.get_device_properties(self.where)
         self.name = str(self.facts.name)
-        self.driver = _driver()
+        self.driver = driver()
         self._pool: Any = None
 
     @property
@@ -147,14 +146,3 @@ def _run_all(calls: Sequence[Callable[[], Any]]) -> None:
     """Run them one after the other, keeping no output: their memory serves the next."""
     for call in calls:
         call()
-
-
-def _driver() -> str:
-    """The driver's version, or that of the runtime where it does not tell."""
-    for path in ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version"):
-        file = Path(path)
-        if file.is_file():
-            found = re.search(r"\d+(\.\d+)+", file.read_text(encoding="utf-8", errors="replace"))
-            if found:
-                return found.group()
-    return str(torch.version.cuda or torch.version.hip or "")

@@ -17,7 +17,6 @@ from typing import Any
 
 import optuna
 from optuna.samplers import TPESampler
-from optuna.trial import FrozenTrial
 
 from attnopt.autotune.compile_pool import Compiled, Failed, Job
 from attnopt.autotune.timing import Progress
@@ -149,7 +148,6 @@ class _Sampled:
             direction="maximize",
             sampler=TPESampler(
                 seed=seed, n_startup_trials=12, multivariate=True, constant_liar=True,
-                constraints_func=_constraints,
             ),
         )  # fmt: skip
         for kernel in tries.outcomes:
@@ -160,7 +158,7 @@ class _Sampled:
     def __call__(self, tries: _Tries, most: int) -> list[Kernel[Any]]:
         for kernel, trial in self.asked.items():
             value, constraint = _told(tries.outcomes[kernel])
-            trial.set_user_attr("constraint", constraint)
+            trial.set_constraint("fits", constraint)
             self.study.tell(trial, value)
         self.asked = {}
         while len(self.asked) < most:
@@ -199,7 +197,3 @@ class _Sampled:
 def _told(outcome: Candidate | str) -> tuple[float, float]:
     """The value and the constraint of a trial: what is infeasible has a constraint above 0."""
     return (0.0, 1.0) if isinstance(outcome, str) else (outcome.score.value, -1.0)
-
-
-def _constraints(trial: FrozenTrial) -> tuple[float]:
-    return (float(trial.user_attrs.get("constraint", 1.0)),)

@@ -85,7 +85,6 @@ class Search:
             storage = JournalStorage(JournalFileBackend(str(self.journal)))
         sampler = TPESampler(
             seed=self.bench.seed,
-            constraints_func=_constraints,
             n_startup_trials=8,
             multivariate=True,
         )
@@ -143,9 +142,8 @@ class Search:
         reason = accuracy.reason or ("" if gain else "not timed: too far outside the bound")
         done = Tried(trial.number, tuple(steps), drop, upper, gain, feasible, accuracy.tier, reason)
         trial.set_user_attr("tried", _plain(done))
-        trial.set_user_attr(
-            "constraint", upper - self.limits.max_drop if math.isfinite(upper) else 1e9
-        )
+        beyond = upper - self.limits.max_drop if math.isfinite(upper) else 1e9
+        trial.set_constraint("drop", beyond)
         return done
 
     def _steps(self, trial: optuna.Trial) -> list[Step]:
@@ -202,10 +200,6 @@ def _sites(bench: Workbench, steps: Sequence[Step]) -> tuple[str, ...]:
         return ("*",)
     touched = {target for step in steps for target in step.targets}
     return tuple(site.id for site in bench.program.sites if site.id in touched)
-
-
-def _constraints(trial: FrozenTrial) -> tuple[float]:
-    return (float(trial.user_attrs.get("constraint", 1e9)),)
 
 
 def _plain(done: Tried) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from attnopt.autotune.environment import environment  # noqa: E402
 from attnopt.codegen.kernel import kernels  # noqa: E402
 from attnopt.codegen.shipped import chosen  # noqa: E402
 from attnopt.codegen.target import Target, at_hand, target  # noqa: E402
+from attnopt.compiler.errors import Problem  # noqa: E402
 from benchmarks.gpu_case import Case, Outcome, measure  # noqa: E402
 from benchmarks.gpu_cases import cases  # noqa: E402
 from benchmarks.gpu_check import check_all, check_gradients, check_random  # noqa: E402
@@ -57,7 +58,13 @@ def main(arguments: list[str] | None = None) -> int:
     if not lines:
         parser.error(f"no line holds {asked.only}")
     if asked.estimate:
-        return _estimated(lines, target(asked.estimate), asked.out)
+        try:
+            device = target(asked.estimate)
+        except Problem as problem:
+            parser.error(str(problem))
+        if device.measured:
+            parser.error("a CPU is measured; name a GPU, such as --estimate h100")
+        return _estimated(lines, device, asked.out)
     if not torch.cuda.is_available():
         print("no GPU that torch can use; --estimate h100 tells what the roofline promises")
         return 2

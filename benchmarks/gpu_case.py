@@ -97,15 +97,21 @@ class Case:
         }
 
     def estimates(self, target: Target) -> dict[str, float]:
-        """Seconds of these contenders by the roofline of the target; none where it has no peaks.
-        Estimated, never measured."""
+        """Seconds of these contenders by the roofline of the target, but for kernels that are not
+        for it; none where it has no peaks. Estimated, never measured."""
         dtype = self.load.dtype if self.load.dtype in target.peak else "float16"
         if dtype not in target.peak or not target.bandwidth:
             return {}
+        ours = {OURS: (self.kernel, self.spec), **self.own}
+        absent = {
+            name
+            for name, (kernel, spec) in ours.items()
+            if kernels()[kernel].supports(spec, target) is not None
+        }
         return {
             name: sum(estimated(work, dtype, target) for work in each)
-            for name, each in self.works().items()
-        }
+            for name, each in self.works().items() if name not in absent
+        }  # fmt: skip
 
     def contenders(self, target: Target) -> tuple[dict[str, Contender], dict[str, str]]:
         """All that run, and why the others do not."""

@@ -41,8 +41,8 @@ _OTHERS = {  # what no roofline tells, whatever the case
     FLASHINFER: "it does the same work, and its share of the roofline is not published here",
     FLASH_MLA: "it does the same work, and its share of the roofline is not published here",
     FLA: "it does the same work, and its share of the roofline is not published here",
-    "dispatch": "it runs the fastest of those that it knows, so that what is left to measure is "
-    "what dispatch itself costs",
+    "dispatch": "it leaves plain attention to torch, whose own choice among its kernels is to be "
+    "measured, and what dispatch itself costs",
 }
 
 

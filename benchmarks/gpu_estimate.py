@@ -122,7 +122,7 @@ def lines(cases: Sequence[Case], target: Target) -> Iterator[str]:
     for case in cases:
         seconds = case.estimates(target)
         times = ", ".join(f"{name} {s * 1e3:.3f} ms" for name, s in seconds.items())
-        yield f"{case.name}: {times or 'no peaks to estimate by'} (estimated)"
+        yield f"{case.name}: {times or 'nothing of it'} (estimated)"
         for found in estimated_bars(case, target):
             verdict = found.verdict.replace("**", "")
             told = [found.bar.words, f"estimated {found.figure}", verdict, NOT_MEASURED]

@@ -15,7 +15,7 @@ FILE = "attnopt_kernels.h"
 _HEAD = (
     "/* The kernels of this folder, by attnopt: for each launch a struct of its arguments; *_fits,",
     " * whether they keep what the compiler took for granted; and *_launch. The grids of other",
-    " * sizes are told in the .json beside each kernel. */",
+    " * sizes, and what arguments follow from these, are worked out by the launcher in the .py. */",
 )
 _NUMBERS = {
     "i32": "int32_t", "i64": "int64_t", "u1": "uint8_t", "fp32": "float", "fp64": "double",

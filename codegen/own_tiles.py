@@ -1,8 +1,8 @@
 """Tile sizes that were tuned on this very device, by its user: files in a cache folder.
 
 `attnopt.autotune` writes them, `python -m attnopt.autotune.kernels` among others; dispatch takes
-them before what ships. They hold for the device that they were timed on, by its name, for the
-version of triton, and for as long as the kernel's source stays as it is.
+them before what ships. They hold for the device that they were timed on, by its name, for its
+driver, for the version of triton, and for as long as the kernel's source stays as it is.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Mapping
@@ -22,7 +23,6 @@ import torch
 from attnopt.codegen.kernel import Kernel, Load
 from attnopt.codegen.link import link
 from attnopt.codegen.shipped import Entry
-from attnopt.codegen.static_score import SPILLS
 from attnopt.codegen.target import Target
 from attnopt.compiler.errors import Notice
 
@@ -70,6 +70,17 @@ def versions() -> dict[str, str]:
     return {"triton": str(triton.__version__), "torch": str(torch.__version__)}
 
 
+def driver() -> str:
+    """The GPU driver's version, or that of torch's runtime where it does not tell."""
+    for path in ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version"):
+        file = Path(path)
+        if file.is_file():
+            found = re.search(r"\d+(\.\d+)+", file.read_text(encoding="utf-8", errors="replace"))
+            if found:
+                return found.group()
+    return str(torch.version.cuda or torch.version.hip or "")
+
+
 def misfit(cls: type[Kernel[Any]], tiles: Mapping[str, Any], took: Any, shared: int) -> str:
     """Why tile sizes that took so much are not possible (any more), empty where they are."""
     space = cls.space()
@@ -81,7 +92,7 @@ def misfit(cls: type[Kernel[Any]], tiles: Mapping[str, Any], took: Any, shared: 
     for each in took:
         if each.get("shared", 0) > shared:
             return f"it takes {each['shared']} bytes of shared memory of {shared}"
-        if each.get("spills", 0) > SPILLS:
+        if each.get("spills", 0):
             return f"it spills {each['spills']} bytes"
     return ""
 
@@ -117,10 +128,11 @@ def _read(folder: Path, cls: type[Kernel[Any]], shared: int, device: str) -> tup
 
 
 def _of_here(facts: Any, cls: type[Kernel[Any]], device: str) -> bool:
-    """Whether a file is about this kernel as it is, timed on the device of this name."""
+    """Whether a file is about this kernel as it is, timed on the device of this name with the
+    driver that is here."""
     return (
         facts["format"] == FORMAT and facts["evidence"] == "measured"
-        and (facts["kernel"], facts["device"]) == (cls.name, device)
+        and (facts["kernel"], facts["device"], facts["driver"]) == (cls.name, device, driver())
         and facts["versions"]["triton"] == versions()["triton"]
         and facts.get("source") == source_digest(cls)
     )  # fmt: skip

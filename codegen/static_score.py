@@ -30,7 +30,6 @@ from attnopt.codegen.target import Target
 if TYPE_CHECKING:  # it needs triton, which only compiling does
     from attnopt.codegen.aot import Resources
 
-SPILLS = 128  # bytes per thread, beyond which tile sizes are not worth timing
 _CLOCK = 1.9e9  # nominal; the products per cycle that follow from it are rounded to a power of two
 _LATENCY = 800e-9  # seconds from asking the memory to having the bytes
 _L2_CYCLES = 500  # the same of a line in the second-level cache, where tiles are read again
@@ -67,7 +66,6 @@ class Score:
     matrix: float
     in_flight: float
     tail: float
-    spills: float
     occupancy: float
     evidence: str = "estimated"
 
@@ -88,7 +86,7 @@ def statics(kernel: Kernel[Any], spec: Any, load: Load, target: Target) -> list[
     for launch in launches(kernel, spec, load):
         made = compiled(launch, target)
         took = resources(made, target)
-        bad = took.shared > target.shared_per_block or took.spills > SPILLS
+        bad = took.shared > target.shared_per_block or took.spills
         loop = Loop() if bad else hot_loop(made)
         found.append(Static(launch.grid, made.metadata.num_stages, took, loop))
     return found
@@ -100,8 +98,8 @@ def misfit(found: Sequence[Static], target: Target) -> str:
         took = static.resources
         if took.shared > target.shared_per_block:
             return "exceeds the target's shared memory"
-        if took.spills > SPILLS:
-            return f"spills more than {SPILLS} bytes per thread"
+        if took.spills:
+            return "spills registers"
         if not resident(static, target):
             return "exceeds the target's registers"
         if target.vendor == "nvidia" and max(static.grid[1:], default=0) > _GRID:
@@ -121,10 +119,9 @@ def score(
     arithmetic, memory = work.flops / peak, work.bytes / target.bandwidth
     matrix, flight = max(matrix_share(main, target), 1e-3), max(in_flight(main, target), 1e-3)
     tail = _tail(main, target)
-    spills = 1.0 / (1.0 + max(s.resources.spills for s in found) / 256)
     lost = max(arithmetic * kernel.waste(spec, load) / matrix, memory / flight)
-    value = max(arithmetic, memory) / lost * tail * spills if lost else 0.0
-    return Score(value, matrix, flight, tail, spills, occupancy(main, target))
+    value = max(arithmetic, memory) / lost * tail if lost else 0.0
+    return Score(value, matrix, flight, tail, occupancy(main, target))
 
 
 def resident(static: Static, target: Target) -> int:

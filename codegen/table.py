@@ -42,7 +42,8 @@ matrix instructions that could not overlap. Times are **estimated**: the least a
 traffic of the example over the target's peaks, at the shares that good kernels reach
 (`codegen/roofline.py`); launch times are left out.
 
-{good} of {here} fit their target and spill nothing.
+{good} of {here} fit their target and spill nothing; {absent} more are not for their target, as
+their lines say.
 """
 
 
@@ -187,7 +188,8 @@ def page(found: Sequence[Row]) -> str:
     """The rows as a document."""
     here, bad = [row for row in found if not row.why_not], [row for row in found if row.bad]
     lines = [
-        _HEAD.format(version=version("triton"), good=len(here) - len(bad), here=len(here)),
+        _HEAD.format(version=version("triton"), good=len(here) - len(bad), here=len(here),
+                     absent=len(found) - len(here)),
         *(f"- `{row.kernel}`, example {row.example + 1}, {row.target}: {row.bad}" for row in bad),
         *([""] if bad else []),
     ]  # fmt: skip
@@ -244,7 +246,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, help="the file to write (default: stdout)")
     asked = parser.parse_args(argv)
     before = [] if asked.out is None else read(asked.out.with_suffix(".json"))
-    found = rows(asked.kernels.split(","), asked.targets.split(","), before)
+    try:
+        found = rows(asked.kernels.split(","), asked.targets.split(","), before)
+    except Problem as problem:
+        parser.error(str(problem))
     found = _joined(found, before)
     text = page(found)
     if asked.out is None:

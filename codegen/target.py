@@ -173,6 +173,13 @@ def _read(name: str, text: str, where: str) -> Target:
 
 
 _TEXTS = ("title", "vendor", "architecture", "capability", "source")
+_DTYPES = frozenset(
+    ["float64", "float32", "tf32", "bfloat16", "float16", "float8", "float4", "int8", "int4"]
+)  # of peaks
+_CAPABILITY = {  # of each vendor, and an example
+    "nvidia": (r"[1-9]\d*\.\d", "9.0"),
+    "amd": (r"gfx9[0-9a-f]+", "gfx942, with waves of 64"),
+}
 _WHOLES = ("units", "shared_per_block", "shared_per_unit", "registers_per_unit", "memory")
 
 
@@ -187,9 +194,17 @@ def _wrong(facts: Mapping[str, Any]) -> str:
             return f"`{key}` must be text"
     if facts["architecture"] == CPU:
         return ""
+    pattern, example = _CAPABILITY.get(facts["vendor"], ("", ""))
+    if not pattern:
+        return f"`vendor` must be {' or '.join(_CAPABILITY)}, not {facts['vendor']}"
+    if not re.fullmatch(pattern, facts["capability"]):
+        return f"`capability` must be one like {example}, not {facts['capability']}"
     for key in _WHOLES:
         if not isinstance(facts.get(key), int) or facts[key] <= 0:
             return f"`{key}` must be a positive whole number"
+    dtypes = sorted(set(facts.get("peak", {})) - _DTYPES)
+    if dtypes:
+        return f"`peak` has no dtype {dtypes[0]}: it is one of {', '.join(sorted(_DTYPES))}"
     figures = {"bandwidth": facts.get("bandwidth"), **facts.get("peak", {})}
     bad = [key for key, value in figures.items() if not _positive(value)]
     if bad or len(figures) < 2:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from attnopt.autotune import kernel_cache
 from attnopt.autotune import kernels as command
 from attnopt.autotune.kernel_cache import KernelCache
 from attnopt.autotune.kernel_tuner import Tuned, tiles_of
@@ -41,6 +42,7 @@ DEVICE = FakeDevice(lambda kernel, sample: 1.0)
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[KernelCache]:
     """The user's cache folder, empty."""
     monkeypatch.setenv("ATTNOPT_CACHE", str(tmp_path))
+    monkeypatch.setattr(own_tiles, "driver", lambda: DEVICE.driver)
     own_tiles.forget()
     yield KernelCache()
     own_tiles.forget()
@@ -91,6 +93,7 @@ def test_it_goes_before_what_ships(cache: KernelCache, monkeypatch: pytest.Monke
     [
         {"versions": {"triton": "2.0", "torch": "2"}},
         {"device": "another"},
+        {"driver": "0.9"},
         {"evidence": "estimated"},
     ],
 )
@@ -132,10 +135,10 @@ def test_a_damaged_file_is_told_and_passed_over(damage: str, cache: KernelCache)
         assert _chosen() == FlashPrefill(**TILES)
 
 
-def test_the_newest_of_two_is_taken(cache: KernelCache) -> None:
+def test_the_newest_of_two_is_taken(cache: KernelCache, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.put(_tuned(date="2026-11-23"), FlashPrefill, SPEC, H100, DEVICE)
-    old = _tuned(tiles={**TILES, "warps": 4}, driver="0.9")
-    cache.put(old, FlashPrefill, SPEC, H100, replace(DEVICE, driver="0.9"))
+    monkeypatch.setattr(kernel_cache, "versions", lambda: {**versions(), "torch": "another"})
+    cache.put(_tuned(tiles={**TILES, "warps": 4}), FlashPrefill, SPEC, H100, DEVICE)
     assert len(own_entries(FlashPrefill, H100, DEVICE.name)) == 2
     assert _chosen() == FlashPrefill(**TILES)
 

@@ -14,7 +14,6 @@ from attnopt.codegen.instructions import Loop, hot_loop, products
 from attnopt.codegen.kernel import Load
 from attnopt.codegen.kernels.flash_prefill import FlashPrefill
 from attnopt.codegen.static_score import (
-    SPILLS,
     Score,
     Static,
     in_flight,
@@ -242,7 +241,6 @@ def test_what_lowers_the_score() -> None:
     best = _score(_static())
     assert 0 < best.value < 1 and best.evidence == "estimated"
     assert best.tail == pytest.approx(2048 / (16 * 132))
-    assert _score(_static(spills=100)).value < best.value
     assert _score(_static(grid=(133, 1, 1))).tail == pytest.approx(133 / 264)
     assert _score(_static(grid=(133, 1, 1))).value < best.value
     assert _score(_static(stages=1)).value < best.value
@@ -267,8 +265,7 @@ def test_the_launch_with_the_most_work_stands_for_all() -> None:
 def test_why_a_kernel_is_not_worth_timing() -> None:
     assert not misfit([_static()], H100)
     assert "shared memory" in misfit([_static(), _static(shared=232449)], H100)
-    assert not misfit([_static(spills=SPILLS)], H100)
-    assert "spills" in misfit([_static(spills=SPILLS + 1)], H100)
+    assert "spills" in misfit([_static(), _static(spills=4)], H100)
     assert "registers" in misfit([_static(registers=255, warps=16)], H100)
     assert "grid" in misfit([_static(grid=(1, 65536, 1))], H100)
     assert not misfit([_static(grid=(65536, 1, 1))], H100)

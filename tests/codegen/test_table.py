@@ -123,7 +123,7 @@ told.append(table.main(["--targets", "a100", "--out", sys.argv[1]]))
     out = tmp_path / "kernels.md"
     code, text, *codes = compiling(code, out)
     assert code == 0 and codes == [0, 0]
-    assert "1 of 1 fit their target and spill nothing." in text
+    assert "1 of 1 fit their target and spill nothing; 0 more are not for their target" in text
     assert "| h100 | as declared | " in text
     both = out.read_text()
     assert "2 of 2 fit" in both and both.index("| a100 |") < both.index("| h100 |")

@@ -14,6 +14,8 @@ from attnopt.codegen.arguments import mask_arguments
 from attnopt.codegen.kernel import Inputs, Load, kernels, read_kernel
 from attnopt.codegen.kernels.flash_prefill import FlashPrefill, flash_prefill
 from attnopt.codegen.kernels.references import flash_prefill as plain
+from attnopt.codegen.pieces.alibi import alibi
+from attnopt.codegen.pieces.sizes import with_strides
 from attnopt.codegen.target import known, target
 from attnopt.compiler.spec import CAUSAL, FULL, AttentionSpec, Mask
 from tests.tolerance import assert_close
@@ -237,11 +239,6 @@ def same_document(b, h, i, j, data):
     return tl.load(data[0] + b * data[1] + tl.minimum(i, last)) == of_key
 
 
-@triton.jit
-def alibi(logits, b, h, i, j, data):
-    return logits - tl.load(data[0] + h) * (i - j)
-
-
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_hook_drops_keys(packed: bool) -> None:
     spec, kernel = spec_of(FULL), FlashPrefill(32, 16, packed)
@@ -270,7 +267,7 @@ def test_a_hook_adds_alibi(packed: bool) -> None:
     spec, kernel = spec_of(), FlashPrefill(32, 16, packed)
     inputs = FlashPrefill.inputs(spec, Load(2, 45, 45, "float32"))
     slopes = 2.0 ** -torch.arange(1.0, 5.0)
-    got = kernel.run(spec, {**inputs, "score_hook": alibi, "data": (slopes,)})
+    got = kernel.run(spec, {**inputs, "score_hook": alibi, "data": with_strides(slopes, 2, 4)})
     assert isinstance(got, Tensor)
     i, j = torch.arange(45)[:, None], torch.arange(45)
     bias = -slopes[:, None, None] * (i - j)
