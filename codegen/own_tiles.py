@@ -70,15 +70,15 @@ def versions() -> dict[str, str]:
     return {"triton": str(triton.__version__), "torch": str(torch.__version__)}
 
 
+@lru_cache(maxsize=1)
 def driver() -> str:
-    """The GPU driver's version, or that of torch's runtime where it does not tell."""
-    for path in ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version"):
-        file = Path(path)
-        if file.is_file():
-            found = re.search(r"\d+(\.\d+)+", file.read_text(encoding="utf-8", errors="replace"))
-            if found:
-                return found.group()
-    return str(torch.version.cuda or torch.version.hip or "")
+    """The version of the driver of the GPUs that torch uses, or of its runtime where that does not
+    tell."""
+    amd = torch.version.hip is not None
+    path = Path("/sys/module/amdgpu/version" if amd else "/proc/driver/nvidia/version")
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    found = re.search(r"\d+(\.\d+)+", text)
+    return found.group() if found else str(torch.version.hip or torch.version.cuda or "")
 
 
 def misfit(cls: type[Kernel[Any]], tiles: Mapping[str, Any], took: Any, shared: int) -> str:

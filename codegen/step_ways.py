@@ -83,7 +83,7 @@ class StepDispatch(Ways):
             lengths = None
             if ring:
                 lengths = torch.full((q.shape[0],), end, dtype=torch.int32, device=q.device)
-            if not names:
+            if not names and not extras:
                 return launch(q, k, v, lengths)
             given: Sequence[Tensor] = extras
             if ready is not None:

@@ -245,6 +245,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--targets", default=",".join(gpus), help="names, with commas")
     parser.add_argument("--out", type=Path, help="the file to write (default: stdout)")
     asked = parser.parse_args(argv)
+    if unknown := sorted({*asked.kernels.split(",")} - {*kernels()}):
+        parser.error(f"unknown kernel {unknown[0]}; known: {', '.join(kernels())}")
     before = [] if asked.out is None else read(asked.out.with_suffix(".json"))
     try:
         found = rows(asked.kernels.split(","), asked.targets.split(","), before)

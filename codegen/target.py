@@ -176,6 +176,7 @@ _TEXTS = ("title", "vendor", "architecture", "capability", "source")
 _DTYPES = frozenset(
     ["float64", "float32", "tf32", "bfloat16", "float16", "float8", "float4", "int8", "int4"]
 )  # of peaks
+_SHARES = frozenset({"matmul", "attention", "bandwidth"})
 _CAPABILITY = {  # of each vendor, and an example
     "nvidia": (r"[1-9]\d*\.\d", "9.0"),
     "amd": (r"gfx9[0-9a-f]+", "gfx942, with waves of 64"),
@@ -199,20 +200,33 @@ def _wrong(facts: Mapping[str, Any]) -> str:
         return f"`vendor` must be {' or '.join(_CAPABILITY)}, not {facts['vendor']}"
     if not re.fullmatch(pattern, facts["capability"]):
         return f"`capability` must be one like {example}, not {facts['capability']}"
-    for key in _WHOLES:
-        if not isinstance(facts.get(key), int) or facts[key] <= 0:
-            return f"`{key}` must be a positive whole number"
-    dtypes = sorted(set(facts.get("peak", {})) - _DTYPES)
-    if dtypes:
-        return f"`peak` has no dtype {dtypes[0]}: it is one of {', '.join(sorted(_DTYPES))}"
-    figures = {"bandwidth": facts.get("bandwidth"), **facts.get("peak", {})}
+    wholes = {**{key: facts.get(key) for key in _WHOLES}, "l2": facts.get("l2", 1)}
+    bad = [key for key, value in wholes.items() if type(value) is not int or value <= 0]
+    if bad:
+        return f"`{bad[0]}` must be a positive whole number"
+    if not isinstance(facts.get("note", ""), str):
+        return "`note` must be text"
+    return _wrong_table(facts, "peak", _DTYPES) or _wrong_table(facts, "achievable", _SHARES)
+
+
+def _wrong_table(facts: Mapping[str, Any], name: str, known: frozenset[str]) -> str:
+    """The same of one of its tables of figures."""
+    figures = facts.get(name, {})
+    if not isinstance(figures, dict):
+        return f"`{name}` must be a table"
+    figures = {key: value for key, value in figures.items() if key != "source"}
+    unknown = sorted(set(figures) - known)
+    if unknown:
+        return f"`{name}` has no {unknown[0]}: it is one of {', '.join(sorted(known))}"
+    if name == "peak":
+        figures["bandwidth"] = facts.get("bandwidth")
     bad = [key for key, value in figures.items() if not _positive(value)]
-    if bad or len(figures) < 2:
-        return f"`{bad[0] if bad else 'peak'}` must be a positive number"
-    shares = {k: v for k, v in facts.get("achievable", {}).items() if k != "source"}
-    outside = [key for key, value in shares.items() if not _positive(value) or value > 1]
+    if bad or (name == "peak" and len(figures) < 2):
+        return f"`{bad[0] if bad else name}` must be a positive number"
+    outside = [key for key, value in figures.items() if name == "achievable" and value > 1]
     return f"achievable `{outside[0]}` must be a share up to 1" if outside else ""
 
 
 def _positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value) and value > 0
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value) and value > 0

@@ -59,19 +59,23 @@ class FoldRepeatedKV(Pass):
 
 def originals(program: Program, attention: fx.Node, operand: int) -> dict[int, fx.Node]:
     """Nodes upstream of an operand of which it is a grouped repeat: number of heads -> node [batch,
-    heads, T, dim]. What lies behind a cast is taken only where the copies themselves are cast.
+    heads, T, dim]. What lies behind a cast is taken only where the copies themselves are cast, and
+    not to a dtype on the way that is coarser than both.
     """
     copies = attention.args[operand]
     assert isinstance(copies, fx.Node)
     found: dict[int, fx.Node] = {}
     at: fx.Node = copies
+    coarsest = _eps(copies)
     for _ in range(STEPS):
         inputs = [n for n in at.all_input_nodes if _is_data(n)]
         if at.op != "call_function" or not inputs or inputs[0] is not at.args[0]:
             break
+        coarsest = max(coarsest, _eps(at))
         at = inputs[0]
         heads = _fewer_heads(at, copies)
-        if heads in found and at.meta["val"].dtype != copies.meta["val"].dtype:
+        rounded = coarsest > max(_eps(at), _eps(copies))
+        if rounded or (heads in found and _eps(at) != _eps(copies)):
             break
         if heads and _repeats(program, at, copies, heads):
             found[heads] = at
@@ -84,6 +88,11 @@ def _cast(program: Program, name: str, attention: fx.Node) -> fx.Node:
     if node.meta["val"].dtype == dtype:
         return node
     return program.call(torch.ops.aten.to.dtype, (node, dtype), before=attention)
+
+
+def _eps(node: fx.Node) -> float:
+    """The relative rounding of a node's dtype."""
+    return float(torch.finfo(node.meta["val"].dtype).eps)
 
 
 def _is_data(node: fx.Node) -> bool:

@@ -97,7 +97,7 @@ def merge_partials(
     """Attention over all keys from attention over disjoint sets of them.
 
     `parts` `[parts, batch, heads, S, V]` of any float dtype with the natural log-sum-exps `lse`
-    `[parts, batch, heads, S]` in float32; or a tuple of each, for results that lie apart. The
+    `[parts, batch, heads, S]` in float32; or tuples of both, for results that lie apart. The
     result `[batch, heads, S, V]` is written to `out` where given (its last dimension dense, in its
     dtype), and returned with the log-sum-exps `[batch, heads, S]` in float32 where `with_lse`. A
     query whose every set is empty gives zeros and -inf. Raises `ValueError` where `out` is not

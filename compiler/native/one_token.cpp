@@ -158,7 +158,7 @@ void weigh(float* scores, int64_t keys, const Result& row, int64_t v_dim) {
   float& top = *row.tops;
   const float before = top;
   for (const float lane : lanes)
-    if (!(lane <= top)) top = lane;  // a NaN stays one, and reaches the result
+    if (top == top && !(lane <= top)) top = lane;  // a NaN stays one, and reaches the result
   if (top == kNone) {                // exp(-inf + inf) is no number
     std::fill_n(scores, keys, 0.f);
     return;
@@ -212,6 +212,7 @@ void attend(const Rows<float>& q, const Rows<T>& k, const Rows<T>& v, int64_t ro
     const Block<T> block{k.from(at), v.from(at), keys, std::min(kBlock, to - at - keys)};
     int64_t row = 0;
     for (; row + kRows <= rows; row += kRows) attend_block<kRows>(q, block, row, rows, result);
+    for (; row + 2 <= rows; row += 2) attend_block<2>(q, block, row, rows, result);
     for (; row < rows; row++) attend_block<1>(q, block, row, rows, result);
   }
 }

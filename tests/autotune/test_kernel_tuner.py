@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+import optuna
 import pytest
 import torch
 
@@ -70,6 +71,21 @@ def test_without_a_device_a_default_that_does_not_fit_is_mended_by_the_score() -
     }  # fmt: skip
     assert made.took[0]["registers"] == 128
     assert [c.seconds for c in made.contenders] == [None] * 4
+
+
+def test_the_sampler_is_told_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    told_of = list[float]()
+    plain = optuna.trial.Trial.set_constraint
+
+    def noted(trial: optuna.trial.Trial, key: str, value: float) -> None:
+        told_of.append(value)
+        plain(trial, key, value)
+
+    monkeypatch.setattr(optuna.trial.Trial, "set_constraint", noted)
+    figures = lambda k: {"spills": 4 if k.stages > 2 else 0}  # noqa: E731
+    found = search(FlashPrefill, PREFILL, LONG, H100, Compiler(figures), trials=30)
+    assert found.dropped["spills registers"] >= told_of.count(1.0) > 0
+    assert len(found.candidates) >= told_of.count(-1.0) > 0
 
 
 def test_where_nothing_fits_it_says_why() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from attnopt.compiler.attend_step import to_all
 from attnopt.compiler.native import build
 from attnopt.compiler.spec import FULL, AttentionSpec
 from tests.tolerance import assert_close
+from tests.tree import ROOT
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -91,11 +94,65 @@ def test_one_token_of_large_scores() -> None:
     assert_close(torch.ops.attnopt.one_token(q, k, v, 1.0), _attention(q, k, v, 1.0))
 
 
-@pytest.mark.parametrize("at", [0, 1, 16, 100])
-def test_one_token_hides_no_nan(at: int) -> None:
-    q, k, v = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 128, 16), torch.randn(1, 1, 128, 16)
+@pytest.mark.parametrize(
+    ("keys", "at"),
+    [(128, 0), (128, 1), (128, 16), (128, 100), (65, 64), (79, 78), (130, 129), (1025, 1024)],
+)
+@pytest.mark.parametrize("rows", [1, 2, 7])
+def test_one_token_hides_no_nan(keys: int, at: int, rows: int) -> None:
+    q, (k, v) = torch.randn(1, 1, rows, 16), torch.randn(2, 1, 1, keys, 16)
     k[0, 0, at] = float("nan")
     assert torch.ops.attnopt.one_token(q, k, v, 1.0).isnan().all()
+
+
+@pytest.mark.parametrize(
+    "out", [slice(0, 1), slice(0, 64), slice(60, 70), slice(128, 130), slice(0, 130)]
+)
+def test_one_token_of_scores_that_are_minus_infinity(out: slice) -> None:
+    """Their keys have no share; where all are, the result is no number, as the definition's."""
+    q, (k, v) = torch.ones(1, 1, 5, 16), torch.randn(2, 1, 1, 130, 16)
+    k[:, :, out] = float("-inf")
+    made, want = torch.ops.attnopt.one_token(q, k, v, 1.0), _attention(q, k, v, 1.0)
+    assert torch.equal(made.isnan(), want.isnan())
+    assert_close(made.nan_to_num(), want.nan_to_num())
+
+
+def test_one_token_of_views_and_of_nothing() -> None:
+    q, (k, v) = torch.randn(2, 6, 3, 8), torch.randn(2, 2, 1, 70, 8)
+    spread = [x.expand(2, 6, 70, 8) for x in (k, v)]  # heads, and so strides of zero
+    assert_close(torch.ops.attnopt.one_token(q, *spread, 0.3), _attention(q, *spread, 0.3))
+    across = [x.mT.contiguous().mT for x in spread]  # whose last dimension is not dense
+    assert_close(torch.ops.attnopt.one_token(q, *across, 0.3), _attention(q, *across, 0.3))
+    assert torch.ops.attnopt.one_token(q[:0], k[:0].expand(0, 6, 70, 8), v[:0].expand(0, 6, 70, 8),
+                                       1.0).shape == (0, 6, 3, 8)  # fmt: skip
+    assert torch.ops.attnopt.one_token(q[:, :, :0], *spread, 1.0).shape == (2, 6, 0, 8)
+
+
+_ELSEWHERE = """
+import torch
+from attnopt.compiler import native
+from tests.tolerance import assert_close
+
+assert native.ready() == "", native.ready()
+torch.manual_seed(0)
+for rows, keys, dim in ((1, 3, 5), (2, 65, 24), (7, 400, 40)):
+    q, k, v = torch.randn(2, 2, rows, dim), *torch.randn(2, 2, 2, keys, dim)
+    want = (q.double() @ k.double().mT).softmax(-1) @ v.double()
+    assert_close(torch.ops.attnopt.one_token(q, k, v, 1.0), want)
+    x, w = torch.randn(rows, dim), torch.randn(33, dim).bfloat16() / 4
+    few = torch.ops.attnopt.few_rows(x, w.float(), None, w, *[None] * 6)
+    assert_close(few, x.double() @ w.double().T)
+print(torch.backends.cpu.get_cpu_capability())
+"""
+
+
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_they_compute_the_same_on_other_processors(capability: str) -> None:
+    env = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-P", "-c", _ELSEWHERE]
+    made = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.strip().lower() == capability
 
 
 def test_one_token_says_what_does_not_fit() -> None:

@@ -70,6 +70,10 @@ def cast_after(x: Tensor) -> Tensor:
     return interleaved(x.float().mul(1.5)).to(x.dtype)
 
 
+def rounded(x: Tensor) -> Tensor:
+    return interleaved(x).half().float()
+
+
 def program_of(keys: Repeat, values: Repeat, dtype: torch.dtype = torch.float32) -> Program:
     model = Grouped(keys, values).to(dtype)
     program = raise_program(traced(model, torch.randn(2, 5, 8, dtype=dtype)))
@@ -112,7 +116,7 @@ def test_keys_that_are_cast_on_the_way_are_read_in_the_dtype_of_queries(
     assert_close(after(x), before(x))
 
 
-@pytest.mark.parametrize("repeat", [tiled, scaled])
+@pytest.mark.parametrize("repeat", [tiled, scaled, rounded])
 def test_leaves_copies_in_another_order_or_changed(repeat: Repeat) -> None:
     miss = answer(program_of(repeat, repeat))
     assert isinstance(miss, Miss)
