@@ -63,14 +63,21 @@ class Contiguous:
         self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, start: Any,
         extras: Sequence[Tensor], on: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Store new keys and values, and attend to all that are there.
+        """Store new keys and values, and `attend`."""
+        self.store(k, v, keys, values, start)
+        return self.attend(q, keys, values, start, extras, on)
+
+    def attend(
+        self, q: Tensor, keys: Tensor, values: Tensor, start: Any, extras: Sequence[Tensor],
+        on: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Attend to all keys and values that are there, those of the new tokens among them.
 
         The extras are those of the new rows, `[..., S, start + S]`. Where `on` is given, bool
         `[batch, heads, S, 1]`, nobody reads the result of other heads, and it may be anything.
         """
         new = q.shape[2]
         end = start + new
-        self.store(k, v, keys, values, start)
         k, v = keys[:, :, :end], values[:, :, :end]
         if new == 1:
             at = None if on is None else calls(on, k, v, self.spec)

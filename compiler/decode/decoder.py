@@ -360,7 +360,7 @@ def _places(
     program: Program, caches: Mapping[str, Cache], convolutions: Mapping[str, Convolution]
 ) -> dict[str, int]:
     """Which cache of a state each attention reads, then each convolution: attentions that read the
-    same keys and values read the same one, which each of them writes alike. A ring is one
+    same keys and values read the same one, which the first of them writes. A ring is one
     attention's own, since what is written last replaces what another still has to read."""
     found: dict[object, int] = {}
     made = {

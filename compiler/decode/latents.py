@@ -80,11 +80,18 @@ class Latent:
         self, q: Tensor, joined: Tensor, up_k: Tensor, up_v: Tensor, bias: Tensor, kept: Tensor,
         start: Any, extras: Sequence[Tensor],
     ) -> Tensor:  # fmt: skip
-        """Store the vectors of new tokens, and attend to all that are there.
+        """Store the vectors of new tokens, and `attend`."""
+        self.store(joined, kept, start)
+        return self.attend(q, up_k, up_v, bias, kept, start, extras)
+
+    def attend(
+        self, q: Tensor, up_k: Tensor, up_v: Tensor, bias: Tensor, kept: Tensor, start: Any,
+        extras: Sequence[Tensor],
+    ) -> Tensor:  # fmt: skip
+        """Attend to all vectors that are there, those of the new tokens among them.
 
         q is `[batch, heads, S, head_dim]`; the extras are those of the new rows.
         """
-        self.store(joined, kept, start)
         held = kept[:, :, : start + q.shape[2]]
         return attend_latent.step(
             q, held, up_k, up_v, bias, extras, self.spec, self.line, self.rope_at

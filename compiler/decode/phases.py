@@ -66,6 +66,7 @@ class _Writer:
         self.split, self.caches, self.kind = split, caches, kind
         self.nodes = _nodes(module)
         self.moving = {self.nodes[name] for name in split.moving}
+        self.written: set[int] = set()
 
     def write(self, last: bool) -> fx.GraphModule:
         holders = self.graph.find_nodes(op="placeholder")
@@ -126,6 +127,8 @@ class _Writer:
         q, k, v, extras, _ = cast(tuple[Any, ...], node.args)
         parts = self._call(operator.getitem, self.given[1], index)
         kept = [self._call(operator.getitem, parts, at) for at in range(len(cache.widths))]
+        first = index not in self.written  # of those that share a cache, one writes
+        self.written.add(index)
         operands: list[Any] = [k, v]
         if isinstance(cache, Latent):
             sources = [self.nodes[name] for name in (cache.latent, cache.shared) if name]
@@ -134,12 +137,17 @@ class _Writer:
                 if self.kind == "prefill":
                     operands = [k, v, stored]
                 else:
-                    operands = [stored, *self._constants(node.name, cache)]
-        bound = (prefilled if self.kind == "prefill" else stepped)(cache, len(operands))
+                    operands = [stored] * first + self._constants(node.name, cache)
+        elif self.kind == "step" and not first:
+            operands = []
         given = (q, *operands, *kept, self.start, *extras)
+        if self.kind == "prefill":
+            bound = prefilled(cache, len(operands), first)
+        else:
+            bound = stepped(cache, len(operands), first)
         gate = gate_of(node) if self.kind == "step" and isinstance(cache, Contiguous) else None
         if gate is not None:
-            bound, given = gated(cast(Contiguous, cache)), (gate.on, *given)
+            bound, given = gated(bound), (gate.on, *given)
         with self.graph.inserting_before(gate.join if gate is not None else node):
             made = self.graph.call_function(bound, given)
         made.meta = {**node.meta, "stands_for": node.name}
@@ -186,8 +194,9 @@ class _Writer:
             return self.graph.call_function(aten.slice.Tensor, (logits, 1, -1, END))
 
 
-def prefilled(cache: Cache, operands: int) -> Callable[..., Tensor]:
-    """The attention among the tokens of a prompt, as it was; the cache is filled besides.
+def prefilled(cache: Cache, operands: int, first: bool) -> Callable[..., Tensor]:
+    """The attention among the tokens of a prompt, as it was; the `first` that reads the cache fills
+    it besides.
 
     It takes q, the `operands` (k, v, and what else is stored), the cache's tensors, the number of
     tokens before these, and the extras.
@@ -197,7 +206,8 @@ def prefilled(cache: Cache, operands: int) -> Callable[..., Tensor]:
     def attention(q: Tensor, *rest: Any) -> Tensor:
         given, kept = rest[:operands], rest[operands : operands + parts]
         start, *extras = rest[operands + parts :]
-        store(*given[-parts:], *kept, start)
+        if first:
+            store(*given[-parts:], *kept, start)
         if isinstance(cache, Latent):
             k, v, stored = given
             return cache.prompt(q, k, v, stored, extras)
@@ -206,13 +216,17 @@ def prefilled(cache: Cache, operands: int) -> Callable[..., Tensor]:
     return attention
 
 
-def stepped(cache: Cache, operands: int) -> Callable[..., Tensor]:
+def stepped(cache: Cache, operands: int, first: bool) -> Callable[..., Tensor]:
     """The attention of new tokens to the cache and among themselves; it takes what `prefilled`
-    does, with the operands of the cache's `step`."""
-    known, step = operands + len(cache.widths) + 1, cast(Callable[..., Tensor], cache.step)
+    does, with the operands of the cache's `step`, or of its `attend` where another one stored."""
+    known = operands + len(cache.widths) + 1
+    if first or isinstance(cache, Ring):  # a ring has one reader
+        run = cast(Callable[..., Tensor], cache.step)
+    else:
+        run = cast(Callable[..., Tensor], cache.attend)
 
-    def attention(q: Tensor, *rest: Any) -> Tensor:
-        return step(q, *rest[:known], rest[known:])
+    def attention(q: Tensor, *rest: Any, **more: Tensor) -> Tensor:
+        return run(q, *rest[:known], rest[known:], **more)
 
     return attention
 
@@ -230,13 +244,11 @@ def convolved(cache: Convolution, kind: Kind) -> Callable[..., Tensor]:
     return convolution
 
 
-def gated(cache: Contiguous) -> Callable[..., Tensor]:
-    """As `stepped`, after `on`, which says whose results are read; see `Contiguous.step`."""
+def gated(stepped: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """As `stepped`, after `on`, which says whose results are read; see `Contiguous.attend`."""
 
-    step = cast(Callable[..., Tensor], cache.step)
-
-    def attention(on: Tensor, q: Tensor, *rest: Any) -> Tensor:
-        return step(q, *rest[:5], rest[5:], on)
+    def attention(on: Tensor, *rest: Any) -> Tensor:
+        return stepped(*rest, on=on)
 
     return attention
 
