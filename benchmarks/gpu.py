@@ -3,10 +3,11 @@
 python benchmarks/gpu.py [--only dense,decode] [--check-only] [--seed 1] [--out FOLDER]
 python benchmarks/gpu.py --estimate h100 [--out FOLDER]   without a GPU: what the roofline promises
 
-Every kernel is checked on its examples at odd lengths and on random specs and sizes; the seed is
-printed. Then it prints a table and writes `gpu-<target>.json` with device, versions, date and all
-samples. Nothing is timed that a red check covers. Needs torch with CUDA, triton and networkx;
-flash-linear-attention, FlashInfer and FlashMLA are used where they are installed.
+Every kernel is checked on its examples at odd lengths and on random specs and sizes (the seed is
+printed), and as `attnopt codegen` ships it. Then it prints a table and writes `gpu-<target>.json`
+with device, versions, date and all samples. Nothing is timed that a red check covers. Needs torch
+with CUDA, triton and networkx; flash-linear-attention, FlashInfer and FlashMLA are used where they
+are installed.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from benchmarks.gpu_check import check_all, check_gradients, check_random  # noq
 from benchmarks.gpu_estimate import lines as estimated_lines  # noqa: E402
 from benchmarks.gpu_estimate import page  # noqa: E402
 from benchmarks.gpu_overhead import host_path  # noqa: E402
+from benchmarks.gpu_shipped import check_shipped  # noqa: E402
 from benchmarks.gpu_timing import Times, cuda_clock  # noqa: E402
 
 
@@ -126,7 +128,8 @@ def _checked(
     only = tuple(names)
     gradients = check_gradients(device) if "flash_prefill_backward" in names else ()
     drawn = check_random(device, seed=seed, count=draws, names=only)
-    for found in chain(check_all(device, names=only), drawn, gradients):
+    shipped = check_shipped(device, only)
+    for found in chain(check_all(device, names=only), drawn, gradients, shipped):
         if found.skipped:
             print(f"not checked: {found.kernel} {found.spec}: {found.skipped}", flush=True)
             continue

@@ -7,7 +7,7 @@ Each launch is repeated, and has to give the same bits: what moves between runs 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from random import Random
@@ -99,7 +99,7 @@ def _tried(cls: type[Kernel[Any]], drawn: Draw, target: Target, device: str, see
         try:
             return check(cls, drawn, target, device)
         except Exception as error:  # noqa: BLE001 (a crash is a red check, and is told)
-            return Checked(cls.name, drawn.text, drawn.load, float("inf"), _told(error))
+            return Checked(cls.name, drawn.text, drawn.load, float("inf"), failure(error))
 
 
 def check(cls: type[Kernel[Any]], drawn: Draw, target: Target, device: str) -> Checked:
@@ -113,8 +113,8 @@ def check(cls: type[Kernel[Any]], drawn: Draw, target: Target, device: str) -> C
         inputs = cls.inputs(spec, load, device)
         if drawn.change is not None:
             inputs = drawn.change(inputs)
-        runs = [_flat(kernel.run(spec, _copied(inputs) | drawn.also)) for _ in range(REPEATS)]
-    expected = _flat(cls.reference(spec, _wide(inputs) | drawn.plain))
+        runs = [flat(kernel.run(spec, _copied(inputs) | drawn.also)) for _ in range(REPEATS)]
+    expected = flat(cls.reference(spec, wide(inputs) | drawn.plain))
     error = max(_error(got, want) for got, want in zip(runs[0], expected, strict=True))
     moved = any(
         not torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True)
@@ -150,17 +150,29 @@ def check_gradients(
                 error = _error_of_gradients(spec, load, target, device)
                 wrong = "" if error <= 2 * ALLOWED[load.dtype] else f"an error of {error:.1e}"
             except Exception as failed:  # noqa: BLE001 (a crash is a red check, and is told)
-                error, wrong = float("inf"), _told(failed)
+                error, wrong = float("inf"), failure(failed)
             yield Checked(name, said, load, error, wrong)
+
+
+def judged(
+    name: str, spec: str, load: Load, outputs: Callable[[], list[Tensor]], wanted: list[Tensor]
+) -> Checked:
+    """What some way to run a kernel gives, against the reference."""
+    try:
+        error = max(_error(got, want) for got, want in zip(outputs(), wanted, strict=True))
+    except Exception as failed:  # noqa: BLE001 (a crash is a red check, and is told)
+        return Checked(name, spec, load, float("inf"), failure(failed))
+    wrong = "" if error <= ALLOWED[load.dtype] else f"an error of {error:.1e}"
+    return Checked(name, spec, load, error, wrong)
 
 
 def _error_of_gradients(spec: AttentionSpec, load: Load, target: Target, device: str) -> float:
     given = FlashPrefill.inputs(spec, load, device)
-    leaves, wide = _leaves(given), _leaves(_wide(given))
+    leaves, exact = _leaves(given), _leaves(wide(given))
     with poisoned():
         flash_attention(spec, target, *leaves).square().sum().backward()
-    attend.reference(wide[0], wide[1], wide[2], wide[3:], spec).square().sum().backward()
-    pairs = [(a.grad, b.grad) for a, b in zip(leaves, wide, strict=True)]
+    attend.reference(exact[0], exact[1], exact[2], exact[3:], spec).square().sum().backward()
+    pairs = [(a.grad, b.grad) for a, b in zip(leaves, exact, strict=True)]
     return max(_error(a, b) for a, b in pairs if a is not None and b is not None)
 
 
@@ -168,11 +180,13 @@ def _leaves(inputs: Mapping[str, Any]) -> list[Tensor]:
     return [x.detach().requires_grad_(x.is_floating_point()) for x in inputs.values()]
 
 
-def _flat(outputs: Any) -> list[Tensor]:
+def flat(outputs: Any) -> list[Tensor]:
+    """What a kernel gives, without the outputs that it left out."""
     return [outputs] if isinstance(outputs, Tensor) else [x for x in outputs if x is not None]
 
 
-def _told(error: Exception) -> str:
+def failure(error: Exception) -> str:
+    """An exception in one line."""
     return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
 
 
@@ -182,15 +196,15 @@ def _copied(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {k: deepcopy(v, memo) if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
 
-def _wide(inputs: Mapping[str, Any]) -> dict[str, Any]:
+def wide(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs on the CPU, in float64."""
 
-    def wide(x: Any) -> Any:
+    def exact(x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
         return x.detach().cpu().to(torch.float64 if x.is_floating_point() else x.dtype)
 
-    return {key: wide(value) for key, value in inputs.items()}
+    return {key: exact(value) for key, value in inputs.items()}
 
 
 def _error(got: Tensor, want: Tensor) -> float:

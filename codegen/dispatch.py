@@ -2,10 +2,11 @@
 
 The ways, best first: torch's fused attention where it needs no mask tensor (on NVIDIA's devices it
 brings cuDNN's and FlashAttention's kernels, which a kernel in Triton does not beat there; see
-`benchmarks/gpu.py`), the generated kernel, FlexAttention, torch's fused attention with a mask
-tensor, the written-out reference. How one is passed over is in `attnopt.codegen.ways`; the
-attention of new tokens to a cache is in `attnopt.codegen.step_dispatch`. Where gradients are
-wanted, the generated kernel comes with its backward kernels.
+`benchmarks/gpu.py`; `attnopt.codegen.fused` takes the faster one), the generated kernel,
+FlexAttention, torch's fused attention with a mask tensor, the written-out reference. How one is
+passed over is in `attnopt.codegen.ways`; the attention of new tokens to a cache is in
+`attnopt.codegen.step_dispatch`. Where gradients are wanted, the choice among torch's kernels is
+torch's, and the generated kernel comes with its backward kernels.
 
 `block_sparse_prefill` is not among them: `flash_prefill` already leaves out the tiles that windows
 and sink tokens do not read, without lists of blocks, and a spec knows no mask by head.
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from attnopt.codegen.flex import flex, runs_on_flex
+from attnopt.codegen.fused import Fused
 from attnopt.codegen.kernel import Load
 from attnopt.codegen.target import Target, at_hand
 from attnopt.codegen.ways import Way, Ways, learning
@@ -60,7 +62,7 @@ class Dispatch(Ways):
         """All ways, best first."""
         spec = self.spec
         return [
-            ("scaled_dot_product_attention", _fused(spec, load)),
+            ("scaled_dot_product_attention", _fused(spec, load, learns)),
             ("flash_prefill", self._generated(load, learns)),
             ("FlexAttention", _flexible(spec, load)),
             ("scaled_dot_product_attention with a mask", _masked(spec)),
@@ -103,12 +105,12 @@ def _dispatch(spec: AttentionSpec, device: int) -> Dispatch:
     return Dispatch(spec, at_hand(device), device=torch.cuda.get_device_name(device))
 
 
-def _fused(spec: AttentionSpec, load: Load) -> Way | Miss:
+def _fused(spec: AttentionSpec, load: Load, learns: bool) -> Way | Miss:
     if spec.softcap or spec.extras or spec.mask.kind == "window":
         return Miss("it would need a mask tensor")
     if spec.mask.kind == "causal" and load.queries != load.keys:
         return Miss("its causal flag is for as many queries as keys")
-    return _bound(attend.sdpa, spec)
+    return _bound(attend.sdpa, spec) if learns else Fused(spec)
 
 
 def _flexible(spec: AttentionSpec, load: Load) -> Way | Miss:

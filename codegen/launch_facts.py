@@ -126,7 +126,8 @@ def facts(
     amd = target.vendor == "amd"
     count = _amd_count(made.asm["amdgcn"]) if amd else _nvidia_count(made.asm["ptx"], meta.name)
     spare = count - len(arguments)
-    if not 0 <= spare <= len(SCRATCH) or meta.global_scratch_size or meta.num_ctas != 1:
+    scratch = getattr(meta, "global_scratch_size", 0)  # triton 3.6 has none on AMD
+    if not 0 <= spare <= len(SCRATCH) or scratch or meta.num_ctas != 1:
         raise ValueError(f"{meta.name} takes {count} arguments, and is given {len(arguments)}")
     binary = made.asm["hsaco" if amd else "cubin"]
     return LaunchFacts(

@@ -142,6 +142,9 @@ def _run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *arguments: str) -> di
 
     monkeypatch.setattr(gpu, "check_all", examples)
     monkeypatch.setattr(gpu, "check_random", drawn)
+    monkeypatch.setattr(
+        gpu, "check_shipped", lambda device, names: given.update(shipped=names) or ()
+    )
     monkeypatch.setattr(gpu, "check_gradients", lambda device: given.update(gradients=1) or ())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu, "at_hand", lambda: H100)
@@ -155,7 +158,7 @@ def test_every_kernel_is_checked_unless_lines_are_named(
 ) -> None:
     given = _run(monkeypatch, tmp_path, "--seed", "7", "--draws", "5")
     assert given["code"] == 0 and given["gradients"] == 1
-    assert given["examples"] == set(given["names"]) == set(kernels())
+    assert given["examples"] == set(given["names"]) == set(given["shipped"]) == set(kernels())
     assert (given["seed"], given["count"]) == (7, 5)
     assert "--seed 7" in capsys.readouterr().out
     assert '"seed": 7' in (tmp_path / "gpu-h100.json").read_text()
@@ -172,6 +175,7 @@ def test_a_kernel_that_was_not_checked_is_told(
     monkeypatch.setattr(gpu, "environment", dict)
     monkeypatch.setattr(gpu, "check_all", lambda *given, **asked: ())
     monkeypatch.setattr(gpu, "check_random", lambda *given, **asked: ())
+    monkeypatch.setattr(gpu, "check_shipped", lambda *given: ())
     monkeypatch.setattr(gpu, "check_gradients", lambda device: ())
     asked = argparse.Namespace(only="", seed=1, draws=1, out=tmp_path, check_only=True)
     lines: list[Case] = cases()[:1]
