@@ -230,7 +230,8 @@ class Decoder:
                 warnings.warn(str(notice), RuntimeWarning, stacklevel=2)
             else:
                 form = with_few_rows(form)
-        self._single = Single(form, cpp_wrapper=True)
+        # The first steps' guards look at shapes and strides; a second look takes a tenth of a step.
+        self._single = Single(form, cpp_wrapper=True, size_asserts=False, alignment_asserts=False)
         self._with_slack.clear()
         self._padded = None
 
