@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-_KEPT = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
+_SECONDS = 600  # for all modules
 _CODE = """
 import sys
 
@@ -24,7 +24,7 @@ sys.meta_path.insert(0, Absent())
 import importlib, pathlib, torch, traceback
 
 torch.set_num_threads(1)
-torch.use_deterministic_algorithms(True)  # torch.empty then holds NaN
+torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty then holds NaN
 folder = pathlib.Path(sys.argv[1])
 sys.path.insert(0, str(folder))
 outputs = {}
@@ -43,14 +43,17 @@ def run_bare(
 ) -> dict[str, Any]:
     """What the modules of the folder give, in triton's interpreter or on the device of the inputs:
     for each its public function and the inputs. A function that fails gives its traceback; where
-    the process does, RuntimeError is raised."""
+    the process does, or takes too long, RuntimeError is raised."""
     torch.save(dict(calls), folder / "inputs.pt")
-    kept = {key: os.environ[key] for key in _KEPT if key in os.environ}
-    run = subprocess.run(
-        [sys.executable, "-I", "-W", "ignore", "-c", _CODE, str(folder)],
-        capture_output=True, text=True, cwd=folder,
-        env={**kept, "TRITON_INTERPRET": str(int(interpret)), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    try:
+        run = subprocess.run(
+            [sys.executable, "-I", "-W", "ignore", "-c", _CODE, str(folder)],
+            capture_output=True, text=True, cwd=folder, timeout=_SECONDS,
+            env={**kept, "TRITON_INTERPRET": str(int(interpret)), "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(str(error)) from error
     if run.returncode:
         raise RuntimeError(run.stderr[-3000:])
     found: dict[str, Any] = torch.load(folder / "outputs.pt")

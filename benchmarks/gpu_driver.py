@@ -18,7 +18,7 @@ _NUMBERS = {
     "fp64": ctypes.c_double,
 }  # fmt: skip
 _DYNAMIC_SHARED, _PLAIN_SHARED = 8, 49152  # the attribute's number; bytes that need none
-_POISON = 0xFF  # bytes of a NaN in every dtype of floating point
+_POISON = 0xFF  # bytes of a NaN in the dtypes of outputs
 
 
 @dataclass(frozen=True)

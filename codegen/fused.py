@@ -2,13 +2,15 @@
 
 Torch takes cuDNN's or FlashAttention's by rules that know the device and the shapes, not how long
 each takes. So the first call of a bucket times them in turn, and later ones call the fastest; where
-that is hardly faster than torch's own choice, the choice stays torch's.
+that is hardly faster than torch's own choice, the choice stays torch's, and so it does under
+deterministic algorithms and autocast. What cuDNN plans for each new length is not in these times.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from statistics import median
 
@@ -22,6 +24,7 @@ _ROUNDS, _BUDGET = 7, 0.05  # how often each is timed, and seconds after which n
 _ROWS = 256  # of an output that are compared, about
 _FASTER = 0.97  # of the time of torch's choice, at most, for another one
 _NEAR = {torch.float16: 1e-2, torch.bfloat16: 4e-2}  # norm of the difference over the norm
+_FINAL = (torch.OutOfMemoryError, torch.AcceleratorError)  # never taken for a kernel's refusal
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 Clock = Callable[[Callable[[], object]], float]
 
@@ -40,16 +43,28 @@ class Fused:
         self.chosen = ""
         """Whose kernel was the fastest; torch's choice where empty."""
         self._run: Attention | None = None
+        self._decided = False
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self._run is not None:
-            return self._run(q, k, v)
+        if not self._decided:
+            return self._first(q, k, v)
+        if self._run is not None and _free():
+            try:
+                return self._run(q, k, v)
+            except _FINAL:
+                raise
+            except RuntimeError:  # operands that lie otherwise in memory, or it was switched off
+                self.chosen, self._run = "", None
+        return self._plain(q, k, v)
+
+    def _first(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = self._plain(q, k, v)
-        if q.is_cuda and torch.cuda.is_current_stream_capturing():
-            return out  # nothing may wait for the device; the next call decides
-        if q.dtype in _NEAR and not torch.are_deterministic_algorithms_enabled():
-            self.chosen = self._fastest(q, k, v, out)
-        self._run = self.rivals.get(self.chosen, self._plain)
+        if not _free() or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return out  # a later call decides
+        if q.dtype in _NEAR:
+            with suppress(torch.OutOfMemoryError):  # of the trials
+                self.chosen = self._fastest(q, k, v, out)
+        self._run, self._decided = self.rivals.get(self.chosen), True
         return out
 
     def _plain(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -62,6 +77,8 @@ class Fused:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # torch tells why one is not for these operands
                     near = _near(run(q, k, v), wanted)
+            except _FINAL:
+                raise
             except RuntimeError:
                 continue
             if near:
@@ -83,18 +100,30 @@ def _rivals(spec: AttentionSpec) -> dict[str, Attention]:
     causal, scale, aten = spec.mask.kind == "causal", spec.scale, torch.ops.aten
 
     def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        _require(torch.backends.cuda.cudnn_sdp_enabled())
         made: Tensor = aten._scaled_dot_product_cudnn_attention.default(
             q, k, v, None, False, 0.0, causal, False, scale=scale
         )[0]
         return made
 
     def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        _require(torch.backends.cuda.flash_sdp_enabled())
         made: Tensor = aten._scaled_dot_product_flash_attention.default(
             q, k, v, 0.0, causal, False, scale=scale
         )[0]
         return made
 
     return {"cuDNN": cudnn, "FlashAttention": flash}
+
+
+def _require(enabled: bool) -> None:
+    if not enabled:
+        raise RuntimeError("it is switched off")
+
+
+def _free() -> bool:
+    """Whether time may choose, and operators see the dtypes that are given."""
+    return not (torch.are_deterministic_algorithms_enabled() or torch.is_autocast_enabled("cuda"))
 
 
 def _near(got: Tensor, wanted: Tensor) -> bool:

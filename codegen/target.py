@@ -214,7 +214,9 @@ def _wrong_table(facts: Mapping[str, Any], name: str, known: frozenset[str]) -> 
     figures = facts.get(name, {})
     if not isinstance(figures, dict):
         return f"`{name}` must be a table"
-    figures = {key: value for key, value in figures.items() if key != "source"}
+    figures = dict(figures)
+    if name == "achievable":
+        figures.pop("source", None)
     unknown = sorted(set(figures) - known)
     if unknown:
         return f"`{name}` has no {unknown[0]}: it is one of {', '.join(sorted(known))}"

@@ -2,9 +2,9 @@
 sizes.
 
 One that misses what is wanted is passed over; one that fails on the device is too, with one
-warning. Once a bucket has had its first call nothing waits for the device, so later calls may be
-captured in a graph. Running out of memory is never taken for a failure. Where gradients are wanted,
-only ways that give them are taken, and each is tried forward and backward.
+warning. Once a bucket has had its first call outside of a capture, nothing waits for the device, so
+later calls may be captured in a graph. Running out of memory is never taken for a failure. Where
+gradients are wanted, only ways that give them are taken, and each is tried forward and backward.
 """
 
 from __future__ import annotations

@@ -60,22 +60,22 @@ class FoldRepeatedKV(Pass):
 def originals(program: Program, attention: fx.Node, operand: int) -> dict[int, fx.Node]:
     """Nodes upstream of an operand of which it is a grouped repeat: number of heads -> node [batch,
     heads, T, dim]. What lies behind a cast is taken only where the copies themselves are cast, and
-    not to a dtype on the way that is coarser than both.
+    only to their own dtype or to such as hold all that lies there.
     """
     copies = attention.args[operand]
     assert isinstance(copies, fx.Node)
     found: dict[int, fx.Node] = {}
     at: fx.Node = copies
-    coarsest = _eps(copies)
+    way = set[torch.dtype]()
     for _ in range(STEPS):
         inputs = [n for n in at.all_input_nodes if _is_data(n)]
         if at.op != "call_function" or not inputs or inputs[0] is not at.args[0]:
             break
-        coarsest = max(coarsest, _eps(at))
+        way.add(_dtype(at))
         at = inputs[0]
         heads = _fewer_heads(at, copies)
-        rounded = coarsest > max(_eps(at), _eps(copies))
-        if rounded or (heads in found and _eps(at) != _eps(copies)):
+        rounded = any(torch.promote_types(_dtype(at), x) != x for x in way - {_dtype(copies)})
+        if rounded or (heads in found and _dtype(at) != _dtype(copies)):
             break
         if heads and _repeats(program, at, copies, heads):
             found[heads] = at
@@ -90,9 +90,9 @@ def _cast(program: Program, name: str, attention: fx.Node) -> fx.Node:
     return program.call(torch.ops.aten.to.dtype, (node, dtype), before=attention)
 
 
-def _eps(node: fx.Node) -> float:
-    """The relative rounding of a node's dtype."""
-    return float(torch.finfo(node.meta["val"].dtype).eps)
+def _dtype(node: fx.Node) -> torch.dtype:
+    dtype: torch.dtype = node.meta["val"].dtype
+    return dtype
 
 
 def _is_data(node: fx.Node) -> bool:

@@ -59,14 +59,6 @@ class Contiguous:
         keys[:, :, start:end] = k
         values[:, :, start:end] = v
 
-    def step(
-        self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, start: Any,
-        extras: Sequence[Tensor], on: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Store new keys and values, and `attend`."""
-        self.store(k, v, keys, values, start)
-        return self.attend(q, keys, values, start, extras, on)
-
     def attend(
         self, q: Tensor, keys: Tensor, values: Tensor, start: Any, extras: Sequence[Tensor],
         on: Tensor | None = None,
@@ -142,8 +134,11 @@ class Ring:
         self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, start: Any,
         extras: Sequence[Tensor],
     ) -> Tensor:  # fmt: skip
-        """As `Contiguous.step`. As many tokens as can be taken back, and one more, read the ring
-        that they were stored in; several read the ring as it was, and themselves."""
+        """Store new keys and values, and attend as `Contiguous.attend` does.
+
+        As many tokens as can be taken back, and one more, read the ring that they were stored in;
+        several read the ring as it was, and themselves.
+        """
         new = q.shape[2]
         end = start + new
         if new <= self.slack + 1:

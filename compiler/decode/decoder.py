@@ -230,8 +230,8 @@ class Decoder:
                 warnings.warn(str(notice), RuntimeWarning, stacklevel=2)
             else:
                 form = with_few_rows(form)
-        # The first steps' guards look at shapes and strides; a second look takes a tenth of a step.
-        self._single = Single(form, cpp_wrapper=True, size_asserts=False, alignment_asserts=False)
+        # What is checked at the first steps' guards is not checked again at each step.
+        self._single = Single(form, cpp_wrapper=True, size_asserts=False)
         self._with_slack.clear()
         self._padded = None
 
@@ -361,7 +361,7 @@ def _places(
     program: Program, caches: Mapping[str, Cache], convolutions: Mapping[str, Convolution]
 ) -> dict[str, int]:
     """Which cache of a state each attention reads, then each convolution: attentions that read the
-    same keys and values read the same one, which the first of them writes. A ring is one
+    same keys and values read the same one, which is written once. A ring is one
     attention's own, since what is written last replaces what another still has to read."""
     found: dict[object, int] = {}
     made = {

@@ -76,14 +76,6 @@ class Latent:
         """Write the vectors of new tokens `[batch, 1, S, width]` into the cache."""
         kept[:, :, start : start + joined.shape[2]] = joined
 
-    def step(
-        self, q: Tensor, joined: Tensor, up_k: Tensor, up_v: Tensor, bias: Tensor, kept: Tensor,
-        start: Any, extras: Sequence[Tensor],
-    ) -> Tensor:  # fmt: skip
-        """Store the vectors of new tokens, and `attend`."""
-        self.store(joined, kept, start)
-        return self.attend(q, up_k, up_v, bias, kept, start, extras)
-
     def attend(
         self, q: Tensor, up_k: Tensor, up_v: Tensor, bias: Tensor, kept: Tensor, start: Any,
         extras: Sequence[Tensor],

@@ -24,6 +24,7 @@ aten = torch.ops.aten
 Kind = Literal["prefill", "step"]
 Cache = Contiguous | Ring | Latent
 END = torch.iinfo(torch.int64).max
+WRITES = "writes"  # the mark, in their meta, of nodes that fill a cache
 
 
 def tables(program: Program, split: Split) -> fx.GraphModule:
@@ -127,24 +128,23 @@ class _Writer:
         q, k, v, extras, _ = cast(tuple[Any, ...], node.args)
         parts = self._call(operator.getitem, self.given[1], index)
         kept = [self._call(operator.getitem, parts, at) for at in range(len(cache.widths))]
-        first = index not in self.written  # of those that share a cache, one writes
-        self.written.add(index)
-        operands: list[Any] = [k, v]
+        stored: list[Any] = [k, v]
         if isinstance(cache, Latent):
             sources = [self.nodes[name] for name in (cache.latent, cache.shared) if name]
             with self.graph.inserting_before(node):
-                stored = self.graph.call_function(joined, tuple(sources))
-                if self.kind == "prefill":
-                    operands = [k, v, stored]
-                else:
-                    operands = [stored] * first + self._constants(node.name, cache)
-        elif self.kind == "step" and not first:
-            operands = []
-        given = (q, *operands, *kept, self.start, *extras)
+                stored = [self.graph.call_function(joined, tuple(sources))]
+        if self.kind == "prefill" or not isinstance(cache, Ring):
+            self._store(node, index, cache, (*stored, *kept, self.start))
         if self.kind == "prefill":
-            bound = prefilled(cache, len(operands), first)
+            operands = [k, v, *stored] if isinstance(cache, Latent) else stored
+            bound = prefilled(cache, len(operands))
+        elif isinstance(cache, Ring):  # which may have to be read before it is written
+            operands = stored
+            bound = stepped(cache)
         else:
-            bound = stepped(cache, len(operands), first)
+            operands = self._constants(node, cache) if isinstance(cache, Latent) else []
+            bound = attending(cache, len(operands))
+        given = (q, *operands, *kept, self.start, *extras)
         gate = gate_of(node) if self.kind == "step" and isinstance(cache, Contiguous) else None
         if gate is not None:
             bound, given = gated(bound), (gate.on, *given)
@@ -154,6 +154,15 @@ class _Writer:
         node.replace_all_uses_with(made)
         self.graph.erase_node(node)
         self.nodes[node.name] = made
+
+    def _store(self, node: fx.Node, index: int, cache: Cache, given: tuple[Any, ...]) -> None:
+        """Fill a cache before the first attention that reads it, whether or not that is used."""
+        if index in self.written:
+            return
+        self.written.add(index)
+        with self.graph.inserting_before(node):
+            made = self.graph.call_function(storing(cache), given)
+        made.meta[WRITES] = True
 
     def _convolution(self, node: fx.Node, index: int, cache: Convolution) -> None:
         kept = self._call(operator.getitem, self._call(operator.getitem, self.given[1], index), 0)
@@ -167,12 +176,14 @@ class _Writer:
         self.graph.erase_node(node)
         self.nodes[node.name] = made
 
-    def _constants(self, name: str, cache: Latent) -> list[fx.Node]:
-        """The maps of a latent as constants of the graph."""
+    def _constants(self, node: fx.Node, cache: Latent) -> list[fx.Node]:
+        """The maps of a latent as constants of the graph, before the attention."""
         made = []
         for which in ("up_k", "up_v", "bias"):
-            self.module.register_buffer(f"{name}_{which}", getattr(cache, which))
-            made.append(self.graph.get_attr(f"{name}_{which}"))
+            name = f"{node.name}_{which}"
+            self.module.register_buffer(name, getattr(cache, which))
+            with self.graph.inserting_before(node):
+                made.append(self.graph.get_attr(name))
         return made
 
     def _last(self, logits: fx.Node) -> fx.Node:
@@ -194,39 +205,52 @@ class _Writer:
             return self.graph.call_function(aten.slice.Tensor, (logits, 1, -1, END))
 
 
-def prefilled(cache: Cache, operands: int, first: bool) -> Callable[..., Tensor]:
-    """The attention among the tokens of a prompt, as it was; the `first` that reads the cache fills
-    it besides.
+def storing(cache: Cache) -> Callable[..., None]:
+    """Writes what is stored of new tokens into the cache; it takes the operands of its `store`."""
+    store = cast(Callable[..., None], cache.store)
+
+    def write(*given: Any) -> None:
+        store(*given)
+
+    return write
+
+
+def prefilled(cache: Cache, operands: int) -> Callable[..., Tensor]:
+    """The attention among the tokens of a prompt, as it was.
 
     It takes q, the `operands` (k, v, and what else is stored), the cache's tensors, the number of
     tokens before these, and the extras.
     """
-    spec, parts, store = cache.spec, len(cache.widths), cast(Callable[..., None], cache.store)
+    before = operands + len(cache.widths) + 1
 
     def attention(q: Tensor, *rest: Any) -> Tensor:
-        given, kept = rest[:operands], rest[operands : operands + parts]
-        start, *extras = rest[operands + parts :]
-        if first:
-            store(*given[-parts:], *kept, start)
+        k, v, *stored = rest[:operands]
         if isinstance(cache, Latent):
-            k, v, stored = given
-            return cache.prompt(q, k, v, stored, extras)
-        return attend_step.among(q, given[0], given[1], extras, spec, cache.line)
+            return cache.prompt(q, k, v, stored[0], rest[before:])
+        return attend_step.among(q, k, v, rest[before:], cache.spec, cache.line)
 
     return attention
 
 
-def stepped(cache: Cache, operands: int, first: bool) -> Callable[..., Tensor]:
-    """The attention of new tokens to the cache and among themselves; it takes what `prefilled`
-    does, with the operands of the cache's `step`, or of its `attend` where another one stored."""
-    known = operands + len(cache.widths) + 1
-    if first or isinstance(cache, Ring):  # a ring has one reader
-        run = cast(Callable[..., Tensor], cache.step)
-    else:
-        run = cast(Callable[..., Tensor], cache.attend)
+def stepped(cache: Ring) -> Callable[..., Tensor]:
+    """The attention of new tokens to the cache, which it fills, and among themselves; it takes what
+    `prefilled` does."""
+
+    def attention(
+        q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, start: Any, *extras: Tensor
+    ) -> Tensor:
+        return cache.step(q, k, v, keys, values, start, extras)
+
+    return attention
+
+
+def attending(cache: Contiguous | Latent, operands: int) -> Callable[..., Tensor]:
+    """The attention of new tokens to a cache that holds them; it takes what `prefilled` does, with
+    the operands of the cache's `attend`."""
+    known, attend = operands + len(cache.widths) + 1, cast(Callable[..., Tensor], cache.attend)
 
     def attention(q: Tensor, *rest: Any, **more: Tensor) -> Tensor:
-        return run(q, *rest[:known], rest[known:], **more)
+        return attend(q, *rest[:known], rest[known:], **more)
 
     return attention
 
@@ -244,11 +268,11 @@ def convolved(cache: Convolution, kind: Kind) -> Callable[..., Tensor]:
     return convolution
 
 
-def gated(stepped: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """As `stepped`, after `on`, which says whose results are read; see `Contiguous.attend`."""
+def gated(attending: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """As `attending`, after `on`, which says whose results are read; see `Contiguous.attend`."""
 
     def attention(on: Tensor, *rest: Any) -> Tensor:
-        return stepped(*rest, on=on)
+        return attending(*rest, on=on)
 
     return attention
 
@@ -268,7 +292,7 @@ def _finished(module: fx.GraphModule, keep: Iterable[str]) -> fx.GraphModule:
     """The module without what is dead; the inputs that are not to be kept go too."""
     names = set(keep)
     module.graph.eliminate_dead_code(
-        is_impure_node=lambda node: node.op in ("placeholder", "output")
+        is_impure_node=lambda node: node.op in ("placeholder", "output") or WRITES in node.meta
     )
     for node in module.graph.find_nodes(op="placeholder"):
         if node.name not in names:

@@ -89,17 +89,72 @@ def test_one_that_fails_or_computes_something_else_is_not_timed() -> None:
     assert stage.calls == ["wrong", "shaped", "empty"]
 
 
-@pytest.mark.parametrize("why", ["float32", "deterministic"])
-def test_nothing_is_timed_where_one_kernel_is_there_or_time_may_not_choose(why: str) -> None:
+def test_one_that_fails_later_is_given_up() -> None:
+    """Operands of another layout, in the same bucket."""
+    stage = Stage(torch=1e-3, other=1e-4)
+    run = stage.rival("other")
+
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.stride(-1) != 1:
+            raise RuntimeError("the last dimension is not dense")
+        return run(q, k, v)  # type: ignore[no-any-return]
+
+    fused = Fused(SPEC, {"other": dense}, stage.clock)
+    q, k, v = _inputs()
+    fused(q, k, v)
+    assert fused.chosen == "other"
+    turned = q.transpose(2, 3).contiguous().transpose(2, 3)
+    assert_close(fused(turned, k, v), _wanted((q, k, v)))
+    assert fused.chosen == ""
+
+
+@pytest.mark.parametrize("when", ["compared", "timed"])
+def test_trials_that_run_out_of_memory_leave_torchs_choice(when: str) -> None:
+    def full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if when == "compared" or stage.calls:
+            raise torch.OutOfMemoryError("full")
+        return stage.rival("other")(q, k, v)  # type: ignore[no-any-return]
+
+    stage = Stage(torch=1e-3, other=1e-4)
+    fused = Fused(SPEC, {"other": full}, stage.clock)
+    inputs = _inputs()
+    for _ in range(2):
+        assert_close(fused(*inputs), _wanted(inputs))
+    assert fused.chosen == ""
+
+
+def test_nothing_is_timed_where_there_is_one_kernel() -> None:
     stage = Stage(torch=1e-3, other=1e-4)
     fused = Fused(SPEC, {"other": stage.rival("other")}, stage.clock)
+    fused(*_inputs(torch.float32))
+    assert not stage.calls
+
+
+def test_time_may_choose_only_where_nothing_forbids_it() -> None:
+    stage = Stage(torch=1e-3, other=1e-4)
+    fused, inputs = Fused(SPEC, {"other": stage.rival("other")}, stage.clock), _inputs()
     before = torch.are_deterministic_algorithms_enabled()
     try:
-        torch.use_deterministic_algorithms(why == "deterministic")
-        fused(*_inputs(torch.float32 if why == "float32" else torch.bfloat16))
+        torch.use_deterministic_algorithms(True)
+        fused(*inputs)
+        assert not stage.calls
+        torch.use_deterministic_algorithms(False)
+        fused(*inputs)
+        assert fused.chosen == "other"
+        stage.calls.clear()
+        torch.use_deterministic_algorithms(True)
+        fused(*inputs)
+        assert not stage.calls
     finally:
         torch.use_deterministic_algorithms(before)
-    assert not stage.calls
+
+
+def test_a_kernel_that_is_switched_off_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: False)
+    monkeypatch.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: False)
+    for run in _rivals(SPEC).values():
+        with pytest.raises(RuntimeError, match="switched off"):
+            run(*_inputs())
 
 
 def test_long_calls_are_timed_a_few_times_only() -> None:

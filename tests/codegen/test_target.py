@@ -99,6 +99,7 @@ def test_a_file_of_the_users_own(tmp_path: Path) -> None:
         ('vendor = "nvidia"', 'vendor = "amd"', "one like gfx942"),
         ('capability = "8.0"', 'capability = "abc"', "one like 9.0, not abc"),
         ("bfloat16 = 312e12", "bfloat61 = 312e12", "`peak` has no bfloat61"),
+        ("bfloat16 = 312e12", "bfloat16 = 312e12\nsource = 'x'", "`peak` has no source"),
         ("units = 108", "cores = 108", "cores"),
         ("units = 108", "units = true", "units"),
         ("l2 = 41943040", "l2 = 'big'", "l2"),

@@ -74,6 +74,11 @@ def rounded(x: Tensor) -> Tensor:
     return interleaved(x).half().float()
 
 
+def through_half(x: Tensor) -> Tensor:
+    """bfloat16 by way of float16, which rounds finer and reaches less far."""
+    return interleaved(x).half().to(x.dtype)
+
+
 def program_of(keys: Repeat, values: Repeat, dtype: torch.dtype = torch.float32) -> Program:
     model = Grouped(keys, values).to(dtype)
     program = raise_program(traced(model, torch.randn(2, 5, 8, dtype=dtype)))
@@ -119,6 +124,12 @@ def test_keys_that_are_cast_on_the_way_are_read_in_the_dtype_of_queries(
 @pytest.mark.parametrize("repeat", [tiled, scaled, rounded])
 def test_leaves_copies_in_another_order_or_changed(repeat: Repeat) -> None:
     miss = answer(program_of(repeat, repeat))
+    assert isinstance(miss, Miss)
+    assert "not copies of fewer" in miss.reason
+
+
+def test_leaves_copies_that_went_through_a_dtype_that_reaches_less_far() -> None:
+    miss = answer(program_of(through_half, through_half, torch.bfloat16))
     assert isinstance(miss, Miss)
     assert "not copies of fewer" in miss.reason
 

@@ -90,8 +90,8 @@ def test_steps_and_chunks_are_exact(chunk: int) -> None:
 
 
 def test_the_check_runs_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    step = Latent.step
-    monkeypatch.setattr(Latent, "step", lambda *given: 2 * step(*given))
+    attend = Latent.attend
+    monkeypatch.setattr(Latent, "attend", lambda *given: 2 * attend(*given))
     with pytest.raises(Problem) as caught:
         derive(narrow(10))
     assert caught.value.code == "A706"
