@@ -17,14 +17,14 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from attnopt.codegen.ways import FINAL, disagreement
 from attnopt.compiler import attend
 from attnopt.compiler.spec import AttentionSpec
 
 _ROUNDS, _BUDGET = 7, 0.05  # how often each is timed, and seconds after which no round begins
 _ROWS = 256  # of an output that are compared, about
 _FASTER = 0.97  # of the time of torch's choice, at most, for another one
-_NEAR = {torch.float16: 1e-2, torch.bfloat16: 4e-2}  # norm of the difference over the norm
-_FINAL = (torch.OutOfMemoryError, torch.AcceleratorError)  # never taken for a kernel's refusal
+_DTYPES = (torch.float16, torch.bfloat16)  # that there are several kernels for
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 Clock = Callable[[Callable[[], object]], float]
 
@@ -51,7 +51,7 @@ class Fused:
         if self._run is not None and _free():
             try:
                 return self._run(q, k, v)
-            except _FINAL:
+            except FINAL:
                 raise
             except RuntimeError:  # operands that lie otherwise in memory, or it was switched off
                 self.chosen, self._run = "", None
@@ -61,7 +61,7 @@ class Fused:
         out = self._plain(q, k, v)
         if not _free() or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
             return out  # a later call decides
-        if q.dtype in _NEAR:
+        if q.dtype in _DTYPES:
             with suppress(torch.OutOfMemoryError):  # of the trials
                 self.chosen = self._fastest(q, k, v, out)
         self._run, self._decided = self.rivals.get(self.chosen), True
@@ -77,7 +77,7 @@ class Fused:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # torch tells why one is not for these operands
                     near = _near(run(q, k, v), wanted)
-            except _FINAL:
+            except FINAL:
                 raise
             except RuntimeError:
                 continue
@@ -131,8 +131,7 @@ def _near(got: Tensor, wanted: Tensor) -> bool:
     if got.shape != wanted.shape or got.dtype != wanted.dtype:
         return False
     every = max(1, got.shape[2] // _ROWS)
-    a, b = (x[:, :, ::every].float() for x in (got, wanted))
-    return bool((a - b).norm() <= _NEAR[wanted.dtype] * b.norm())
+    return not disagreement(got[:, :, ::every], wanted[:, :, ::every].float())
 
 
 def _on_device(run: Callable[[], object]) -> float:

@@ -28,11 +28,11 @@ from attnopt.compiler.contract import Miss
 CHECK = "ATTNOPT_CHECK_KERNELS"
 """Set to 1: the first call of each bucket is compared with the reference in float32."""
 
-_ALLOWED = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 4e-2}  # norms of error
+ALLOWED = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 4e-2}  # norms of error
 _DTYPES = ("float32", "float16", "bfloat16")
 MOST_BATCH = 65535  # where the second and third axis of a grid end
 # What no other way would mend, and what is the same error in the next.
-_FINAL = (torch.OutOfMemoryError, torch.AcceleratorError)
+FINAL = (torch.OutOfMemoryError, torch.AcceleratorError)
 Way = Callable[..., Tensor]
 Bucket = tuple[Any, ...]
 
@@ -67,13 +67,13 @@ class Ways:
                     continue
                 out = way(*args)
             except failures() as error:
-                if name == last or isinstance(error, _FINAL):
+                if name == last or isinstance(error, FINAL):
                     raise
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 passed.append(f"{name}: {reason}")
                 warn(f"{name} failed on {self.target.title} and is passed over: {reason}")
                 continue
-            wrong = _wrong(out, wanted()) if self.check else ""
+            wrong = disagreement(out, wanted()) if self.check else ""
             if wrong:
                 passed.append(f"{name}: {wrong}")
                 warn(f"{name} is wrong on {self.target.title} and is passed over: {wrong}")
@@ -139,9 +139,10 @@ def _gives_gradients(way: Way, *tensors: Tensor) -> bool:
     return out.requires_grad
 
 
-def _wrong(out: Tensor, want: Tensor) -> str:
+def disagreement(out: Tensor, want: Tensor) -> str:
+    """What is wrong with an output, in words; empty where it is near enough to what is wanted."""
     error = float((out.float() - want).norm() / want.norm().clamp_min(1e-30))
-    allowed = _ALLOWED.get(out.dtype, 1e-3)
+    allowed = ALLOWED.get(out.dtype, 1e-3)
     return "" if error <= allowed else f"an error of {error:.1e}, where {allowed:g} is allowed"
 
 

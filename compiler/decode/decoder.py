@@ -230,7 +230,7 @@ class Decoder:
                 warnings.warn(str(notice), RuntimeWarning, stacklevel=2)
             else:
                 form = with_few_rows(form)
-        # What is checked at the first steps' guards is not checked again at each step.
+        # The first steps' guards have looked at caches and tables; weights are taken as they are.
         self._single = Single(form, cpp_wrapper=True, size_asserts=False)
         self._with_slack.clear()
         self._padded = None

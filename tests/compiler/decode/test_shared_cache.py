@@ -14,7 +14,8 @@ from tests.compiler.decode.test_derive import traced
 
 class Twice(nn.Module):
     """Two attentions of one layer with other queries and the same keys and values. Logits are made
-    of both, or of the `second` alone, where the first feeds another output."""
+    of both, of the `second` alone, where the first feeds another output, or of the second and a
+    `gated` first, whose place in a step is that of its gate."""
 
     def __init__(self, form: str) -> None:
         super().__init__()
@@ -28,15 +29,18 @@ class Twice(nn.Module):
             project(x).unflatten(2, (4, 8)).transpose(1, 2) for project in self.projections
         )
         first, second = (
-            scaled_dot_product_attention(each, k, v, is_causal=True).transpose(1, 2).flatten(2)
-            for each in (q, other)
+            scaled_dot_product_attention(each, k, v, is_causal=True) for each in (q, other)
         )
+        if self.form == "gated":
+            on = torch.sigmoid(x[..., :4]).transpose(1, 2)[..., None] > 0.5
+            first = torch.where(on, first, first.new_zeros(4, 1, 8))
+        first, second = (each.transpose(1, 2).flatten(2) for each in (first, second))
         if self.form == "second":
             return self.head(x + second), first.mean(-1)
         return self.head(x + first + second)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("form", ["both", "second"])
+@pytest.mark.parametrize("form", ["both", "second", "gated"])
 def test_a_cache_is_filled_before_it_is_read_whichever_attention_is_used(form: str) -> None:
     program = traced(Twice(form), input_ids=torch.randint(0, 50, (2, 12)))
     assert len(program.sites) == 2
