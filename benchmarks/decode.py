@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from attnopt.autotune.timing import Contender, compare
 from attnopt.compiler.contract import Notes, read_pass
 from attnopt.compiler.decode import Decoder, derive
-from attnopt.compiler.decode.few_rows import shorter
 from attnopt.compiler.decode.generate import Generation, generate
 from attnopt.compiler.intake.loaded import Loaded
+from attnopt.compiler.native.layouts import shorter
 from attnopt.compiler.pipeline import apply_pass
 from attnopt.compiler.program import Batch
 from attnopt.compiler.raising import raise_program
@@ -53,7 +53,7 @@ def rows() -> list[Row]:
     found = list[Row]()
     for name, model in (("pylm", pylm()), ("8x512", random_model(1024))):
         decoder = decoder_of(model)
-        decoder.compile()
+        decoder.compile(prompts=True)
         for batch in (1, 8):
             for row in (_row(name, model, decoder, batch), _against_floor(name, decoder, batch)):
                 found.append(row)
@@ -190,4 +190,4 @@ def _weights(decoder: Decoder) -> int:
         )
     }
     read = [p for name, p in module.named_parameters() if name not in tables or name in linear]
-    return sum(p.nbytes if shorter(p) is None else p.nbytes // 2 for p in read)
+    return sum(shorter(p).nbytes for p in read)

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor, fx
 
-from attnopt.compiler import native
+from attnopt.compiler.compiled import Compiled
 from attnopt.compiler.decode import padding
 from attnopt.compiler.decode.caches import Ring, cache_of
 from attnopt.compiler.decode.causal import require_causal
 from attnopt.compiler.decode.convolutions import Convolution
 from attnopt.compiler.decode.convolutions import find as find_convolutions
-from attnopt.compiler.decode.few_rows import with_few_rows
+from attnopt.compiler.decode.in_cpp import InCpp, in_cpp
 from attnopt.compiler.decode.latents import find
-from attnopt.compiler.decode.phases import Cache, phase, tables
-from attnopt.compiler.decode.single import Single
+from attnopt.compiler.decode.phases import Cache, Kind, phase, tables
+from attnopt.compiler.decode.single import HELP, Single
 from attnopt.compiler.decode.split import Split, merged, split
 from attnopt.compiler.decode.state import State
-from attnopt.compiler.errors import Notice, Problem
+from attnopt.compiler.errors import Problem
 from attnopt.compiler.program import Program
 from attnopt.compiler.spec import parse_spec
 
@@ -49,8 +48,10 @@ class Decoder:
             found.node: found for found in find_convolutions(program, parts, slack)
         }
         self.places = _places(program, self.caches, self.convolutions)
-        self._phases: dict[tuple[str, bool], Callable[..., Tensor]] = {}
+        self._phases: dict[tuple[Kind, bool, bool], Callable[..., Tensor]] = {}
         self._single: Single | None = None
+        self._cpp: InCpp | None = None
+        self._compiles_prompts = False
         self._with_slack: dict[int, Decoder] = {}
         self._padded: Decoder | None = None
 
@@ -147,7 +148,7 @@ class Decoder:
         if tokens not in self._with_slack:
             made = Decoder(self.program, self.split, tokens, self.dtype, self.counted)
             if self._single is not None:
-                made.compile()
+                made.compile(self._compiles_prompts)
             self._with_slack[tokens] = made
         return self._with_slack[tokens]
 
@@ -160,7 +161,7 @@ class Decoder:
         if self._padded is None:
             self._padded = padding.padded(self)
             if self._single is not None:
-                self._padded.compile()
+                self._padded.compile(self._compiles_prompts)
         return self._padded
 
     def grow(self, state: State, capacity: int) -> None:
@@ -211,40 +212,36 @@ class Decoder:
             for name, kept in self.convolutions.items()
         )
 
-    def compile(self) -> None:
-        """Run single tokens (`step` of one token with `last`) under torch.compile from now on.
+    def compile(self, prompts: bool = False) -> None:
+        """Run single tokens (`step` of one token with `last`) under torch.compile from now on, and
+        `prompts` (`prefill` with `last`) where it is worth as long a compilation again.
 
         On a CPU, linear maps of float32, and attention without a mask or bias, run through
-        operators in C++ that are built here, once per machine; a warning (A507) says where they
-        cannot be. The first call takes the time of a compilation, and a second one for other batch
-        sizes. Weights are taken as they are: where one is written to later, steps of the next state
-        are compiled anew; call `compile` after what torch does not count (writes through `.data`,
-        other parameters in its place).
+        operators in C++ that are built here, once per machine, those of prompts too; a warning
+        (A507) says where they cannot be. They keep copies of the weights: of 16 bits where these
+        hold them and, where the processor multiplies bfloat16 on matrix units, of 16 to 48 for
+        prompts. The first step takes the time of a compilation, and a second one for other batch
+        sizes. Weights are taken as they are: where one is written to later, what is read into the
+        next state is compiled anew; call `compile` after what torch does not count (writes through
+        `.data`, other parameters in its place).
         """
         form = self.phase("step", last=True)
-        if self._native():
-            why = native.ready()
-            if why:
-                notice = Notice("A507", "the decoder's step runs torch's own operators",
-                                why=why, help="those in C++ need a C++ compiler")  # fmt: skip
-                warnings.warn(str(notice), RuntimeWarning, stacklevel=2)
-            else:
-                form = with_few_rows(form)
+        dtypes = {self.dtype or self._kept(name) for name in self.caches}
+        self._cpp = in_cpp(self.caches, dtypes, self.device)
+        if self._cpp is not None:
+            form = self._cpp.single(form)
         # The first steps' guards have looked at caches and tables; weights are taken as they are.
         self._single = Single(form, cpp_wrapper=True, size_asserts=False)
+        self._compiles_prompts = prompts
+        self._phases.clear()
         self._with_slack.clear()
         self._padded = None
 
-    def phase(self, kind: str, last: bool) -> fx.GraphModule:
+    def phase(self, kind: Kind, last: bool) -> fx.GraphModule:
         """The graph of a phase; see `phases.phase`."""
         every = {**self.caches, **self.convolutions}
         at = {name: (self.places[name], cache) for name, cache in every.items()}
-        return phase(self.program, self.split, at, kind, last)  # type: ignore[arg-type]
-
-    def _native(self) -> bool:
-        """Whether the operators in C++ are for this model, by the dtypes of its caches."""
-        kept = {self.dtype or self._kept(name) for name in self.caches}
-        return self.device.type == "cpu" and not kept.isdisjoint(native.DTYPES)
+        return phase(self.program, self.split, at, kind, last)
 
     def _owners(self) -> list[tuple[str, Cache]]:
         """The attentions whose caches are kept, in the order of a state's."""
@@ -253,7 +250,7 @@ class Decoder:
             first.setdefault(self.places[name], name)
         return [(name, self.caches[name]) for _, name in sorted(first.items())]
 
-    def _run(self, kind: str, state: State, tokens: Sequence[Tensor], last: bool) -> Tensor:
+    def _run(self, kind: Kind, state: State, tokens: Sequence[Tensor], last: bool) -> Tensor:
         wanted = self.split.tokens
         new = tokens[0].shape[1] if tokens else 0
         fits = all(x.shape[:2] == (state.batch, new) for x in tokens)
@@ -268,9 +265,9 @@ class Decoder:
                 help="make a state of a larger capacity",
             )  # fmt: skip
         with torch.no_grad():
+            if self._single is not None and state.compiled is None and self._single.outdated:
+                self.compile(self._compiles_prompts)
             if self._single is not None and (kind, last, new) == ("step", True, 1):
-                if state.compiled is None and self._single.outdated:
-                    self.compile()
                 logits = self._single.step(state, tokens)
             else:
                 start = () if kind == "prefill" else (state.length,)
@@ -280,10 +277,18 @@ class Decoder:
         state.reached = max(state.reached, state.length)
         return logits
 
-    def _form(self, kind: str, last: bool) -> Callable[..., Tensor]:
-        if (kind, last) not in self._phases:
-            self._phases[kind, last] = self.phase(kind, last)
-        return self._phases[kind, last]
+    def _form(self, kind: Kind, last: bool) -> Callable[..., Tensor]:
+        cpp = None if torch.is_autocast_enabled("cpu") else self._cpp
+        key = (kind, last, cpp is not None)
+        if key not in self._phases:
+            made = self.phase(kind, last)
+            form = made if cpp is None else cpp.many(made, kind)
+            if self._compiles_prompts and (kind, last) == ("prefill", True):
+                what = "the decoder's prompt"
+                self._phases[key] = Compiled(form, what, HELP, fullgraph=True, dynamic=True)
+            else:
+                self._phases[key] = form
+        return self._phases[key]
 
     def _make_tables(self, state: State) -> list[Tensor]:
         if not self.split.tables:

@@ -25,6 +25,7 @@ Kind = Literal["prefill", "step"]
 Cache = Contiguous | Ring | Latent
 END = torch.iinfo(torch.int64).max
 WRITES = "writes"  # the mark, in their meta, of nodes that fill a cache
+GATED = "gated"  # and of attentions whose first argument says whose results are read
 
 
 def tables(program: Program, split: Split) -> fx.GraphModule:
@@ -150,7 +151,7 @@ class _Writer:
             bound, given = gated(bound), (gate.on, *given)
         with self.graph.inserting_before(gate.join if gate is not None else node):
             made = self.graph.call_function(bound, given)
-        made.meta = {**node.meta, "stands_for": node.name}
+        made.meta = {**node.meta, "stands_for": node.name, GATED: gate is not None}
         node.replace_all_uses_with(made)
         self.graph.erase_node(node)
         self.nodes[node.name] = made

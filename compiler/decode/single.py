@@ -21,6 +21,8 @@ from attnopt.compiler.compiled import Compiled
 from attnopt.compiler.decode.conditions import Conditions
 from attnopt.compiler.decode.state import State
 
+HELP = "torch.compile needs a C++ compiler"
+
 
 @dataclass(frozen=True)
 class Call:
@@ -103,7 +105,7 @@ class Single:
         self.module, self._seen = module, local()
         self._weights = [(x, _version(x)) for x in module.parameters()]
         self.compiled = Compiled(
-            module, "the decoder's step", help="torch.compile needs a C++ compiler",
+            module, "the decoder's step", HELP,
             fullgraph=True, dynamic=True, backend=_backend(self._seen, options),
             options={"guard_filter_fn": _of_state},
         )  # fmt: skip

@@ -1,7 +1,8 @@
 """Operators in C++ for the CPU, compiled where they are first wanted.
 
-`few_rows` is y = x W^T + b for a few rows, `one_token` the attention of one token to a cache; see
-the sources beside this file. `ready` builds them, and says why not where it cannot.
+`few_rows` and `many_rows` are y = x W^T + b, `one_token` the attention of one token to a cache,
+`prompt` that of many; see the sources beside this file. `ready` builds them, and says why not where
+it cannot.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from threading import Lock
@@ -16,8 +18,8 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-SOURCES = ("few_rows.cpp", "one_token.cpp")
-HEADERS = ("vectors.h",)
+SOURCES = ("few_rows.cpp", "many_rows.cpp", "one_token.cpp", "prompt.cpp")
+HEADERS = ("panels.h", "vectors.h")
 _loaded, _building = False, Lock()
 _VECTORS = {  # flags by what torch says of the processor
     "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mavx2", "-mfma", "-mf16c"),
@@ -31,8 +33,8 @@ def loaded() -> bool:
 
 
 def ready() -> str:
-    """Build and load the operators; empty when `torch.ops.attnopt.few_rows` and `one_token` are
-    there, else the reason why not. What was built lies in torch's folder of extensions."""
+    """Build and load the operators; empty when they are in `torch.ops.attnopt`, else the reason why
+    not. What was built lies in torch's folder of extensions."""
     with _building:
         return _ready()
 
@@ -48,8 +50,8 @@ def _ready() -> str:
         lines = [line for line in told.splitlines() if line.strip()]
         return next((line for line in lines if "error" in line), (lines or ["no message"])[0])
     global _loaded
-    torch.library.register_fake("attnopt::few_rows", _few_rows)
-    torch.library.register_fake("attnopt::one_token", _one_token)
+    for name, fake in _FAKES.items():
+        torch.library.register_fake(f"attnopt::{name}", fake)
     _loaded = True
     return ""
 
@@ -75,10 +77,20 @@ def _built() -> Path:
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root) as work:  # another process may build it as well
         out = Path(work) / made.name
-        given = [*map(str, sources), "-o", str(out)]
-        subprocess.run([*command, *given, *links], check=True, capture_output=True, text=True)
+        objects = [str(Path(work) / f"{source.stem}.o") for source in sources]
+        calls = [
+            [*command, "-c", str(source), "-o", each]
+            for source, each in zip(sources, objects, strict=True)
+        ]
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(_run, calls))
+        _run([*command, "-shared", *objects, "-o", str(out), *links])
         os.replace(out, made)
     return made
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)
 
 
 def _flags() -> list[str]:
@@ -88,15 +100,26 @@ def _flags() -> list[str]:
     vectors = [*wide, *named] if wide else []
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     openmp = ["-fopenmp", "-DAT_PARALLEL_OPENMP=1"]
-    return ["-O3", "-std=c++20", "-shared", "-fPIC", *openmp, *vectors, abi]
-
-
-def _few_rows(
-    x: Tensor, w0: Tensor, b0: Tensor | None, s0: Tensor | None, w1: Tensor | None,
-    b1: Tensor | None, s1: Tensor | None, w2: Tensor | None, b2: Tensor | None, s2: Tensor | None,
-) -> Tensor:  # fmt: skip
-    return x.new_empty(*x.shape[:-1], sum(w.shape[0] for w in (w0, w1, w2) if w is not None))
+    return ["-O3", "-std=c++20", "-fPIC", *openmp, *vectors, abi]
 
 
 def _one_token(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return q.new_empty(*q.shape[:-1], v.shape[-1])
+
+
+def _few_rows(x: Tensor, weights: Tensor, bias: Tensor, outs: list[int]) -> Tensor:
+    return x.new_empty(*x.shape[:-1], sum(outs))
+
+
+def _many_rows(x: Tensor, weights: Tensor, bias: Tensor, outs: list[int]) -> list[Tensor]:
+    return [x.new_empty(*x.shape[:-1], out) for out in outs]
+
+
+def _prompt(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    batch, heads, rows, _ = q.shape
+    return q.new_empty(batch, rows, heads, v.shape[-1]).transpose(1, 2)
+
+
+_FAKES: dict[str, Callable[..., object]] = {
+    "few_rows": _few_rows, "many_rows": _many_rows, "one_token": _one_token, "prompt": _prompt,
+}  # fmt: skip

@@ -1,170 +1,98 @@
-// y = x W^T + b for a few rows x and up to three weights at once: what a step of decoding does.
+// y = x W^T + b for a few rows x of float32 and several W at once: what a step of decoding does.
 //
-// Each thread reads its share of the weights once for eight rows, whose sums stay in registers. A
-// weight whose values are those of a 16-bit copy is read from that.
+// The weights lie in panels of 32 outputs, input by input, so that each thread reads its share of
+// them once and in order, and no sum is taken across a register. Their values may be those of 16
+// bits, which are widened as they are read.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/cat.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/linear.h>
-#include <c10/util/accumulate.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <array>
-#include <optional>
-#include <utility>
 #include <vector>
 
+#include "panels.h"
 #include "vectors.h"
 
 namespace {
 
-using MaybeTensor = std::optional<at::Tensor>;
+constexpr int64_t kLanes = Vec::size();
+constexpr int64_t kColumns = 2 * kLanes;         // outputs whose sums are in registers
+constexpr int kRows = kLanes == 16 ? 8 : 4;      // rows whose sums are
+constexpr int64_t kWorkOfThread = 1 << 14;       // multiply-adds that are worth another thread
 
-constexpr int64_t kInRegisters = 8;         // rows of x whose sums stay in registers
-constexpr int64_t kMostRows = 16;           // with more, torch multiplies
-constexpr int64_t kWorkOfThread = 1 << 14;  // multiply-adds that are worth another thread
-
-struct Weight {
-  at::Tensor matrix;  // [out, in], contiguous
-  at::Tensor bias;    // [out], or undefined
-  at::Tensor stored;  // the matrix, or the same values in 16 bits
-  int64_t at;         // its first column of y
-};
-
-// What a thread does of one weight: x `[M, ins]`, its rows from the first output on, the bias of
-// that and the place in y, whose rows are `width` apart.
-template <typename T>
-struct Part {
-  const float* x;
-  const T* rows;
-  const float* bias;  // or null
-  float* y;
-  int64_t width, ins;
-};
-
-// The outputs n to n + R of M rows. The weights of the next R, where `ahead` says that there are
-// some, are fetched meanwhile: a row is too short for the processor to foresee the next.
-template <int M, int R, typename T>
-void block(const Part<T>& of, int64_t n, bool ahead) {
-  constexpr int kSums = M * R, kFours = (kSums + 3) / 4;
-  const int64_t ins = of.ins;
-  const T* rows = of.rows + n * ins;
-  const T* next = rows + (ahead ? R * ins : 0);
-  const float* x = of.x;
-  std::array<Vec, 4 * kFours> sums;
-  times<4 * kFours>([&](auto i) __attribute__((always_inline)) { sums[i] = Vec(0.f); });
-  int64_t k = 0;
-  for (; k + Vec::size() <= ins; k += Vec::size()) {
-    std::array<Vec, R> weights;
-    times<R>([&](auto r) __attribute__((always_inline)) {
-      weights[r] = loaded(rows + r * ins + k);
-      __builtin_prefetch(next + r * ins + k);
-    });
-    times<M>([&](auto m) __attribute__((always_inline)) {
-      const Vec in = Vec::loadu(x + m * ins + k);
-      times<R>([&](auto r) __attribute__((always_inline)) {
-        sums[m * R + r] = at::vec::fmadd(in, weights[r], sums[m * R + r]);
-      });
-    });
-  }
-  float made[4 * kFours];
-  times<kFours>([&](auto i) __attribute__((always_inline)) {
-    totals(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3], made + 4 * i);
-  });
-  for (; k < ins; k++)
-    for (int i = 0; i < kSums; i++)
-      made[i] += x[i / R * ins + k] * static_cast<float>(rows[i % R * ins + k]);
-  for (int m = 0; m < M; m++)
-    for (int r = 0; r < R; r++)
-      of.y[m * of.width + n + r] = made[m * R + r] + (of.bias ? of.bias[n + r] : 0.f);
-}
-
+// y `[M, kPanel]` = bias + x `[M, ins]` w `[ins, kPanel]`.
 template <int M, typename T>
-void share_of(const float* x, const Weight& w, float* y, int64_t from, int64_t to, int64_t width,
-              int64_t ins) {
-  constexpr int kSums = Vec::size() == 16 ? 24 : 10;  // registers of sums: of 32, or of 16
-  constexpr int R = std::clamp(kSums / M, 1, 8);
-  const Part<T> of{x, w.stored.const_data_ptr<T>(),
-                   w.bias.defined() ? w.bias.const_data_ptr<float>() : nullptr, y + w.at, width, ins};
-  int64_t n = from;
-  for (; n + R <= to; n += R) block<M, R>(of, n, n + 2 * R <= to);
-  for (; n < to; n++) block<M, 1>(of, n, false);
-}
-
-template <int M>
-void share(const float* x, const Weight& w, float* y, int64_t from, int64_t to, int64_t width,
-           int64_t ins) {
-  switch (w.stored.scalar_type()) {
-    case at::kHalf: return share_of<M, at::Half>(x, w, y, from, to, width, ins);
-    case at::kBFloat16: return share_of<M, at::BFloat16>(x, w, y, from, to, width, ins);
-    default: return share_of<M, float>(x, w, y, from, to, width, ins);
+[[gnu::noinline]] void multiply(const float* x, int64_t ins, const T* w, const float* bias, float* y) {
+  constexpr int kApart = M < 4 ? 4 / M : 1;  // sums of each, so that products need not wait
+  for (int64_t c = 0; c < kPanel; c += kColumns) {
+    Vec sums[2 * M * kApart];
+    times<2 * M * kApart>([&](auto i) __attribute__((always_inline)) { sums[i] = Vec(0.f); });
+    int64_t k = 0;
+    auto add = [&](auto at, int64_t k) __attribute__((always_inline)) {
+      const Vec left = loaded(w + k * kPanel + c), right = loaded(w + k * kPanel + c + kLanes);
+      times<M>([&](auto m) __attribute__((always_inline)) {
+        const Vec in(x[m * ins + k]);
+        sums[2 * (at * M + m)] = at::vec::fmadd(in, left, sums[2 * (at * M + m)]);
+        sums[2 * (at * M + m) + 1] = at::vec::fmadd(in, right, sums[2 * (at * M + m) + 1]);
+      });
+    };
+    for (; k + kApart <= ins; k += kApart)
+      times<kApart>([&](auto at) __attribute__((always_inline)) { add(at, k + at); });
+    for (; k < ins; k++) add(std::integral_constant<int, 0>(), k);
+    times<2 * M>([&](auto i) __attribute__((always_inline)) {
+      Vec sum = sums[i];
+      times<kApart - 1>([&](auto at) __attribute__((always_inline)) { sum = sum + sums[2 * M * (at + 1) + i]; });
+      const int64_t column = c + i % 2 * kLanes;
+      (sum + Vec::loadu(bias + column)).store(y + i / 2 * kPanel + column);
+    });
   }
 }
 
-using Share = void (*)(const float*, const Weight&, float*, int64_t, int64_t, int64_t, int64_t);
-constexpr std::array<Share, kInRegisters> kShares = {share<1>, share<2>, share<3>, share<4>,
-                                                     share<5>, share<6>, share<7>, share<8>};
-
-at::Tensor few_rows(const at::Tensor& x, const at::Tensor& w0, const MaybeTensor& b0,
-                    const MaybeTensor& s0, const MaybeTensor& w1, const MaybeTensor& b1,
-                    const MaybeTensor& s1, const MaybeTensor& w2, const MaybeTensor& b2,
-                    const MaybeTensor& s2) {
-  const int64_t ins = x.size(-1), rows = c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
-  std::vector<Weight> weights;
-  int64_t width = 0;
-  auto add = [&](const at::Tensor& w, const MaybeTensor& b, const MaybeTensor& stored) {
-    TORCH_CHECK(w.dim() == 2 && w.size(1) == ins, "few_rows: a weight is not [out, ", ins, "]");
-    TORCH_CHECK(x.scalar_type() == at::kFloat && w.scalar_type() == at::kFloat,
-                "few_rows: inputs and weights are float32");
-    TORCH_CHECK(!b || (b->dim() == 1 && b->size(0) == w.size(0) && b->scalar_type() == at::kFloat),
-                "few_rows: a bias is not float32 [", w.size(0), "]");
-    TORCH_CHECK(!stored || (stored->sizes() == w.sizes() && stored->element_size() == 2 &&
-                            stored->is_floating_point()),
-                "few_rows: a copy of a weight is not 16-bit ", w.sizes());
-    const at::Tensor matrix = w.contiguous();
-    weights.push_back({matrix, b ? b->contiguous() : at::Tensor(),
-                       stored ? stored->contiguous() : matrix, width});
-    width += w.size(0);
-  };
-  add(w0, b0, s0);
-  if (w1) add(*w1, b1, s1);
-  if (w2) add(*w2, b2, s2);
-  if (rows > kMostRows) {
-    std::vector<at::Tensor> parts;
-    for (const Weight& w : weights)
-      parts.push_back(at::linear(x, w.matrix, w.bias.defined() ? MaybeTensor(w.bias) : std::nullopt));
-    return at::cat(parts, -1);
-  }
-  auto shape = x.sizes().vec();
-  shape.back() = width;
-  const at::Tensor in = x.contiguous();
-  at::Tensor y = at::empty(shape, x.options());
-  const float* from = in.const_data_ptr<float>();
-  float* to = y.data_ptr<float>();
-  const int64_t work = std::max<int64_t>(1, ins * rows);
-  at::parallel_for(0, width, std::max<int64_t>(1, kWorkOfThread / work), [&](int64_t a, int64_t b) {
-    for (int64_t row = 0; row < rows; row += kInRegisters) {
-      const int64_t now = std::min(kInRegisters, rows - row);
-      for (const Weight& w : weights) {
-        const int64_t first = std::max<int64_t>(a - w.at, 0);
-        const int64_t last = std::min(b - w.at, w.matrix.size(0));
-        if (first < last)
-          kShares[now - 1](from + row * ins, w, to + row * width, first, last, width, ins);
+template <typename T>
+void run(const float* x, int64_t ins, const T* weights, const float* bias, const Panels& panels,
+         int64_t rows) {
+  using Multiply = void (*)(const float*, int64_t, const T*, const float*, float*);
+  constexpr Multiply kOf[] = {multiply<1, T>, multiply<2, T>, multiply<3, T>, multiply<4, T>,
+                              multiply<5, T>, multiply<6, T>, multiply<7, T>, multiply<8, T>};
+  const int64_t work = std::max<int64_t>(1, ins * rows * kPanel);
+  at::parallel_for(0, panels.size(), std::max<int64_t>(1, kWorkOfThread / work), [&](int64_t a, int64_t b) {
+    float made[kRows * kPanel];
+    for (int64_t n = a; n < b; n++)
+      for (int64_t row = 0; row < rows; row += kRows) {
+        const int64_t now = std::min<int64_t>(kRows, rows - row);
+        kOf[now - 1](x + row * ins, ins, weights + n * ins * kPanel, bias + n * kPanel, made);
+        panels[n].put(made, row, now);
       }
-    }
   });
-  return y;
+}
+
+// In one tensor: Inductor's C++ calls an operator of several through Python.
+at::Tensor few_rows(const at::Tensor& x_in, const at::Tensor& weights, const at::Tensor& bias,
+                    at::IntArrayRef outs) {
+  const Outputs to("few_rows", x_in, bias, outs, true);
+  TORCH_CHECK(weights.dim() == 3 && weights.is_contiguous() && weights.size(0) == to.count() &&
+                  weights.size(1) == to.ins && weights.size(2) == kPanel,
+              "few_rows: weights ", weights.sizes(), " are not those of ", to.ins, " inputs and ",
+              outs, " outputs");
+  const at::Tensor x = x_in.contiguous();
+  auto run_as = [&]<typename T>() {
+    run(x.const_data_ptr<float>(), to.ins, weights.const_data_ptr<T>(),
+        bias.const_data_ptr<float>(), to.panels, to.rows);
+  };
+  switch (weights.scalar_type()) {
+    case at::kFloat: run_as.operator()<float>(); break;
+    case at::kHalf: run_as.operator()<at::Half>(); break;
+    case at::kBFloat16: run_as.operator()<at::BFloat16>(); break;
+    default: TORCH_CHECK(false, "few_rows: weights are float32, float16 or bfloat16, not ", weights.scalar_type());
+  }
+  return to.made[0];
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(attnopt, m) {
-  m.def(
-      "few_rows(Tensor x, Tensor w0, Tensor? b0, Tensor? s0, Tensor? w1, Tensor? b1, Tensor? s1,"
-      " Tensor? w2, Tensor? b2, Tensor? s2) -> Tensor");
+  m.def("few_rows(Tensor x, Tensor weights, Tensor bias, int[] outs) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(attnopt, CPU, m) { m.impl("few_rows", few_rows); }

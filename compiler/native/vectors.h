@@ -73,3 +73,47 @@ inline void totals(Vec a, Vec b, Vec c, Vec d, float* to) {
   to[0] = total(a), to[1] = total(b), to[2] = total(c), to[3] = total(d);
 #endif
 }
+
+// The larger of each two elements; where one is NaN, either.
+inline Vec larger(Vec a, Vec b) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_max_ps(a, b);
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_max_ps(a, b);
+#else
+  return at::vec::maximum(a, b);
+#endif
+}
+
+// The largest element; where one is NaN, any.
+inline float largest(Vec x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_reduce_max_ps(x);
+#else
+  float lanes[Vec::size()];
+  x.store(lanes);
+  return *std::max_element(lanes, lanes + Vec::size());
+#endif
+}
+
+// e^x of numbers up to 0, to within 2 units in the last place; below -87.3 it is 0, since numbers
+// without a leading one take the processor a hundred times as long. The polynomial is that of
+// Cephes' `expf` (Moshier, netlib).
+inline Vec exponential(Vec x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m512 least = _mm512_set1_ps(-87.3f);
+  const __mmask16 some = _mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ);  // and NaN
+  const __m512 from = _mm512_max_ps(least, x);                       // NaN where x is
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(from, _mm512_set1_ps(1.44269504f)), 8);
+  __m512 rest = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), from);
+  rest = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), rest);
+  __m512 sum = _mm512_set1_ps(1.9875691500e-4f);
+  for (const float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
+                           5.0000001201e-1f})
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(next));
+  sum = _mm512_add_ps(_mm512_fmadd_ps(sum, _mm512_mul_ps(rest, rest), rest), _mm512_set1_ps(1.f));
+  return _mm512_maskz_scalef_ps(some, sum, n);
+#else
+  return x.exp();
+#endif
+}

@@ -15,7 +15,7 @@ from torch.utils import cpp_extension
 
 from attnopt.compiler import native
 from attnopt.compiler.attend_step import to_all
-from attnopt.compiler.native import build
+from attnopt.compiler.native import build, layouts
 from attnopt.compiler.spec import FULL, AttentionSpec
 from tests.tolerance import assert_close
 from tests.tree import ROOT
@@ -27,40 +27,179 @@ def _built() -> None:
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 8, 9, 16, 17])
-@pytest.mark.parametrize("ins", [5, 64, 250])
-@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
-def test_few_rows_is_linear(rows: int, ins: int, stored: torch.dtype) -> None:
-    x = torch.randn(rows, 3, ins)[:, -1:]  # rows that are not next to each other
-    copies = [(torch.randn(out, ins) / ins**0.5).to(stored) for out in (33, 1, 40)]
-    weights = [copy.float() for copy in copies]
-    biases = [None, torch.randn(1), torch.randn(40)]
-    short = [None] * 3 if stored == torch.float32 else copies
-    given = [each for three in zip(weights, biases, short, strict=True) for each in three]
-    made = torch.ops.attnopt.few_rows(x, *given)
-    wanted = [
+OUTS = [33, 1, 40]
+
+
+def _maps(ins: int, kept: torch.dtype) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Weights whose values a dtype holds, and biases."""
+    weights = [(torch.randn(out, ins) / max(ins, 1) ** 0.5).to(kept).float() for out in OUTS]
+    return weights, [None, torch.randn(1), torch.randn(40)]
+
+
+def _linear(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
+    return [
         F.linear(x.double(), w.double(), None if b is None else b.double())
         for w, b in zip(weights, biases, strict=True)
     ]
-    assert_close(made, torch.cat(wanted, -1))
 
 
-def test_few_rows_of_a_transposed_weight_and_of_nothing() -> None:
-    x, weight = torch.randn(2, 24) / 5, torch.randn(24, 17).T
-    none = [None] * 8
-    assert_close(torch.ops.attnopt.few_rows(x, weight, *none), F.linear(x, weight))
-    assert torch.ops.attnopt.few_rows(x[:0], weight, *none).shape == (0, 17)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 8, 9, 16, 17])
+@pytest.mark.parametrize("ins", [5, 64, 250])
+@pytest.mark.parametrize("kept", [torch.float32, torch.float16, torch.bfloat16])
+def test_few_rows_is_linear(rows: int, ins: int, kept: torch.dtype) -> None:
+    x = torch.randn(rows, 3, ins)[:, -1:]  # rows that are not next to each other
+    weights, biases = _maps(ins, kept)
+    packed = layouts.panels(weights)
+    assert packed.dtype == kept
+    made = torch.ops.attnopt.few_rows(x, packed, layouts.biases(biases, weights), OUTS)
+    assert_close(made, torch.cat(_linear(x, weights, biases), -1))
+
+
+def test_few_rows_of_nothing() -> None:
+    weights, biases = _maps(24, torch.float32)
+    given = layouts.panels(weights), layouts.biases(biases, weights), OUTS
+    assert torch.ops.attnopt.few_rows(torch.randn(0, 24), *given).shape == (0, 74)
+    weights, _ = _maps(0, torch.float32)
+    added = layouts.biases(biases, weights)
+    made = torch.ops.attnopt.few_rows(torch.randn(2, 0), layouts.panels(weights), added, OUTS)
+    assert_close(made, torch.cat(_linear(torch.randn(2, 0), weights, biases), -1))
 
 
 def test_few_rows_says_what_does_not_fit() -> None:
-    x, none = torch.randn(2, 24), [None] * 8
-    with pytest.raises(RuntimeError, match="not \\[out, 24\\]"):
-        torch.ops.attnopt.few_rows(x, torch.randn(8, 23), *none)
-    with pytest.raises(RuntimeError, match="float32"):
-        torch.ops.attnopt.few_rows(x, torch.randn(8, 24).double(), *none)
-    for wrong in (torch.randn(8, 23).half(), torch.randn(8, 24), torch.ones(8, 24).short()):
-        with pytest.raises(RuntimeError, match="a copy of a weight is not 16-bit"):
-            torch.ops.attnopt.few_rows(x, torch.randn(8, 24), None, wrong, *none[:6])
+    few, x = torch.ops.attnopt.few_rows, torch.randn(2, 24)
+    weights, biases = _maps(24, torch.float32)
+    packed, added = layouts.panels(weights), layouts.biases(biases, weights)
+    for wrong in (packed[:, 1:], packed[1:], packed.mT, packed.flatten()):
+        with pytest.raises(RuntimeError, match=r"few_rows: weights .* are not those of 24 inputs"):
+            few(x, wrong, added, OUTS)
+    with pytest.raises(RuntimeError, match="inputs are float32, not Double"):
+        few(x.double(), packed, added, OUTS)
+    with pytest.raises(RuntimeError, match="weights are float32, float16 or bfloat16, not Double"):
+        few(x, packed.double(), added, OUTS)
+    for wrong in (added[1:], added.double()):
+        with pytest.raises(RuntimeError, match="biases are not float32"):
+            few(x, packed, wrong, OUTS)
+
+
+needs_matrix_units = pytest.mark.skipif(
+    "amx_bf16" not in Path("/proc/cpuinfo").read_text(), reason="a processor without matrix units"
+)
+
+
+@needs_matrix_units
+@pytest.mark.parametrize("rows", [1, 31, 33, 300])
+@pytest.mark.parametrize("ins", [5, 64, 250])
+@pytest.mark.parametrize("kept", [torch.float32, torch.float16, torch.bfloat16])
+def test_many_rows_is_linear(rows: int, ins: int, kept: torch.dtype) -> None:
+    assert torch.ops.attnopt.matrix_units()
+    x = torch.randn(rows, 2, ins)[:, -1:]
+    weights, biases = _maps(ins, kept)
+    packed = layouts.tiles(weights)
+    parts = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 1}
+    assert packed.shape[2] == parts[kept]
+    made = torch.ops.attnopt.many_rows(x, packed, layouts.biases(biases, weights), OUTS)
+    for got, want in zip(made, _linear(x, weights, biases), strict=True):
+        assert_close(got, want)
+
+
+@needs_matrix_units
+def test_many_rows_is_as_near_as_torch() -> None:
+    """A product of parts loses no more than one of float32, of numbers of all sizes."""
+    assert torch.ops.attnopt.matrix_units()
+    x, weight = (torch.randn(200, 512) * 2.0 ** torch.randint(-20, 20, (200, 512)) for _ in "xw")
+    given = layouts.tiles([weight]), layouts.biases([None], [weight]), [200]
+    (made,) = torch.ops.attnopt.many_rows(x, *given)
+    exact = x.double() @ weight.double().T
+    sizes = x.double().abs() @ weight.double().abs().T
+    lost, torchs = ((each - exact).abs() / sizes for each in (made, F.linear(x, weight)))
+    assert lost.max() < 1.5 * torchs.max()
+    assert lost.mean() < 1.5 * torchs.mean()
+
+
+@needs_matrix_units
+def test_many_rows_keeps_to_the_row_what_is_no_number() -> None:
+    assert torch.ops.attnopt.matrix_units()
+    weights, biases = _maps(24, torch.float32)
+    x = torch.randn(40, 24)
+    x[3, 5], x[35, 23] = float("nan"), float("inf")
+    given = layouts.tiles(weights), layouts.biases(biases, weights), OUTS
+    for made, want in zip(
+        torch.ops.attnopt.many_rows(x, *given), _linear(x, weights, biases), strict=True
+    ):
+        whole = want.isfinite().all(1)
+        assert whole.tolist() == [i not in (3, 35) for i in range(40)]
+        assert_close(made[whole], want[whole])
+        assert made[~whole].isnan().all()  # where torch has infinite numbers too
+
+
+@needs_matrix_units
+def test_many_rows_says_what_does_not_fit() -> None:
+    assert torch.ops.attnopt.matrix_units()
+    many, x = torch.ops.attnopt.many_rows, torch.randn(2, 24)
+    weights, biases = _maps(24, torch.float32)
+    packed, added = layouts.tiles(weights), layouts.biases(biases, weights)
+    for wrong in (packed[1:], packed.float(), packed.flatten(), packed[:, :0]):
+        with pytest.raises(RuntimeError, match=r"many_rows: weights .* are not those of 24 inputs"):
+            many(x, wrong, added, OUTS)
+    with pytest.raises(RuntimeError, match="inputs are float32, not Double"):
+        many(x.double(), packed, added, OUTS)
+    with pytest.raises(RuntimeError, match="biases are not float32"):
+        many(x, packed, added[1:], OUTS)
+    assert [y.shape[0] for y in many(x[:0], packed, added, OUTS)] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "batch, heads, kv_heads, rows, keys, dim, v_dim",
+    [
+        (1, 1, 1, 1, 1, 16, 16),
+        (2, 4, 4, 70, 70, 32, 32),
+        (1, 3, 1, 300, 300, 64, 64),  # more than a block of keys, heads that share them
+        (1, 6, 2, 25, 600, 33, 17),  # the last of many tokens, columns left over
+        (3, 2, 2, 5, 9, 48, 176),
+    ],
+)
+def test_prompt_is_causal_attention(
+    batch: int, heads: int, kv_heads: int, rows: int, keys: int, dim: int, v_dim: int
+) -> None:
+    q = torch.randn(batch, rows, heads, dim).transpose(1, 2)
+    k, v = (torch.randn(batch, kv_heads, keys + 3, d)[:, :, :keys] for d in (dim, v_dim))
+    made = torch.ops.attnopt.prompt(q, k, v, dim**-0.5)
+    assert made.shape == (batch, heads, rows, v_dim)
+    assert_close(made, _causal(q, k, v, dim**-0.5))
+
+
+@pytest.mark.parametrize("at", [0, 1, 255, 256, 299])
+@pytest.mark.parametrize("odd", [float("nan"), float("-inf"), 300.0])
+def test_prompt_of_scores_that_are_far_apart(at: int, odd: float) -> None:
+    """No NaN is hidden, keys of scores -inf have no share, and others may have all of it."""
+    q, (k, v) = torch.ones(1, 1, 300, 16), torch.randn(2, 1, 1, 300, 16)
+    k[:, :, at] = odd
+    made, want = torch.ops.attnopt.prompt(q, k, v, 0.25), _causal(q, k, v, 0.25)
+    assert torch.equal(made.isnan(), want.isnan())
+    assert_close(made.nan_to_num(), want.nan_to_num())
+
+
+def test_prompt_of_a_block_of_scores_that_are_minus_infinity() -> None:
+    q, (k, v) = torch.ones(1, 1, 300, 16), torch.randn(2, 1, 1, 300, 16)
+    k[:, :, :270] = float("-inf")
+    made, want = torch.ops.attnopt.prompt(q, k, v, 0.25), _causal(q, k, v, 0.25)
+    assert torch.equal(made.isnan(), want.isnan())
+    assert_close(made[:, :, 270:], want[:, :, 270:])
+
+
+def test_prompt_of_views_and_of_nothing_and_what_does_not_fit() -> None:
+    q, (k, v) = torch.randn(2, 6, 30, 8), torch.randn(2, 2, 1, 30, 8)
+    spread = [x.expand(2, 6, 30, 8) for x in (k, v)]  # heads, and so strides of zero
+    assert_close(torch.ops.attnopt.prompt(q, *spread, 0.3), _causal(q, *spread, 0.3))
+    across = [x.mT.contiguous().mT for x in (q, *spread)]  # whose last dimension is not dense
+    assert_close(torch.ops.attnopt.prompt(*across, 0.3), _causal(*across, 0.3))
+    assert torch.ops.attnopt.prompt(q[:0], k[:0], v[:0], 0.3).shape == (0, 6, 30, 8)
+    assert torch.ops.attnopt.prompt(q[:, :, :0], k, v, 0.3).shape == (2, 6, 0, 8)
+    for wrong in ((q, k[:, :, 1:], v), (q[..., 1:], k, v), (q, k[:, :, 5:], v[:, :, 5:])):
+        with pytest.raises(RuntimeError, match="do not fit"):
+            torch.ops.attnopt.prompt(*wrong, 0.3)
+    with pytest.raises(RuntimeError, match="are float32"):
+        torch.ops.attnopt.prompt(q.double(), k, v, 0.3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -131,6 +270,7 @@ def test_one_token_of_views_and_of_nothing() -> None:
 _ELSEWHERE = """
 import torch
 from attnopt.compiler import native
+from attnopt.compiler.native import layouts
 from tests.tolerance import assert_close
 
 assert native.ready() == "", native.ready()
@@ -139,9 +279,13 @@ for rows, keys, dim in ((1, 3, 5), (2, 65, 24), (7, 400, 40)):
     q, k, v = torch.randn(2, 2, rows, dim), *torch.randn(2, 2, 2, keys, dim)
     want = (q.double() @ k.double().mT).softmax(-1) @ v.double()
     assert_close(torch.ops.attnopt.one_token(q, k, v, 1.0), want)
-    x, w = torch.randn(rows, dim), torch.randn(33, dim).bfloat16() / 4
-    few = torch.ops.attnopt.few_rows(x, w.float(), None, w, *[None] * 6)
+    x, w = torch.randn(rows, dim), torch.randn(33, dim).bfloat16().float() / 4
+    few = torch.ops.attnopt.few_rows(x, layouts.panels([w]), layouts.biases([None], [w]), [33])
     assert_close(few, x.double() @ w.double().T)
+    seen = torch.ones(rows, keys, dtype=torch.bool).tril(keys - rows)
+    scores = (q.double() @ k.double().mT).masked_fill(~seen, float("-inf"))
+    assert_close(torch.ops.attnopt.prompt(q, k, v, 1.0), scores.softmax(-1) @ v.double())
+assert torch.ops.attnopt.matrix_units() is False
 print(torch.backends.cpu.get_cpu_capability())
 """
 
@@ -191,18 +335,17 @@ def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert "error: no such header" in build._ready.__wrapped__()  # a compiler behind another
 
 
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    k, v = (x.double().repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = q.double() @ k.mT * scale
+    later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1 + k.shape[2] - q.shape[2])
+    # A key that is not seen has no part in it, whatever it is.
+    return scores.masked_fill(later, float("-inf")).softmax(-1) @ v
+
+
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     scores = q.double() @ k.double().transpose(-1, -2) * scale
     return scores.softmax(-1) @ v.double()
-
-
-def test_few_rows_checks_biases_and_gives_them_where_there_are_no_inputs() -> None:
-    few, none = torch.ops.attnopt.few_rows, [None] * 7
-    for wrong in (torch.ones(1), torch.ones(4).double(), torch.ones(4, 1)):
-        with pytest.raises(RuntimeError, match="a bias is not float32"):
-            few(torch.randn(1, 8), torch.randn(4, 8), wrong, *none)
-    bias = torch.randn(4)
-    assert_close(few(torch.randn(2, 0), torch.randn(4, 0), bias, *none), bias.expand(2, 4))
 
 
 def test_gradients_and_exports_go_through_torch() -> None:

@@ -16,9 +16,10 @@ from torch._dynamo.utils import counters
 
 from attnopt.compiler import native
 from attnopt.compiler.decode import Decoder, derive
-from attnopt.compiler.decode.few_rows import with_few_rows
 from attnopt.compiler.decode.generate import Generation, generate
+from attnopt.compiler.decode.linear_maps import LinearMaps
 from attnopt.compiler.decode.state import State
+from attnopt.compiler.native import layouts
 from tests.compiler.decode.test_derive import Small, traced
 from tests.tolerance import assert_close
 
@@ -287,15 +288,11 @@ def test_linear_maps_of_one_input_are_one_call() -> None:
         def forward(self, x: Tensor) -> list[Tensor]:
             return [*(each(x) for each in self.maps), self.wide(x.double())]
 
-    assert native.ready() == ""
-    x, model = torch.randn(1, 3, 12), Maps().eval()
-    made = torch.export.export(model, (x,)).run_decompositions({}).module()
-    assert isinstance(made, fx.GraphModule)
-    found = with_few_rows(made)
+    found, wanted, x = _through_few_rows(Maps())
     few = torch.ops.attnopt.few_rows.default
-    assert len(found.graph.find_nodes(op="call_function", target=few)) == 2  # of four in float32
-    for got, wanted in zip(found(x), model(x), strict=True):
-        assert_close(got, wanted)
+    assert len(found.graph.find_nodes(op="call_function", target=few)) == 1  # for four in float32
+    for got, want in zip(found(x), wanted, strict=True):
+        assert_close(got, want)
 
 
 def test_weights_that_lose_nothing_are_read_in_16_bits() -> None:
@@ -311,14 +308,97 @@ def test_weights_that_lose_nothing_are_read_in_16_bits() -> None:
         def forward(self, x: Tensor) -> list[Tensor]:
             return [each(x) for each in (self.brief, self.brain, self.whole, self.again)]
 
-    assert native.ready() == ""
-    x, model = torch.randn(1, 3, 12), Maps().eval()
+    model = Maps()
     with torch.no_grad():
         model.whole.weight[0, 0] = 1 + 2.0**-20
-    made = torch.export.export(model, (x,)).run_decompositions({}).module()
+    found, wanted, x = _through_few_rows(model)
+    copies = {name: b.dtype for name, b in found.named_buffers() if name.endswith("_weights")}
+    assert sorted(map(str, copies.values())) == [
+        "torch.bfloat16", "torch.float16", "torch.float32",
+    ]  # fmt: skip
+    for got, want in zip(found(x), wanted, strict=True):
+        assert_close(got, want)
+
+
+def _through_few_rows(model: nn.Module) -> tuple[fx.GraphModule, list[Tensor], Tensor]:
+    assert native.ready() == ""
+    x = torch.randn(1, 3, 12)
+    made = torch.export.export(model.eval(), (x,)).run_decompositions({}).module()
     assert isinstance(made, fx.GraphModule)
-    found = with_few_rows(made)
-    copies = {name: b.dtype for name, b in found.named_buffers() if name.startswith("_few_rows")}
-    assert sorted(map(str, copies.values())) == ["torch.bfloat16", "torch.float16"]
-    for got, wanted in zip(found(x), model(x), strict=True):
-        assert_close(got, wanted)
+    maps = LinearMaps(torch.ops.attnopt.few_rows.default, layouts.panels, joined=True)
+    return maps.through(made), model(x), x
+
+
+LONG = torch.randint(3, 50, (2, 70), generator=torch.Generator().manual_seed(2))
+
+
+def test_what_is_read_in_cpp_is_what_torch_reads() -> None:
+    """A prompt, its chunks, several tokens after it, all logits or the last, and where attention
+    reads padding or not."""
+    torch._dynamo.reset()
+    for masked in (False, True):
+        plain, fast = small(masked=masked), small(masked=masked)
+        fast.compile()
+        _same(plain, fast)
+    torch._dynamo.reset()
+
+
+def _same(plain: Decoder, fast: Decoder) -> None:
+    assert fast._cpp is not None
+    states = [each.state(2, 80) for each in (plain, fast)]
+    for last, of in ((False, LONG[:, :33]), (True, LONG[:, 33:69]), (False, LONG[:, 69:])):
+        made = [
+            each.step(state, of, last=last)
+            for each, state in zip((plain, fast), states, strict=True)
+        ]
+        assert_close(made[1], made[0])
+    for one, other in zip(*(state.caches for state in states), strict=True):
+        for x, y in zip(one, other, strict=True):
+            assert_close(y, x)
+
+
+def test_prompts_run_through_the_operators_in_cpp() -> None:
+    decoder = small()
+    decoder.compile()
+    form = decoder._form("prefill", True)
+    assert isinstance(form, fx.GraphModule)
+    names = {getattr(n.target, "__name__", str(n.target)) for n in form.graph.nodes}
+    assert "attention_in_cpp" in names
+    many = torch.ops.attnopt.many_rows.default
+    units = torch.ops.attnopt.matrix_units()
+    assert bool(form.graph.find_nodes(op="call_function", target=many)) == units
+    with torch.autocast("cpu", torch.bfloat16):  # torch's own, which know of autocast
+        assert decoder._form("prefill", True) is not form
+        state = decoder.state(2, 12)
+        assert decoder.prefill(state, IDS, last=True).dtype == torch.bfloat16
+
+
+def test_prompts_are_compiled_where_that_is_asked() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    plain, fast = small(), small()
+    fast.compile(prompts=True)
+    graphs = list[int]()
+    for length in (70, 9, 33, 51):
+        ids = LONG[:, :length].contiguous()
+        states = [each.state(2, 80) for each in (plain, fast)]
+        made = [
+            each.prefill(state, ids, last=True)
+            for each, state in zip((plain, fast), states, strict=True)
+        ]
+        assert_close(made[1], made[0])
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == 1 and graphs[1:] == [graphs[1]] * 3  # whatever the length
+    torch._dynamo.reset()
+
+
+def test_prompts_follow_weights_that_are_written_to() -> None:
+    plain, fast = small(), small()
+    fast.compile()
+    fast.prefill(fast.state(2, 12), IDS, last=True)
+    for each in (plain, fast):
+        with torch.no_grad():
+            for parameter in each.program.module.parameters():
+                parameter.mul_(1.5)
+    made = [each.prefill(each.state(2, 12), IDS, last=True) for each in (plain, fast)]
+    assert_close(made[1], made[0])

@@ -1,0 +1,63 @@
+// Several linear maps of one input, whose outputs are made in panels of 32.
+
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/util/accumulate.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+constexpr int64_t kPanel = 32;
+
+// Where the outputs of a panel go: `wide` of them are there, of rows that are `stride` apart.
+struct Panel {
+  float* y;
+  int64_t stride, wide;
+
+  // Rows `[rows, kPanel]` become those from `row` on.
+  void put(const float* from, int64_t row, int64_t rows) const {
+    for (int64_t r = 0; r < rows; r++)
+      std::memcpy(y + (row + r) * stride, from + r * kPanel, wide * sizeof(float));
+  }
+};
+
+using Panels = std::vector<Panel>;
+
+// The outputs `[..., out]` of an input `[..., ins]` float32, one for each of `outs`, or all in one
+// behind each other. Raises where the input or the biases `[panels, kPanel]` do not fit.
+struct Outputs {
+  std::vector<at::Tensor> made;
+  Panels panels;
+  int64_t rows, ins;
+
+  Outputs(const char* name, const at::Tensor& x, const at::Tensor& bias, at::IntArrayRef outs,
+          bool joined)
+      : rows(c10::multiply_integers(x.sizes().slice(0, x.dim() - 1))), ins(x.size(-1)) {
+    TORCH_CHECK(x.scalar_type() == at::kFloat, name, ": inputs are float32, not ", x.scalar_type());
+    const int64_t all = c10::sum_integers(outs);
+    if (joined) add(x, all);
+    int64_t from = 0;
+    for (const int64_t out : outs) {
+      if (!joined) add(x, out);
+      float* y = made.back().data_ptr<float>() + (joined ? from : 0);
+      for (int64_t n = 0; n < out; n += kPanel)
+        panels.push_back({y + n, joined ? all : out, std::min(kPanel, out - n)});
+      from += out;
+    }
+    TORCH_CHECK(bias.scalar_type() == at::kFloat && bias.is_contiguous() &&
+                    bias.numel() == count() * kPanel,
+                name, ": biases are not float32 [", count() * kPanel, "]");
+  }
+
+  int64_t count() const { return panels.size(); }
+
+ private:
+  void add(const at::Tensor& x, int64_t out) {
+    auto shape = x.sizes().vec();
+    shape.back() = out;
+    made.push_back(at::empty(shape, x.options()));
+  }
+};

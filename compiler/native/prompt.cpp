@@ -1,0 +1,250 @@
+// Causal attention of many tokens, float32: softmax(scale q k^T) v, where the last query is the last
+// key's and each sees the keys up to its own.
+//
+// Blocks of rows of q meet blocks of keys whose scores stay in the nearest cache, with running
+// maxima and sums (FlashAttention-2, Dao 2023, algorithm 1). Keys are turned once, so that scores
+// lie in registers as the products of a matrix do, and no sum is taken across a register.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "vectors.h"
+
+namespace {
+
+constexpr int64_t kLanes = Vec::size();
+constexpr int kWide = kLanes == 16 ? 4 : 2;   // registers of keys at once: sums are in 24, or 12
+constexpr int64_t kPanel = kWide * kLanes;    // keys that are turned together
+constexpr int64_t kRows = 24;                 // rows of q that meet a block of keys
+constexpr int64_t kKeys = 256;                // keys of a block
+constexpr int64_t kTurns = 4;                 // units for each thread, where heads are few
+constexpr float kNone = -std::numeric_limits<float>::infinity();
+
+// R rows of q `[R, dim]` by V registers of turned keys `[dim, kPanel]`: to `[R, kKeys]`.
+template <int R, int V>
+[[gnu::noinline]] void scores_of(const float* q, const float* keys, int64_t dim, float* to) {
+  Vec sums[R * V];
+  times<R * V>([&](auto i) __attribute__((always_inline)) { sums[i] = Vec(0.f); });
+  for (int64_t d = 0; d < dim; d++) {
+    Vec key[V];
+    times<V>([&](auto m) __attribute__((always_inline)) {
+      key[m] = Vec::loadu(keys + d * kPanel + m * kLanes);
+    });
+    times<R>([&](auto r) __attribute__((always_inline)) {
+      const Vec one(q[r * dim + d]);
+      times<V>([&](auto m) __attribute__((always_inline)) {
+        sums[r * V + m] = at::vec::fmadd(one, key[m], sums[r * V + m]);
+      });
+    });
+  }
+  times<R * V>([&](auto i) __attribute__((always_inline)) {
+    sums[i].store(to + i / V * kKeys + i % V * kLanes);
+  });
+}
+
+// What values are added to, V registers of R rows: to `[R, dim]` += shares `[R, kKeys]` v `[keys, V]`.
+template <int R, int V>
+[[gnu::noinline]] void add_values(const float* shares, const float* v, int64_t keys, float* to,
+                                  int64_t dim) {
+  Vec sums[R * V];
+  times<R * V>([&](auto i) __attribute__((always_inline)) { sums[i] = Vec(0.f); });
+  for (int64_t j = 0; j < keys; j++) {
+    Vec value[V];
+    times<V>([&](auto m) __attribute__((always_inline)) {
+      value[m] = Vec::loadu(v + j * dim + m * kLanes);
+    });
+    times<R>([&](auto r) __attribute__((always_inline)) {
+      const Vec share(shares[r * kKeys + j]);
+      times<V>([&](auto m) __attribute__((always_inline)) {
+        sums[r * V + m] = at::vec::fmadd(share, value[m], sums[r * V + m]);
+      });
+    });
+  }
+  times<R * V>([&](auto i) __attribute__((always_inline)) {
+    float* at = to + i / V * dim + i % V * kLanes;
+    (Vec::loadu(at) + sums[i]).store(at);
+  });
+}
+
+// Keys `[keys, dim]`, rows `stride` apart, as panels `[dim, kPanel]` one behind the other.
+void turn(const float* k, int64_t stride, int64_t keys, int64_t dim, float* to) {
+  for (int64_t j = 0; j < keys; j += kPanel, to += dim * kPanel) {
+    const int64_t here = std::min(kPanel, keys - j);
+    int64_t m = 0;
+    for (; m + kLanes <= here; m += kLanes) {
+      const float* from = k + (j + m) * stride;
+      int64_t d = 0;
+      for (; d + kLanes <= dim; d += kLanes)
+        at::vec::transpose_mxn<float>(from + d, stride, to + d * kPanel + m, kPanel, kLanes, kLanes);
+      for (; d < dim; d++)
+        for (int64_t i = 0; i < kLanes; i++) to[d * kPanel + m + i] = from[i * stride + d];
+    }
+    for (; m < kPanel; m++)
+      for (int64_t d = 0; d < dim; d++) to[d * kPanel + m] = m < here ? k[(j + m) * stride + d] : 0.f;
+  }
+}
+
+// A key/value head: its keys turned, its values one behind the other.
+struct Head {
+  std::vector<float> keys, values;
+  int64_t dim, v_dim;
+
+  Head(int64_t keys, int64_t dim, int64_t v_dim)
+      : keys((keys + kPanel - 1) / kPanel * kPanel * dim), values(keys * v_dim), dim(dim), v_dim(v_dim) {}
+
+  void read(const float* k, int64_t k_stride, const float* v, int64_t v_stride, int64_t count) {
+    turn(k, k_stride, count, dim, keys.data());
+    for (int64_t j = 0; j < count; j++) std::copy_n(v + j * v_stride, v_dim, &values[j * v_dim]);
+  }
+};
+
+// What a block of rows has, and the room in which it gets it.
+struct Block {
+  std::vector<float> q, scores, out;  // [kRows, dim], [kRows, kKeys], [kRows, v_dim]
+  std::array<float, kRows> tops, sums;
+
+  Block(int64_t dim, int64_t v_dim) : q(kRows * dim), scores(kRows * kKeys), out(kRows * v_dim) {}
+
+  void begin(const float* from, int64_t stride, int64_t rows, int64_t dim, float scale) {
+    for (int64_t r = 0; r < kRows; r++)
+      for (int64_t d = 0; d < dim; d++) q[r * dim + d] = r < rows ? scale * from[r * stride + d] : 0.f;
+    tops.fill(kNone);
+    sums.fill(0.f);
+    std::fill(out.begin(), out.end(), 0.f);
+  }
+};
+
+// Scores of `keys` keys from `at` on.
+void score(Block& of, const Head& head, int64_t at, int64_t keys) {
+  const int64_t dim = head.dim;
+  int64_t j = 0;
+  for (; j + kPanel <= keys; j += kPanel)
+    for (int64_t r = 0; r < kRows; r += 6)
+      scores_of<6, kWide>(&of.q[r * dim], &head.keys[(at + j) * dim], dim, &of.scores[r * kKeys + j]);
+  const float* last = head.keys.data() + (at + j) * dim - j;
+  for (; j < keys; j += kLanes)
+    for (int64_t r = 0; r < kRows; r += 12)
+      scores_of<12, 1>(&of.q[r * dim], last + j, dim, &of.scores[r * kKeys + j]);
+}
+
+// Scores of row r, which sees `seen` of the block's `keys` keys, become its shares; what it has is
+// scaled to its new top.
+void weigh(Block& of, int64_t r, int64_t seen, int64_t keys, int64_t v_dim) {
+  float* row = &of.scores[r * kKeys];
+  const int64_t end = (keys + kLanes - 1) / kLanes * kLanes;
+  std::fill(row + seen, row + end, kNone);
+  Vec most(kNone);
+  for (int64_t j = 0; j < seen; j += kLanes) most = larger(most, Vec::loadu(row + j));
+  const float before = of.tops[r], top = std::max(largest(most), before);
+  if (top > before) {
+    const float less = std::exp(before - top);
+    of.sums[r] *= less;
+    for (int64_t d = 0; d < v_dim; d++) of.out[r * v_dim + d] *= less;
+    of.tops[r] = top;
+  }
+  Vec sum(0.f);
+  const Vec most_seen(top == kNone ? 0.f : top);  // -inf less -inf is no number
+  for (int64_t j = 0; j < end; j += kLanes) {
+    const Vec share = exponential(Vec::loadu(row + j) - most_seen);
+    share.store(row + j);
+    sum = sum + share;
+  }
+  of.sums[r] += total(sum);
+}
+
+// What the values of `keys` keys from `at` on add.
+void add(Block& of, const Head& head, int64_t at, int64_t keys) {
+  const int64_t dim = head.v_dim;
+  const float* v = head.values.data() + at * dim;
+  int64_t d = 0;
+  auto columns = [&]<int R, int V>(std::integral_constant<int, R>, std::integral_constant<int, V>) {
+    for (; d + V * kLanes <= dim; d += V * kLanes)
+      for (int64_t r = 0; r < kRows; r += R)
+        add_values<R, V>(&of.scores[r * kKeys], v + d, keys, &of.out[r * dim + d], dim);
+  };
+  if constexpr (kLanes == 16) {
+    columns(std::integral_constant<int, 6>(), std::integral_constant<int, 4>());
+    columns(std::integral_constant<int, 12>(), std::integral_constant<int, 2>());
+    columns(std::integral_constant<int, 12>(), std::integral_constant<int, 1>());
+  } else {
+    columns(std::integral_constant<int, 6>(), std::integral_constant<int, 2>());
+    columns(std::integral_constant<int, 6>(), std::integral_constant<int, 1>());
+  }
+  for (; d < dim; d++)
+    for (int64_t r = 0; r < kRows; r++)
+      for (int64_t j = 0; j < keys; j++)
+        of.out[r * dim + d] += of.scores[r * kKeys + j] * v[j * dim + d];
+}
+
+at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, float scale) {
+  const int64_t batch = q.size(0), heads = q.size(1), rows = q.size(2), dim = q.size(3);
+  const int64_t kv_heads = k.size(1), keys = k.size(2), v_dim = v.size(3);
+  const int64_t group = heads / kv_heads, units = batch * kv_heads, threads = at::get_num_threads();
+  const int64_t blocks = (rows + kRows - 1) / kRows;
+  const int64_t parts = units % threads == 0
+      ? 1 : std::clamp<int64_t>((kTurns * threads + units - 1) / units, 1, blocks);
+  at::Tensor out = at::empty({batch, rows, heads, v_dim}, q.options());
+  const float* queries = q.const_data_ptr<float>();
+  float* made = out.data_ptr<float>();
+  const int64_t row_stride = q.stride(2);
+  at::parallel_for(0, units * parts, 1, [&](int64_t a, int64_t b) {
+    Head kv(keys, dim, v_dim);
+    Block of(dim, v_dim);
+    for (int64_t i = a; i < b; i++) {
+      const int64_t n = i / parts / kv_heads, head = i / parts % kv_heads;
+      if (i == a || i % parts == 0)
+        kv.read(k.const_data_ptr<float>() + n * k.stride(0) + head * k.stride(1), k.stride(2),
+                v.const_data_ptr<float>() + n * v.stride(0) + head * v.stride(1), v.stride(2), keys);
+      for (int64_t h = head * group; h < (head + 1) * group; h++)
+        for (int64_t first = i % parts * kRows; first < rows; first += parts * kRows) {
+          const int64_t now = std::min(kRows, rows - first), before = keys - rows + first;
+          of.begin(queries + n * q.stride(0) + h * q.stride(1) + first * row_stride, row_stride, now,
+                   dim, scale);
+          for (int64_t at = 0; at < before + now; at += kKeys) {
+            const int64_t here = std::min(kKeys, before + now - at);
+            score(of, kv, at, here);
+            for (int64_t r = 0; r < kRows; r++)
+              weigh(of, r, std::clamp<int64_t>(before + r + 1 - at, 0, here), here, v_dim);
+            add(of, kv, at, here);
+          }
+          float* to = made + ((n * rows + first) * heads + h) * v_dim;
+          for (int64_t r = 0; r < now; r++, to += heads * v_dim) {
+            const float share = 1.f / of.sums[r];
+            for (int64_t d = 0; d < v_dim; d++) to[d] = share * of.out[r * v_dim + d];
+          }
+        }
+    }
+  });
+  return out.transpose(1, 2);
+}
+
+at::Tensor prompt(const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in,
+                  double scale) {
+  for (const at::Tensor* x : {&q_in, &k_in, &v_in})
+    TORCH_CHECK(x->dim() == 4 && x->scalar_type() == at::kFloat,
+                "prompt: q, k and v are float32 [batch, heads, tokens, dim]");
+  TORCH_CHECK(k_in.sizes().slice(0, 3) == v_in.sizes().slice(0, 3) &&
+                  q_in.size(0) == k_in.size(0) && q_in.size(3) == k_in.size(3) &&
+                  k_in.size(1) > 0 && q_in.size(1) % k_in.size(1) == 0 &&
+                  q_in.size(2) <= k_in.size(2),
+              "prompt: q ", q_in.sizes(), ", k ", k_in.sizes(), " and v ", v_in.sizes(),
+              " do not fit");
+  auto rowed = [](const at::Tensor& x) { return x.stride(3) == 1 ? x : x.contiguous(); };
+  return attention(rowed(q_in), rowed(k_in), rowed(v_in), static_cast<float>(scale));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(attnopt, m) {
+  m.def("prompt(Tensor q, Tensor k, Tensor v, float scale) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(attnopt, CPU, m) { m.impl("prompt", prompt); }
