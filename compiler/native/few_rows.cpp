@@ -1,8 +1,8 @@
 // y = x W^T + b for a few rows x of float32 and several W at once: what a step of decoding does.
 //
 // The weights lie in panels of 32 outputs, input by input, so that each thread reads its share of
-// them once and in order, and no sum is taken across a register. Their values may be those of 16
-// bits, which are widened as they are read.
+// them once and in order, and no sum is taken across a register; what comes next is fetched while
+// rows are multiplied. Their values may be those of 16 bits, which are widened as they are read.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -19,6 +19,7 @@ namespace {
 constexpr int64_t kLanes = Vec::size();
 constexpr int64_t kColumns = 2 * kLanes;         // outputs whose sums are in registers
 constexpr int kRows = kLanes == 16 ? 8 : 4;      // rows whose sums are
+constexpr int64_t kLine = 64, kAhead = 4096;     // bytes that are fetched at once, and how far ahead
 constexpr int64_t kWorkOfThread = 1 << 14;       // multiply-adds that are worth another thread
 
 // y `[M, kPanel]` = bias + x `[M, ins]` w `[ins, kPanel]`.
@@ -30,6 +31,9 @@ template <int M, typename T>
     times<2 * M * kApart>([&](auto i) __attribute__((always_inline)) { sums[i] = Vec(0.f); });
     int64_t k = 0;
     auto add = [&](auto at, int64_t k) __attribute__((always_inline)) {
+      if (c == 0)
+        for (int64_t i = 0; i < kPanel; i += kLine / sizeof(T))
+          __builtin_prefetch(w + k * kPanel + kAhead / sizeof(T) + i);
       const Vec left = loaded(w + k * kPanel + c), right = loaded(w + k * kPanel + c + kLanes);
       times<M>([&](auto m) __attribute__((always_inline)) {
         const Vec in(x[m * ins + k]);
