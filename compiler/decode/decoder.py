@@ -12,11 +12,10 @@ from attnopt.compiler.compiled import Compiled
 from attnopt.compiler.decode import padding
 from attnopt.compiler.decode.caches import Ring, cache_of
 from attnopt.compiler.decode.causal import require_causal
-from attnopt.compiler.decode.convolutions import Convolution
 from attnopt.compiler.decode.convolutions import find as find_convolutions
-from attnopt.compiler.decode.in_cpp import InCpp, in_cpp
+from attnopt.compiler.decode.in_cpp import InCpp, autocast, in_cpp
 from attnopt.compiler.decode.latents import find
-from attnopt.compiler.decode.phases import Cache, Kind, phase, tables
+from attnopt.compiler.decode.phases import Cache, Kind, phase, places, tables
 from attnopt.compiler.decode.single import HELP, Single
 from attnopt.compiler.decode.split import Split, merged, split
 from attnopt.compiler.decode.state import State
@@ -47,7 +46,7 @@ class Decoder:
         self.convolutions = {
             found.node: found for found in find_convolutions(program, parts, slack)
         }
-        self.places = _places(program, self.caches, self.convolutions)
+        self.places = places(program, self.caches, self.convolutions)
         self._phases: dict[tuple[Kind, bool, bool], Callable[..., Tensor]] = {}
         self._single: Single | None = None
         self._cpp: InCpp | None = None
@@ -148,7 +147,7 @@ class Decoder:
         if tokens not in self._with_slack:
             made = Decoder(self.program, self.split, tokens, self.dtype, self.counted)
             if self._single is not None:
-                made.compile(self._compiles_prompts)
+                made._compile(self._compiles_prompts, self._cpp)
             self._with_slack[tokens] = made
         return self._with_slack[tokens]
 
@@ -161,7 +160,7 @@ class Decoder:
         if self._padded is None:
             self._padded = padding.padded(self)
             if self._single is not None:
-                self._padded.compile(self._compiles_prompts)
+                self._padded._compile(self._compiles_prompts, self._cpp)
         return self._padded
 
     def grow(self, state: State, capacity: int) -> None:
@@ -219,15 +218,19 @@ class Decoder:
         On a CPU, linear maps of float32, and attention without a mask or bias, run through
         operators in C++ that are built here, once per machine, those of prompts too; a warning
         (A507) says where they cannot be. They keep copies of the weights: of 16 bits where these
-        hold them and, where the processor multiplies bfloat16 on matrix units, of 16 to 48 for
-        prompts. The first step takes the time of a compilation, and a second one for other batch
-        sizes. Weights are taken as they are: where one is written to later, what is read into the
-        next state is compiled anew; call `compile` after what torch does not count (writes through
-        `.data`, other parameters in its place).
+        hold them, else of 32, and for prompts, where the processor multiplies bfloat16 on matrix
+        units, of 16, 32 or 48. Under autocast torch's own run. The first step takes the time of a
+        compilation, and a second one for other batch sizes. Weights are taken as they are: where
+        one is written to later, what the next prompt or state needs is compiled anew; call
+        `compile` after what torch does not count (writes through `.data`, other parameters in its
+        place).
         """
+        self._compile(prompts, None)
+
+    def _compile(self, prompts: bool, other: InCpp | None) -> None:
         form = self.phase("step", last=True)
         dtypes = {self.dtype or self._kept(name) for name in self.caches}
-        self._cpp = in_cpp(self.caches, dtypes, self.device)
+        self._cpp = in_cpp(self.caches, dtypes, self.device, other)
         if self._cpp is not None:
             form = self._cpp.single(form)
         # The first steps' guards have looked at caches and tables; weights are taken as they are.
@@ -265,10 +268,10 @@ class Decoder:
                 help="make a state of a larger capacity",
             )  # fmt: skip
         with torch.no_grad():
-            if self._single is not None and state.compiled is None and self._single.outdated:
-                self.compile(self._compiles_prompts)
-            if self._single is not None and (kind, last, new) == ("step", True, 1):
-                logits = self._single.step(state, tokens)
+            self._renew(state)
+            single = None if self._cpp and autocast() else self._single
+            if single is not None and (kind, last, new) == ("step", True, 1):
+                logits = single.step(state, tokens)
             else:
                 start = () if kind == "prefill" else (state.length,)
                 form = self._form(kind, last)
@@ -277,8 +280,15 @@ class Decoder:
         state.reached = max(state.reached, state.length)
         return logits
 
+    def _renew(self, state: State) -> None:
+        """Compile anew where weights were written to, before a prompt or the first step."""
+        if self._single is None or (state.length and state.compiled is not None):
+            return
+        if self._single.outdated or (self._cpp is not None and self._cpp.outdated):
+            self.compile(self._compiles_prompts)
+
     def _form(self, kind: Kind, last: bool) -> Callable[..., Tensor]:
-        cpp = None if torch.is_autocast_enabled("cpu") else self._cpp
+        cpp = None if autocast() else self._cpp
         key = (kind, last, cpp is not None)
         if key not in self._phases:
             made = self.phase(kind, last)
@@ -360,22 +370,6 @@ class Decoder:
     def _fake(self, name: str) -> Tensor:
         fake: Tensor = self.program.node(name).meta["val"]
         return fake
-
-
-def _places(
-    program: Program, caches: Mapping[str, Cache], convolutions: Mapping[str, Convolution]
-) -> dict[str, int]:
-    """Which cache of a state each attention reads, then each convolution: attentions that read the
-    same keys and values read the same one, which is written once. A ring is one
-    attention's own, since what is written last replaces what another still has to read."""
-    found: dict[object, int] = {}
-    made = {
-        name: found.setdefault(
-            name if isinstance(cache, Ring) else program.node(name).args[1:3], len(found)
-        )
-        for name, cache in caches.items()
-    }
-    return made | {name: len(found) + at for at, name in enumerate(convolutions)}
 
 
 def derive(program: Program, slack: int = 0, check: bool = True) -> Decoder:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,23 +23,45 @@ class LinearMaps:
         self, run: Callable[..., Any], layout: Callable[[Sequence[Tensor]], Tensor], joined: bool
     ) -> None:
         self.run, self.layout, self.joined = run, layout, joined
-        self._kept = dict[tuple[str, ...], tuple[Tensor, Tensor]]()
+        self._kept = dict[tuple[int, ...], tuple[Tensor, Tensor]]()
+        self._seen = dict[int, tuple[Tensor, int, torch.dtype | None]]()  # by their identity
 
-    def through(self, module: fx.GraphModule) -> fx.GraphModule:
+    @property
+    def outdated(self) -> bool:
+        """Whether a weight or bias was written to since it was read, as far as torch counts it."""
+        return any(version(x) != was for x, was, _ in self._seen.values())
+
+    def through(
+        self, module: fx.GraphModule, where: Callable[[fx.Node], bool] = lambda _: True
+    ) -> fx.GraphModule:
         """A graph `(inputs [..., in]) -> outputs` with its linear maps of constant float32 weights
         `[out, in]` and biases `[out]` on a CPU replaced, those of one input by one call; it is
-        changed in place, and returned. Weights that lose nothing in 16 bits are apart from others.
+        changed in place, and returned. Weights that lose nothing in 16 bits are apart from others,
+        and those that bfloat16 has no room for stay as they are.
         """
         groups = dict[object, list[fx.Node]]()
-        for node, weight in _linears(module):
-            key = node.args[0], layouts.shorter(weight).dtype
-            groups.setdefault(key, []).append(node)
-        for at, nodes in enumerate(groups.values()):
-            self._replace(module, nodes, f"_linear_maps_{at}")
+        for node in module.graph.find_nodes(op="call_function", target=aten.linear.default):
+            weight, bias = _operands(module, node)
+            if not _taken(node, weight, bias) or not where(node):
+                continue
+            assert weight is not None
+            dtype = self._dtype(weight)
+            if dtype is not None:
+                groups.setdefault((node.args[0], dtype), []).append(node)
+        for nodes in groups.values():
+            self._replace(module, nodes, f"_linear_maps_{nodes[0].name}")
         module.graph.eliminate_dead_code(is_impure_node=lambda node: node.op != "get_attr")
         module.graph.lint()
         module.recompile()
         return module
+
+    def _dtype(self, weight: Tensor) -> torch.dtype | None:
+        """The narrowest that holds a weight's values; none where bfloat16 has no room for them."""
+        if id(weight) not in self._seen:
+            fits = bool(weight.detach().bfloat16().isfinite().all())
+            dtype = layouts.shorter(weight.detach()).dtype if fits else None
+            self._seen[id(weight)] = weight, version(weight), dtype
+        return self._seen[id(weight)][2]
 
     def _replace(self, module: fx.GraphModule, nodes: Sequence[fx.Node], name: str) -> None:
         kept = self._of(module, nodes)
@@ -62,34 +84,38 @@ class LinearMaps:
             module.graph.erase_node(node)
 
     def _of(self, module: fx.GraphModule, nodes: Sequence[fx.Node]) -> tuple[Tensor, Tensor]:
-        """The weights and biases of linear maps, by their names."""
-        names = tuple(str(operand) for node in nodes for operand in (*node.args[1:], None)[:2])
-        if names not in self._kept:
-            held = [_operands(module, node) for node in nodes]
+        """The weights and biases of linear maps."""
+        held = [_operands(module, node) for node in nodes]
+        key = tuple(id(x) for pair in held for x in pair)
+        if key not in self._kept:
             weights = [weight.detach() for weight, _ in held if weight is not None]
-            added = layouts.biases([bias for _, bias in held], weights).detach()
-            self._kept[names] = self.layout(weights), added
-        return self._kept[names]
+            biases = [bias for _, bias in held]
+            for bias in biases:
+                if bias is not None:
+                    self._seen[id(bias)] = bias, version(bias), None
+            added = layouts.biases(biases, weights).detach()
+            self._kept[key] = self.layout(weights), added
+        return self._kept[key]
 
 
-def _linears(module: fx.GraphModule) -> Iterator[tuple[fx.Node, Tensor]]:
-    """The linear maps, and their weights."""
-    for node in module.graph.find_nodes(op="call_function", target=aten.linear.default):
-        weight, bias = _operands(module, node)
-        if node.kwargs or weight is None or weight.dim() != 2 or not _taken(weight):
-            continue
-        if node.args[2:] in ((), (None,)) or (bias is not None and _taken(bias)):
-            yield node, weight.detach()
+def version(x: Tensor) -> int:
+    """How often torch has seen a tensor written to."""
+    return 0 if x.is_inference() else x._version
+
+
+def _taken(node: fx.Node, weight: Tensor | None, bias: Tensor | None) -> bool:
+    if node.kwargs or weight is None or weight.dim() != 2:
+        return False
+    if node.args[2:] not in ((), (None,)) and (bias is None or bias.shape != weight.shape[:1]):
+        return False
+    return all(x.dtype == torch.float32 and x.device.type == "cpu"
+               for x in (weight, bias) if x is not None)  # fmt: skip
 
 
 def _operands(module: fx.GraphModule, node: fx.Node) -> tuple[Tensor | None, Tensor | None]:
     """The weight and the bias of a linear map, where they are constants."""
     weight, bias = (*node.args[1:], None)[:2]
     return _constant(module, weight), _constant(module, bias)
-
-
-def _taken(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and x.device.type == "cpu"
 
 
 def _constant(module: fx.GraphModule, operand: object) -> Tensor | None:

@@ -25,6 +25,7 @@ Kind = Literal["prefill", "step"]
 Cache = Contiguous | Ring | Latent
 END = torch.iinfo(torch.int64).max
 WRITES = "writes"  # the mark, in their meta, of nodes that fill a cache
+LAST = "last"  # of what is the last position of another node
 GATED = "gated"  # and of attentions whose first argument says whose results are read
 
 
@@ -199,11 +200,28 @@ class _Writer:
             if linear:
                 with self.graph.inserting_before(node):
                     cut = self.graph.call_function(aten.slice.Tensor, (above[0], 1, -1, END))
+                    cut.meta[LAST] = True
                 node.replace_input_with(above[0], cut)
                 return logits
             node = above[0]
         with self.graph.inserting_after(logits):
             return self.graph.call_function(aten.slice.Tensor, (logits, 1, -1, END))
+
+
+def places(
+    program: Program, caches: Mapping[str, Cache], convolutions: Mapping[str, Convolution]
+) -> dict[str, int]:
+    """Which cache of a state each attention reads, then each convolution: attentions that read the
+    same keys and values read the same one, which is written once. A ring is one
+    attention's own, since what is written last replaces what another still has to read."""
+    found: dict[object, int] = {}
+    made = {
+        name: found.setdefault(
+            name if isinstance(cache, Ring) else program.node(name).args[1:3], len(found)
+        )
+        for name, cache in caches.items()
+    }
+    return made | {name: len(found) + at for at, name in enumerate(convolutions)}
 
 
 def storing(cache: Cache) -> Callable[..., None]:

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 
 from attnopt.compiler.compiled import Compiled
 from attnopt.compiler.decode.conditions import Conditions
+from attnopt.compiler.decode.linear_maps import version
 from attnopt.compiler.decode.state import State
 
 HELP = "torch.compile needs a C++ compiler"
@@ -103,7 +104,7 @@ class Single:
 
     def __init__(self, module: fx.GraphModule, **options: Any) -> None:
         self.module, self._seen = module, local()
-        self._weights = [(x, _version(x)) for x in module.parameters()]
+        self._weights = [(x, version(x)) for x in module.parameters()]
         self.compiled = Compiled(
             module, "the decoder's step", HELP,
             fullgraph=True, dynamic=True, backend=_backend(self._seen, options),
@@ -113,7 +114,7 @@ class Single:
     @property
     def outdated(self) -> bool:
         """Whether a weight was written to since it was compiled, as far as torch counts that."""
-        return any(_version(x) != version for x, version in self._weights)
+        return any(version(x) != was for x, was in self._weights)
 
     def step(self, state: State, tokens: Sequence[Tensor]) -> Tensor:
         """The logits of one more token of each sequence of a state; its `length` is left alone."""
@@ -147,10 +148,6 @@ def _backend(seen: local, options: dict[str, Any]) -> Callable[..., Callable[...
         return run
 
     return compiled
-
-
-def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version
 
 
 def _of_state(guards: Sequence[Any]) -> list[bool]:

@@ -6,11 +6,13 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <torch/library.h>
 
 #include <algorithm>
+#include <array>
+#include <utility>
 #include <vector>
 
+#include "operators.h"
 #include "panels.h"
 #include "vectors.h"
 
@@ -57,13 +59,14 @@ template <typename T>
 void run(const float* x, int64_t ins, const T* weights, const float* bias, const Panels& panels,
          int64_t rows) {
   using Multiply = void (*)(const float*, int64_t, const T*, const float*, float*);
-  constexpr Multiply kOf[] = {multiply<1, T>, multiply<2, T>, multiply<3, T>, multiply<4, T>,
-                              multiply<5, T>, multiply<6, T>, multiply<7, T>, multiply<8, T>};
+  constexpr auto kOf = []<int... M>(std::integer_sequence<int, M...>) {
+    return std::array<Multiply, kRows>{multiply<M + 1, T>...};
+  }(std::make_integer_sequence<int, kRows>());
   const int64_t work = std::max<int64_t>(1, ins * rows * kPanel);
   at::parallel_for(0, panels.size(), std::max<int64_t>(1, kWorkOfThread / work), [&](int64_t a, int64_t b) {
     float made[kRows * kPanel];
     for (int64_t n = a; n < b; n++)
-      for (int64_t row = 0; row < rows; row += kRows) {
+      for (int64_t row = 0; row < rows; row += kRows) {  // of a panel that is near by now
         const int64_t now = std::min<int64_t>(kRows, rows - row);
         kOf[now - 1](x + row * ins, ins, weights + n * ins * kPanel, bias + n * kPanel, made);
         panels[n].put(made, row, now);
@@ -71,9 +74,11 @@ void run(const float* x, int64_t ins, const T* weights, const float* bias, const
   });
 }
 
+}  // namespace
+
 // In one tensor: Inductor's C++ calls an operator of several through Python.
-at::Tensor few_rows(const at::Tensor& x_in, const at::Tensor& weights, const at::Tensor& bias,
-                    at::IntArrayRef outs) {
+at::Tensor attnopt::few_rows(const at::Tensor& x_in, const at::Tensor& weights,
+                             const at::Tensor& bias, at::IntArrayRef outs) {
   const Outputs to("few_rows", x_in, bias, outs, true);
   TORCH_CHECK(weights.dim() == 3 && weights.is_contiguous() && weights.size(0) == to.count() &&
                   weights.size(1) == to.ins && weights.size(2) == kPanel,
@@ -92,11 +97,3 @@ at::Tensor few_rows(const at::Tensor& x_in, const at::Tensor& weights, const at:
   }
   return to.made[0];
 }
-
-}  // namespace
-
-TORCH_LIBRARY_FRAGMENT(attnopt, m) {
-  m.def("few_rows(Tensor x, Tensor weights, Tensor bias, int[] outs) -> Tensor");
-}
-
-TORCH_LIBRARY_IMPL(attnopt, CPU, m) { m.impl("few_rows", few_rows); }

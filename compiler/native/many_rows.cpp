@@ -4,22 +4,24 @@
 // products of parts, those below 2^-24 of the whole are left out (Henry, Tang and Heinecke,
 // "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations",
 // ARITH 2019). The weights come in parts, one or two where 16 bits hold them; the rows are
-// split here, a few at a time, which stay in the processor's cache.
+// split here, as many at a time as a processor's cache is sure to hold.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/Utils.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <vector>
 
+#include "operators.h"
 #include "panels.h"
-#include "vectors.h"
 
 #if defined(CPU_CAPABILITY_AVX512) && (__GNUC__ >= 11 || __clang_major__ >= 12)
+
+#include <cpuid.h>
+#include <immintrin.h>
 
 #define ON_MATRIX_UNITS __attribute__((target("amx-tile,amx-bf16")))
 
@@ -28,7 +30,8 @@ namespace {
 constexpr int64_t kTile = 16 * 32;  // numbers of a tile
 constexpr int64_t kSide = kPanel;   // rows of x that are multiplied together: 2 x 2 tiles
 constexpr int64_t kParts = 3;       // of a number of x
-constexpr int64_t kMostSides = 4;   // of rows that are split before the weights are read
+constexpr int64_t kMostSides = 4;   // of rows that are split before the weights are read,
+constexpr int64_t kCache = 1 << 20; // and bytes that they take
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -38,8 +41,10 @@ struct alignas(64) TileConfig {
 
 using Buffer = std::unique_ptr<uint16_t[], decltype(&std::free)>;
 
-Buffer buffer(int64_t numbers) {
-  return {static_cast<uint16_t*>(std::aligned_alloc(64, std::max<int64_t>(64, 2 * numbers))), std::free};
+Buffer buffer(int64_t bytes) {
+  Buffer made{static_cast<uint16_t*>(std::aligned_alloc(64, std::max<int64_t>(64, bytes))), std::free};
+  TORCH_CHECK(made, "many_rows: no memory for ", bytes, " bytes");
+  return made;
 }
 
 // kSide rows by kSide outputs: y = bias + a b, of a `[deep, kParts, 2, 16, 32]` and b
@@ -120,7 +125,8 @@ struct Product {
     const int64_t side = 2 * kParts * deep * kTile;
     for (int64_t s = from; s < to; s++)
       split(x + s * kSide * ins, std::min(kSide, rows - s * kSide), ins, deep, a + (s - from) * side);
-    const TileConfig config;
+    asm volatile("" ::: "memory");  // tiles are loaded behind the compiler's back
+    static constexpr TileConfig config;
     _tile_loadconfig(&config);
     const auto times = parts == 1 ? multiply<1> : parts == 2 ? multiply<2> : multiply<3>;
     for (int64_t n = first; n < last; n++)
@@ -141,51 +147,57 @@ struct Product {
   }
 };
 
-std::vector<at::Tensor> many_rows(const at::Tensor& x_in, const at::Tensor& weights,
+}  // namespace
+
+std::vector<at::Tensor> attnopt::many_rows(const at::Tensor& x_in, const at::Tensor& weights,
                                   const at::Tensor& bias, at::IntArrayRef outs) {
-  Outputs to("many_rows", x_in, bias, outs, false);
-  const int64_t deep = (to.ins + 31) / 32, count = to.count();
+  Outputs outputs("many_rows", x_in, bias, outs, false);
+  const int64_t deep = (outputs.ins + 31) / 32, count = outputs.count();
   TORCH_CHECK(weights.dim() == 6 && weights.scalar_type() == at::kBFloat16 && weights.is_contiguous() &&
-                  weights.size(0) == count && weights.size(1) == deep && weights.size(2) <= kParts,
-              "many_rows: weights ", weights.sizes(), " are not those of ", to.ins, " inputs and ",
+                  weights.size(0) == count && weights.size(1) == deep && weights.size(2) >= 1 &&
+                  weights.size(2) <= kParts && weights.sizes().slice(3).equals({2, 16, 32}),
+              "many_rows: weights ", weights.sizes(), " are not those of ", outputs.ins, " inputs and ",
               outs, " outputs");
-  if (to.rows == 0 || count == 0) return to.made;
+  TORCH_CHECK(matrix_units(), "many_rows: the processor has no matrix units for bfloat16");
+  if (outputs.rows == 0 || count == 0) return outputs.made;
   const at::Tensor x = x_in.contiguous();
   const Product of{x.const_data_ptr<float>(), static_cast<const uint16_t*>(weights.const_data_ptr()),
-                   bias.const_data_ptr<float>(), std::move(to.panels), to.rows, to.ins, deep,
+                   bias.const_data_ptr<float>(), std::move(outputs.panels), outputs.rows, outputs.ins, deep,
                    weights.size(2)};
   const int64_t threads = at::get_num_threads(), sides = (of.rows + kSide - 1) / kSide;
-  const int64_t together = std::clamp<int64_t>((sides + threads - 1) / threads, 1, kMostSides);
+  const int64_t side = 2 * kParts * deep * kTile * sizeof(uint16_t);
+  const int64_t together = std::clamp<int64_t>(
+      std::min((sides + threads - 1) / threads, kCache / std::max<int64_t>(side, 1)), 1, kMostSides);
   const int64_t blocks = (sides + together - 1) / together;
   const int64_t shares = std::min(count, (threads + blocks - 1) / blocks);
   at::parallel_for(0, blocks * shares, 1, [&](int64_t from, int64_t to) {
-    const Buffer a = buffer(together * 2 * kParts * deep * kTile);
+    const Buffer a = buffer(together * side);
     for (int64_t i = from; i < to; i++) {
       const int64_t first = i / shares * together, share = i % shares;
       of.run(first, std::min(first + together, sides), count * share / shares,
              count * (share + 1) / shares, a.get());
     }
   });
-  return to.made;
+  return outputs.made;
 }
 
-bool matrix_units() { return at::cpu::init_amx(); }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(attnopt, CPU, m) { m.impl("many_rows", many_rows); }
+// Asks the processor, and the system for the use of them, once per process.
+bool attnopt::matrix_units() {
+  static const bool there = [] {
+    unsigned a, b, c, d = 0;
+    const bool bfloat16 = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
+    return bfloat16 && at::cpu::init_amx();
+  }();
+  return there;
+}
 
 #else
 
-namespace {
+std::vector<at::Tensor> attnopt::many_rows(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                           at::IntArrayRef) {
+  TORCH_CHECK(false, "many_rows: compiled for a processor without matrix units");
+}
 
-bool matrix_units() { return false; }
-
-}  // namespace
+bool attnopt::matrix_units() { return false; }
 
 #endif
-
-TORCH_LIBRARY_FRAGMENT(attnopt, m) {
-  m.def("many_rows(Tensor x, Tensor weights, Tensor bias, int[] outs) -> Tensor[]");
-  m.def("matrix_units() -> bool", matrix_units);  // asks the system for them, once per process
-}

@@ -9,7 +9,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <array>
@@ -17,6 +16,7 @@
 #include <limits>
 #include <vector>
 
+#include "operators.h"
 #include "vectors.h"
 
 namespace {
@@ -282,8 +282,10 @@ at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
   return out.to(q.scalar_type());
 }
 
-at::Tensor one_token(const at::Tensor& q, const at::Tensor& k_in, const at::Tensor& v_in,
-                     double scale) {
+}  // namespace
+
+at::Tensor attnopt::one_token(const at::Tensor& q, const at::Tensor& k_in, const at::Tensor& v_in,
+                              double scale) {
   const at::ScalarType type = q.scalar_type();
   TORCH_CHECK(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf,
               "one_token: q is float32, bfloat16 or float16, not ", type);
@@ -303,11 +305,3 @@ at::Tensor one_token(const at::Tensor& q, const at::Tensor& k_in, const at::Tens
     default: return attention<float>(q, k, v, scale);
   }
 }
-
-}  // namespace
-
-TORCH_LIBRARY_FRAGMENT(attnopt, m) {
-  m.def("one_token(Tensor q, Tensor k, Tensor v, float scale) -> Tensor");
-}
-
-TORCH_LIBRARY_IMPL(attnopt, CPU, m) { m.impl("one_token", one_token); }

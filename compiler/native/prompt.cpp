@@ -8,7 +8,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <array>
@@ -16,6 +15,7 @@
 #include <limits>
 #include <vector>
 
+#include "operators.h"
 #include "vectors.h"
 
 namespace {
@@ -189,20 +189,30 @@ at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
   const int64_t kv_heads = k.size(1), keys = k.size(2), v_dim = v.size(3);
   const int64_t group = heads / kv_heads, units = batch * kv_heads, threads = at::get_num_threads();
   const int64_t blocks = (rows + kRows - 1) / kRows;
-  const int64_t parts = units % threads == 0
-      ? 1 : std::clamp<int64_t>((kTurns * threads + units - 1) / units, 1, blocks);
+  const int64_t parts = units % threads == 0 || units == 0
+      ? 1 : std::min((kTurns * threads + units - 1) / units, std::max<int64_t>(blocks, 1));
   at::Tensor out = at::empty({batch, rows, heads, v_dim}, q.options());
+  if (out.numel() == 0) return out.transpose(1, 2);
   const float* queries = q.const_data_ptr<float>();
   float* made = out.data_ptr<float>();
   const int64_t row_stride = q.stride(2);
+  auto read = [&](int64_t unit, Head& head) {
+    const int64_t n = unit / kv_heads, h = unit % kv_heads;
+    head.read(k.const_data_ptr<float>() + n * k.stride(0) + h * k.stride(1), k.stride(2),
+              v.const_data_ptr<float>() + n * v.stride(0) + h * v.stride(1), v.stride(2), keys);
+  };
+  // Threads that share a head read it once for all; others keep theirs near.
+  std::vector<Head> shared(parts > 1 ? units : 0, Head(keys, dim, v_dim));
+  at::parallel_for(0, shared.size(), 1, [&](int64_t a, int64_t b) {
+    for (int64_t unit = a; unit < b; unit++) read(unit, shared[unit]);
+  });
   at::parallel_for(0, units * parts, 1, [&](int64_t a, int64_t b) {
-    Head kv(keys, dim, v_dim);
+    Head own(parts > 1 ? 0 : keys, dim, v_dim);
     Block of(dim, v_dim);
     for (int64_t i = a; i < b; i++) {
       const int64_t n = i / parts / kv_heads, head = i / parts % kv_heads;
-      if (i == a || i % parts == 0)
-        kv.read(k.const_data_ptr<float>() + n * k.stride(0) + head * k.stride(1), k.stride(2),
-                v.const_data_ptr<float>() + n * v.stride(0) + head * v.stride(1), v.stride(2), keys);
+      if (parts == 1) read(i, own);
+      const Head& kv = parts > 1 ? shared[i / parts] : own;
       for (int64_t h = head * group; h < (head + 1) * group; h++)
         for (int64_t first = i % parts * kRows; first < rows; first += parts * kRows) {
           const int64_t now = std::min(kRows, rows - first), before = keys - rows + first;
@@ -226,8 +236,10 @@ at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
   return out.transpose(1, 2);
 }
 
-at::Tensor prompt(const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in,
-                  double scale) {
+}  // namespace
+
+at::Tensor attnopt::prompt(const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in,
+                           double scale) {
   for (const at::Tensor* x : {&q_in, &k_in, &v_in})
     TORCH_CHECK(x->dim() == 4 && x->scalar_type() == at::kFloat,
                 "prompt: q, k and v are float32 [batch, heads, tokens, dim]");
@@ -240,11 +252,3 @@ at::Tensor prompt(const at::Tensor& q_in, const at::Tensor& k_in, const at::Tens
   auto rowed = [](const at::Tensor& x) { return x.stride(3) == 1 ? x : x.contiguous(); };
   return attention(rowed(q_in), rowed(k_in), rowed(v_in), static_cast<float>(scale));
 }
-
-}  // namespace
-
-TORCH_LIBRARY_FRAGMENT(attnopt, m) {
-  m.def("prompt(Tensor q, Tensor k, Tensor v, float scale) -> Tensor");
-}
-
-TORCH_LIBRARY_IMPL(attnopt, CPU, m) { m.impl("prompt", prompt); }

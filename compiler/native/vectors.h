@@ -96,9 +96,9 @@ inline float largest(Vec x) {
 #endif
 }
 
-// e^x of numbers up to 0, to within 2 units in the last place; below -87.3 it is 0, since numbers
-// without a leading one take the processor a hundred times as long. The polynomial is that of
-// Cephes' `expf` (Moshier, netlib).
+// e^x of numbers up to 0, to within 2 units in the last place. With AVX-512 it is 0 below -87.3, since
+// numbers without a leading one take the processor a hundred times as long, and the polynomial is
+// that of Cephes' `expf` (Moshier, netlib).
 inline Vec exponential(Vec x) {
 #if defined(CPU_CAPABILITY_AVX512)
   const __m512 least = _mm512_set1_ps(-87.3f);

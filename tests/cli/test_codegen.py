@@ -264,10 +264,11 @@ def test_binaries_are_written_with_what_launches_them(name: str, run: Path, tmp_
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["h100", "mi300x"])
 def test_the_same_plan_gives_the_same_binaries_in_another_process(
-    name: str, run: Path, tmp_path: Path
+    name: str, tmp_path: Path
 ) -> None:
     """Each process has a seed of hashes and a compiler's cache of its own."""
-    made = []
+    made, run = [], tmp_path / "run"
+    save(run, decoder(length=10), Plan(), least())
     for seed in ("1", "2"):
         out, cache = tmp_path / seed / "out", tmp_path / seed / "cache"
         ended, _ = compiling(_AOT, run, name, out, PYTHONHASHSEED=seed, TRITON_CACHE_DIR=str(cache))

@@ -20,6 +20,8 @@ from attnopt.compiler.spec import FULL, AttentionSpec
 from tests.tolerance import assert_close
 from tests.tree import ROOT
 
+pytestmark = pytest.mark.slow  # the operators are built, once per machine
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _built() -> None:
@@ -81,17 +83,17 @@ def test_few_rows_says_what_does_not_fit() -> None:
             few(x, packed, wrong, OUTS)
 
 
-needs_matrix_units = pytest.mark.skipif(
-    "amx_bf16" not in Path("/proc/cpuinfo").read_text(), reason="a processor without matrix units"
-)
+@pytest.fixture
+def units() -> None:
+    if not torch.ops.attnopt.matrix_units():
+        pytest.skip("a processor without matrix units")
 
 
-@needs_matrix_units
+@pytest.mark.usefixtures("units")
 @pytest.mark.parametrize("rows", [1, 31, 33, 300])
 @pytest.mark.parametrize("ins", [5, 64, 250])
 @pytest.mark.parametrize("kept", [torch.float32, torch.float16, torch.bfloat16])
 def test_many_rows_is_linear(rows: int, ins: int, kept: torch.dtype) -> None:
-    assert torch.ops.attnopt.matrix_units()
     x = torch.randn(rows, 2, ins)[:, -1:]
     weights, biases = _maps(ins, kept)
     packed = layouts.tiles(weights)
@@ -102,10 +104,9 @@ def test_many_rows_is_linear(rows: int, ins: int, kept: torch.dtype) -> None:
         assert_close(got, want)
 
 
-@needs_matrix_units
+@pytest.mark.usefixtures("units")
 def test_many_rows_is_as_near_as_torch() -> None:
     """A product of parts loses no more than one of float32, of numbers of all sizes."""
-    assert torch.ops.attnopt.matrix_units()
     x, weight = (torch.randn(200, 512) * 2.0 ** torch.randint(-20, 20, (200, 512)) for _ in "xw")
     given = layouts.tiles([weight]), layouts.biases([None], [weight]), [200]
     (made,) = torch.ops.attnopt.many_rows(x, *given)
@@ -116,9 +117,8 @@ def test_many_rows_is_as_near_as_torch() -> None:
     assert lost.mean() < 1.5 * torchs.mean()
 
 
-@needs_matrix_units
+@pytest.mark.usefixtures("units")
 def test_many_rows_keeps_to_the_row_what_is_no_number() -> None:
-    assert torch.ops.attnopt.matrix_units()
     weights, biases = _maps(24, torch.float32)
     x = torch.randn(40, 24)
     x[3, 5], x[35, 23] = float("nan"), float("inf")
@@ -132,13 +132,14 @@ def test_many_rows_keeps_to_the_row_what_is_no_number() -> None:
         assert made[~whole].isnan().all()  # where torch has infinite numbers too
 
 
-@needs_matrix_units
+@pytest.mark.usefixtures("units")
 def test_many_rows_says_what_does_not_fit() -> None:
-    assert torch.ops.attnopt.matrix_units()
     many, x = torch.ops.attnopt.many_rows, torch.randn(2, 24)
     weights, biases = _maps(24, torch.float32)
     packed, added = layouts.tiles(weights), layouts.biases(biases, weights)
-    for wrong in (packed[1:], packed.float(), packed.flatten(), packed[:, :0]):
+    odd = [packed[1:], packed.float(), packed.flatten(), packed[:, :0], packed[:, :, :0]]
+    odd += [packed[..., :16], packed[..., :8, :], packed[:, :, :, :1], packed.mT]
+    for wrong in (*(x.contiguous() for x in odd[:-1]), odd[-1]):
         with pytest.raises(RuntimeError, match=r"many_rows: weights .* are not those of 24 inputs"):
             many(x, wrong, added, OUTS)
     with pytest.raises(RuntimeError, match="inputs are float32, not Double"):
@@ -195,6 +196,7 @@ def test_prompt_of_views_and_of_nothing_and_what_does_not_fit() -> None:
     assert_close(torch.ops.attnopt.prompt(*across, 0.3), _causal(*across, 0.3))
     assert torch.ops.attnopt.prompt(q[:0], k[:0], v[:0], 0.3).shape == (0, 6, 30, 8)
     assert torch.ops.attnopt.prompt(q[:, :, :0], k, v, 0.3).shape == (2, 6, 0, 8)
+    assert torch.ops.attnopt.prompt(q[:1, :, :0], k[:1], v[:1], 0.3).shape == (1, 6, 0, 8)
     for wrong in ((q, k[:, :, 1:], v), (q[..., 1:], k, v), (q, k[:, :, 5:], v[:, :, 5:])):
         with pytest.raises(RuntimeError, match="do not fit"):
             torch.ops.attnopt.prompt(*wrong, 0.3)
@@ -309,17 +311,6 @@ def test_one_token_says_what_does_not_fit() -> None:
         torch.ops.attnopt.one_token(q, k.bfloat16(), k, 1.0)
     with pytest.raises(RuntimeError, match="not Double"):
         torch.ops.attnopt.one_token(q.double(), k.double(), k.double(), 1.0)
-
-
-def test_they_compile_for_a_processor_without_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    folder = Path(build.__file__).parent
-    command = [cpp_extension.get_cxx_compiler(), *build._flags(), "-fsyntax-only"]
-    command += [f"-I{path}" for path in cpp_extension.include_paths()]
-    made = subprocess.run(
-        [*command, *(str(folder / name) for name in build.SOURCES)], capture_output=True, text=True
-    )
-    assert made.returncode == 0, made.stderr
 
 
 def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

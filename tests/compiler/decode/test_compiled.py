@@ -6,7 +6,7 @@ import copy
 import gc
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -20,9 +20,11 @@ from attnopt.compiler.decode.generate import Generation, generate
 from attnopt.compiler.decode.linear_maps import LinearMaps
 from attnopt.compiler.decode.state import State
 from attnopt.compiler.native import layouts
-from tests.compiler.decode.test_derive import Small, traced
+from tests.compiler.decode.test_derive import Small, traced, zoo
+from tests.compiler.decode.test_shared_cache import Twice
 from tests.tolerance import assert_close
 
+pytestmark = pytest.mark.slow  # the operators are built, once per machine
 IDS = torch.randint(3, 50, (2, 7), generator=torch.Generator().manual_seed(1))
 HOW = Generation(max_new_tokens=6)
 
@@ -271,7 +273,7 @@ def test_a_compiled_step_runs_the_operators_in_cpp() -> None:
 def test_where_the_operators_cannot_be_built_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "ready", lambda: "no C++ compiler `c++`")
     decoder = small()
-    with pytest.warns(RuntimeWarning, match=r"A507\]: the decoder's step runs torch's own"):
+    with pytest.warns(RuntimeWarning, match=r"A507\]: the decoder runs torch's own"):
         decoder.compile()
     assert decoder._single is not None
     names = {str(node.target) for node in decoder._single.module.graph.nodes}
@@ -332,21 +334,41 @@ def _through_few_rows(model: nn.Module) -> tuple[fx.GraphModule, list[Tensor], T
 LONG = torch.randint(3, 50, (2, 70), generator=torch.Generator().manual_seed(2))
 
 
-def test_what_is_read_in_cpp_is_what_torch_reads() -> None:
-    """A prompt, its chunks, several tokens after it, all logits or the last, and where attention
-    reads padding or not."""
-    torch._dynamo.reset()
-    for masked in (False, True):
-        plain, fast = small(masked=masked), small(masked=masked)
-        fast.compile()
-        _same(plain, fast)
-    torch._dynamo.reset()
+class Grouped(Small):
+    """Query heads that share keys and values."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        q, k, v = self.qkv(x).split((32, 16, 48), -1)
+        q, k, v = (y.unflatten(-1, (-1, 8)).transpose(1, 2) for y in (q, k, v[..., :16]))
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        made: Tensor = self.head(x + self.out(y.transpose(1, 2).reshape(x.shape)))
+        return made
 
 
-def _same(plain: Decoder, fast: Decoder) -> None:
+FORMS: dict[str, Callable[[], Decoder]] = {
+    "plain": small,
+    "masked": lambda: small(masked=True),
+    "grouped": lambda: derive(traced(_seeded(lambda: Grouped("")), input_ids=LONG[:, :12])),
+    "gated": lambda: derive(traced(_seeded(lambda: Twice("gated")), input_ids=LONG[:, :12])),
+    "latent": lambda: derive(zoo("DeepSeek-V2 (MLA)", double=False), check=False),
+}
+
+
+def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return make()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_read_in_cpp_is_what_torch_reads(form: str) -> None:
+    """A prompt, its chunks, several tokens after it, all logits or the last; the heads of a group,
+    attentions that read padding, a gate or latents."""
+    plain, fast = FORMS[form](), FORMS[form]()
+    fast.compile()
     assert fast._cpp is not None
-    states = [each.state(2, 80) for each in (plain, fast)]
-    for last, of in ((False, LONG[:, :33]), (True, LONG[:, 33:69]), (False, LONG[:, 69:])):
+    states = [each.state(2, 60) for each in (plain, fast)]
+    for last, of in ((False, LONG[:, :33]), (True, LONG[:, 33:49]), (False, LONG[:, 49:50])):
         made = [
             each.step(state, of, last=last)
             for each, state in zip((plain, fast), states, strict=True)
@@ -357,20 +379,49 @@ def _same(plain: Decoder, fast: Decoder) -> None:
             assert_close(y, x)
 
 
+def test_what_follows_a_prompt_runs_through_the_operators_too() -> None:
+    decoder = small()
+    decoder.compile()
+    forms = [decoder._form(*how) for how in (("prefill", True), ("step", False))]
+    for form in forms:
+        assert isinstance(form, fx.GraphModule)
+        assert "attention_in_cpp" in {getattr(n.target, "__name__", "") for n in form.graph.nodes}
+    slack = decoder.with_slack(3)
+    assert slack is decoder  # it has no windows
+    names = [
+        {x.data_ptr() for name, x in form.named_buffers() if name.endswith("_weights")}
+        for form in forms
+        if isinstance(form, fx.GraphModule)
+    ]
+    assert names[0] & names[1]  # kept once
+
+
 def test_prompts_run_through_the_operators_in_cpp() -> None:
     decoder = small()
     decoder.compile()
     form = decoder._form("prefill", True)
     assert isinstance(form, fx.GraphModule)
-    names = {getattr(n.target, "__name__", str(n.target)) for n in form.graph.nodes}
-    assert "attention_in_cpp" in names
-    many = torch.ops.attnopt.many_rows.default
+    many, few = torch.ops.attnopt.many_rows.default, torch.ops.attnopt.few_rows.default
     units = torch.ops.attnopt.matrix_units()
     assert bool(form.graph.find_nodes(op="call_function", target=many)) == units
-    with torch.autocast("cpu", torch.bfloat16):  # torch's own, which know of autocast
-        assert decoder._form("prefill", True) is not form
-        state = decoder.state(2, 12)
-        assert decoder.prefill(state, IDS, last=True).dtype == torch.bfloat16
+    (head,) = form.graph.find_nodes(op="call_function", target=few)  # of the last position alone
+    assert head.args[3] == [50]
+
+
+def test_under_autocast_torch_runs() -> None:
+    plain, fast = small(masked=True), small(masked=True)
+    fast.compile()
+    form = fast._form("prefill", True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fast._form("prefill", True) is not form
+        states = [each.state(2, 12) for each in (plain, fast)]
+        for of in (IDS, IDS[:, :1], IDS[:, 1:2]):
+            made = [
+                each.step(state, of, last=True)
+                for each, state in zip((plain, fast), states, strict=True)
+            ]
+            assert made[1].dtype == torch.bfloat16
+            assert_close(made[1], made[0])
 
 
 def test_prompts_are_compiled_where_that_is_asked() -> None:
@@ -388,17 +439,41 @@ def test_prompts_are_compiled_where_that_is_asked() -> None:
         ]
         assert_close(made[1], made[0])
         graphs.append(counters["stats"]["unique_graphs"])
-    assert graphs[0] == 1 and graphs[1:] == [graphs[1]] * 3  # whatever the length
+    assert graphs[-1] <= 2 and graphs[1:] == [graphs[1]] * 3  # whatever the length
     torch._dynamo.reset()
 
 
-def test_prompts_follow_weights_that_are_written_to() -> None:
-    plain, fast = small(), small()
+class Held(Small):
+    """The last map's weight is no parameter."""
+
+    def __init__(self, mix: str) -> None:
+        super().__init__(mix)
+        self.held = nn.Buffer(torch.randn(50, 50) / 7)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return nn.functional.linear(super().forward(input_ids), self.held)
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_prompts_follow_weights_that_are_written_to(used: bool) -> None:
+    """Parameters and buffers, for a new state and for one that is read into again."""
+    plain, fast = (
+        derive(traced(_seeded(lambda: Held("")), input_ids=LONG[:, :12])) for _ in range(2)
+    )
     fast.compile()
-    fast.prefill(fast.state(2, 12), IDS, last=True)
-    for each in (plain, fast):
-        with torch.no_grad():
-            for parameter in each.program.module.parameters():
-                parameter.mul_(1.5)
-    made = [each.prefill(each.state(2, 12), IDS, last=True) for each in (plain, fast)]
-    assert_close(made[1], made[0])
+    states = [each.state(2, 12) for each in (plain, fast)]
+    for each, state in zip((plain, fast), states, strict=True):
+        each.prefill(state, IDS, last=True)
+        if used:
+            each.step(state, IDS[:, :1], last=True)
+        each.rewind(state, 0)
+    for which in ("parameters", "buffers"):
+        made = []
+        for each, state in zip((plain, fast), states, strict=True):
+            with torch.no_grad():
+                for x in getattr(each.program.module, which)():
+                    if x.is_floating_point():
+                        x.mul_(1.5)
+            made.append(each.prefill(state, IDS, last=True))
+            each.rewind(state, 0)
+        assert_close(made[1], made[0])

@@ -1,0 +1,21 @@
+// The operators as `torch.ops.attnopt`. Torch's header for it takes as long to compile as a kernel,
+// and so is read here alone.
+
+#include "operators.h"
+
+#include <torch/library.h>
+
+TORCH_LIBRARY_FRAGMENT(attnopt, m) {
+  m.def("few_rows(Tensor x, Tensor weights, Tensor biases, int[] outs) -> Tensor");
+  m.def("many_rows(Tensor x, Tensor weights, Tensor biases, int[] outs) -> Tensor[]");
+  m.def("matrix_units() -> bool", attnopt::matrix_units);
+  m.def("one_token(Tensor q, Tensor k, Tensor v, float scale) -> Tensor");
+  m.def("prompt(Tensor q, Tensor k, Tensor v, float scale) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(attnopt, CPU, m) {
+  m.impl("few_rows", attnopt::few_rows);
+  m.impl("many_rows", attnopt::many_rows);
+  m.impl("one_token", attnopt::one_token);
+  m.impl("prompt", attnopt::prompt);
+}

@@ -1,0 +1,19 @@
+// The operators, which `operators.cpp` registers; each is told in the file of its name.
+
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <vector>
+
+namespace attnopt {
+
+at::Tensor few_rows(const at::Tensor& x, const at::Tensor& weights, const at::Tensor& biases,
+                    at::IntArrayRef outs);
+std::vector<at::Tensor> many_rows(const at::Tensor& x, const at::Tensor& weights,
+                                  const at::Tensor& biases, at::IntArrayRef outs);
+bool matrix_units();
+at::Tensor one_token(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, double scale);
+at::Tensor prompt(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, double scale);
+
+}  // namespace attnopt
