@@ -3,7 +3,7 @@ static cache, and with its static cache under torch.compile: greedy, float32, 51
 128 new ones, batch 1 and 8. Nothing is approximated: the tokens have to be the same.
 
 The floor of a step is the time in which torch sums as many bytes as have to be read for it, weights
-and cache, measured in turns with the step.
+and cache, in memory of the same pages, measured in turns with the step.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from attnopt.compiler.decode import Decoder, derive
 from attnopt.compiler.decode.generate import Generation, generate
 from attnopt.compiler.intake.loaded import Loaded
 from attnopt.compiler.native.layouts import shorter
+from attnopt.compiler.native.pages import Pages
 from attnopt.compiler.pipeline import apply_pass
 from attnopt.compiler.program import Batch
 from attnopt.compiler.raising import raise_program
@@ -149,7 +150,7 @@ def _against_floor(name: str, decoder: Decoder, batch: int) -> Row:
     ids = torch.randint(3, 1000, (batch, PROMPT))
     token = decoder.prefill(state, ids, last=True)[:, -1].argmax(-1, keepdim=True)
     read = _weights(decoder) + batch * decoder.bytes_per_token() * (PROMPT + NEW // 2)
-    as_much = torch.randn(read // 4)
+    as_much = Pages().zeros((read // 4,), torch.float32).normal_()
     steps, sums = list[float](), list[float]()
     for _ in range(NEW // TURN):  # in turns, but with its own data in the processor's caches
         steps += [_seconds(lambda: decoder.step(state, token, last=True)) for _ in range(TURN)][1:]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, fx
@@ -20,6 +20,7 @@ from attnopt.compiler.decode.single import HELP, Single
 from attnopt.compiler.decode.split import Split, merged, split
 from attnopt.compiler.decode.state import State
 from attnopt.compiler.errors import Problem
+from attnopt.compiler.native.pages import Pages
 from attnopt.compiler.program import Program
 from attnopt.compiler.spec import parse_spec
 
@@ -72,16 +73,14 @@ class Decoder:
             raise Problem("A704", f"a state needs room for one token at least, got {capacity}")
         given = {name: self._extended(name, (masks or {}).get(name), batch, capacity)
                  for name in self.split.masks}  # fmt: skip
-        caches = [
-            tuple(
-                torch.zeros(
-                    batch, heads, cache.slots(capacity), dim,
-                    dtype=self.dtype or self._kept(name), device=self.device,
-                )
-                for heads, dim in cache.widths
+        on_cpu = self.device.type == "cpu"
+        zeros = Pages().zeros if on_cpu else partial(torch.zeros, device=self.device)
+        caches = []
+        for name, cache in (*self._owners(), *self.convolutions.items()):
+            dtype, slots = self.dtype or self._kept(name), cache.slots(capacity)
+            caches.append(
+                tuple(zeros((batch, heads, slots, dim), dtype=dtype) for heads, dim in cache.widths)
             )
-            for name, cache in (*self._owners(), *self.convolutions.items())
-        ]  # fmt: skip
         state = State(batch, capacity, caches, [], given)
         state.tables = self._make_tables(state)
         return state

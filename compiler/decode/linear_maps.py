@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from attnopt.compiler.native import layouts
+from attnopt.compiler.native.pages import Pages
 
 aten = torch.ops.aten
 
@@ -23,6 +24,7 @@ class LinearMaps:
         self, run: Callable[..., Any], layout: Callable[[Sequence[Tensor]], Tensor], joined: bool
     ) -> None:
         self.run, self.layout, self.joined = run, layout, joined
+        self._pages = Pages()
         self._kept = dict[tuple[int, ...], tuple[Tensor, Tensor]]()
         self._seen = dict[int, tuple[Tensor, int, torch.dtype | None]]()  # by their identity
 
@@ -94,7 +96,7 @@ class LinearMaps:
                 if bias is not None:
                     self._seen[id(bias)] = bias, version(bias), None
             added = layouts.biases(biases, weights).detach()
-            self._kept[key] = self.layout(weights), added
+            self._kept[key] = self._pages.copied(self.layout(weights)), added
         return self._kept[key]
 
 

@@ -21,7 +21,8 @@ namespace {
 constexpr int64_t kLanes = Vec::size();
 constexpr int64_t kColumns = 2 * kLanes;         // outputs whose sums are in registers
 constexpr int kRows = kLanes == 16 ? 8 : 4;      // rows whose sums are
-constexpr int64_t kLine = 64, kAhead = 4096;     // bytes that are fetched at once, and how far ahead
+constexpr int64_t kLine = 64;                    // bytes that are fetched at once
+constexpr int64_t kFar = 4096, kNear = 512;      // how far ahead into the second cache, and the first
 constexpr int64_t kWorkOfThread = 1 << 14;       // multiply-adds that are worth another thread
 
 // y `[M, kPanel]` = bias + x `[M, ins]` w `[ins, kPanel]`.
@@ -34,8 +35,10 @@ template <int M, typename T>
     int64_t k = 0;
     auto add = [&](auto at, int64_t k) __attribute__((always_inline)) {
       if (c == 0)
-        for (int64_t i = 0; i < kPanel; i += kLine / sizeof(T))
-          __builtin_prefetch(w + k * kPanel + kAhead / sizeof(T) + i);
+        for (int64_t i = 0; i < kPanel; i += kLine / sizeof(T)) {
+          __builtin_prefetch(w + k * kPanel + kFar / sizeof(T) + i, 0, 1);
+          __builtin_prefetch(w + k * kPanel + kNear / sizeof(T) + i);
+        }
       const Vec left = loaded(w + k * kPanel + c), right = loaded(w + k * kPanel + c + kLanes);
       times<M>([&](auto m) __attribute__((always_inline)) {
         const Vec in(x[m * ins + k]);

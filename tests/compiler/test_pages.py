@@ -1,0 +1,67 @@
+"""Memory in large pages: what lies in it, and that it is let go."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+
+import pytest
+import torch
+
+from attnopt.compiler.native.pages import Pages
+
+LARGE = 1 << 21
+
+
+def _mapped(address: int) -> bool:
+    spans = [
+        line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines()
+    ]
+    return any(int(low, 16) <= address < int(high, 16) for low, high in spans)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("rows", [0, 1, 700, 9000])
+def test_zeros(dtype: torch.dtype, rows: int) -> None:
+    made = Pages().zeros((rows, 3, 1000), dtype)
+    assert torch.equal(made, torch.zeros(rows, 3, 1000, dtype=dtype))
+    assert made.dtype == dtype and made.is_contiguous()
+
+
+def test_tensors_lie_apart_from_each_other() -> None:
+    pages = Pages()
+    made = [pages.zeros((100_000 + 777 * i,), torch.float32).fill_(i) for i in range(300)]
+    assert all(bool((x == i).all()) for i, x in enumerate(made))
+    assert all(x.data_ptr() % 256 == 0 for x in made)
+
+
+def test_copies_do_not_share_what_was_copied() -> None:
+    x = torch.randn(400, 500).t()
+    made = Pages().copied(x)
+    assert torch.equal(made, x) and made.is_contiguous()
+    made[0] = 0
+    assert bool(x[0].all())
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="large pages are asked for on Linux")
+def test_it_begins_with_a_large_page_and_ends_with_the_last_tensor() -> None:
+    pages = Pages()
+    first, second = (pages.zeros((1 << 20,), torch.float32) for _ in range(2))
+    at, behind = first.data_ptr(), second.data_ptr()
+    assert at % LARGE == 0 and behind == at + first.nbytes
+    del pages, first
+    second += 1
+    assert _mapped(behind)
+    del second
+    assert not _mapped(behind)
+
+
+def test_where_a_kernel_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing(mmap.mmap):
+        def madvise(self, *_: int) -> None:
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", Refusing)
+    assert torch.equal(Pages().zeros((70_000,), torch.float32), torch.zeros(70_000))
+    monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
+    assert torch.equal(Pages().zeros((70_000,), torch.float32), torch.zeros(70_000))
