@@ -20,7 +20,7 @@ from torch import nn
 
 from tests.cli.conftest import LENGTH, ROWS, WIDTH, Command, encoder, save_encoder
 
-ASKED = ["--budget", "100x", "--max-drop", "20%", "--trials", "4", "--timeout", "10m"]
+ASKED = ["--budget", "100x", "--max-drop", "20%", "--trials", "2", "--timeout", "10m"]
 
 
 class Call:
@@ -194,7 +194,7 @@ def _measured(journal: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_ctrl_c_in_mid_search_and_resume(tmp_path: Path) -> None:
-    save_encoder(tmp_path, batches=12)
+    save_encoder(tmp_path, batches=8)
     journal = tmp_path / "out/.work/measurements.jsonl"
     first = _search(tmp_path)
     deadline = time.monotonic() + 400

@@ -72,7 +72,7 @@ def test_minilm_is_optimized_exactly(tmp_path: Path, monkeypatch: Any) -> None:
 def test_pylm_is_searched(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "out"
-    small = ["--length", "128", "--trials", "2", "--timeout", "25s", "--budget", "50x"]
+    small = ["--length", "128", "--trials", "2", "--timeout", "10s", "--budget", "50x"]
     assert load("02_pylm.py").main([*small, "--out", str(out)]) == 2
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     assert report["relaxation"]["words"] and report["sensitivities"]
