@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 from torch import Tensor, fx
@@ -18,9 +18,8 @@ from attnopt.compiler.decode.latents import find
 from attnopt.compiler.decode.phases import Cache, Kind, phase, places, tables
 from attnopt.compiler.decode.single import HELP, Single
 from attnopt.compiler.decode.split import Split, merged, split
-from attnopt.compiler.decode.state import State
+from attnopt.compiler.decode.state import State, empty_caches
 from attnopt.compiler.errors import Problem
-from attnopt.compiler.native.pages import Pages
 from attnopt.compiler.program import Program
 from attnopt.compiler.spec import parse_spec
 
@@ -73,14 +72,11 @@ class Decoder:
             raise Problem("A704", f"a state needs room for one token at least, got {capacity}")
         given = {name: self._extended(name, (masks or {}).get(name), batch, capacity)
                  for name in self.split.masks}  # fmt: skip
-        on_cpu = self.device.type == "cpu"
-        zeros = Pages().zeros if on_cpu else partial(torch.zeros, device=self.device)
-        caches = []
-        for name, cache in (*self._owners(), *self.convolutions.items()):
-            dtype, slots = self.dtype or self._kept(name), cache.slots(capacity)
-            caches.append(
-                tuple(zeros((batch, heads, slots, dim), dtype=dtype) for heads, dim in cache.widths)
-            )
+        caches = empty_caches([
+            [((batch, heads, cache.slots(capacity), dim), self.dtype or self._kept(name))
+             for heads, dim in cache.widths]
+            for name, cache in (*self._owners(), *self.convolutions.items())
+        ], self.device)  # fmt: skip
         state = State(batch, capacity, caches, [], given)
         state.tables = self._make_tables(state)
         return state
@@ -185,7 +181,8 @@ class Decoder:
         state.replace(state.caches, self._make_tables(state))
 
     def reorder(self, state: State, rows: Tensor) -> None:
-        """Let row i of the batch go on from row `rows[i]`, as a beam search needs."""
+        """Let row i of the batch go on from row `rows[i]`, as a beam search needs; what it has read
+        is copied, into ordinary pages."""
         caches = [tuple(x[rows] for x in cache) for cache in state.caches]
         state.batch = len(rows)
         state.masks = {name: mask[rows] for name, mask in state.masks.items()}

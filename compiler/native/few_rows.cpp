@@ -36,7 +36,7 @@ template <int M, typename T>
     auto add = [&](auto at, int64_t k) __attribute__((always_inline)) {
       if (c == 0)
         for (int64_t i = 0; i < kPanel; i += kLine / sizeof(T)) {
-          __builtin_prefetch(w + k * kPanel + kFar / sizeof(T) + i, 0, 1);
+          __builtin_prefetch(w + k * kPanel + kFar / sizeof(T) + i, 0, 2);
           __builtin_prefetch(w + k * kPanel + kNear / sizeof(T) + i);
         }
       const Vec left = loaded(w + k * kPanel + c), right = loaded(w + k * kPanel + c + kLanes);

@@ -51,7 +51,7 @@ struct Fetch {
     const int64_t now = std::min(step, left);
     for (int64_t j = 0; j < now; j++)
       for (int64_t i = 0; i < rows.n; i += 64 / sizeof(T))
-        __builtin_prefetch(rows.at + j * rows.stride + i, 0, 1);  // the first cache has no room
+        __builtin_prefetch(rows.at + j * rows.stride + i, 0, 2);  // the first cache has no room
     rows = rows.from(now);
     left -= now;
   }

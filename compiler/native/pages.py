@@ -6,6 +6,7 @@ import math
 import mmap
 from collections.abc import Sequence
 from contextlib import suppress
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 _LARGE = 1 << 21  # bytes of a large page on x86-64, and on Arm with pages of 4 KB
 _CHUNK = 1 << 26  # that are mapped at once: what is not written to takes no memory
 _LEAST = 1 << 17  # of a tensor that lies in them
-_LINE = 256  # where a tensor begins
+_APART = 256  # what tensors begin at a multiple of: lines of caches are fetched in pairs, of 128
 
 
 class Pages:
@@ -21,22 +22,33 @@ class Pages:
     huge pages), else in ordinary ones. With pages of 4 KB a processor spends up to a third of the
     time in which it reads weights and caches on where the next page is; under a hypervisor more.
 
-    Memory is let go with the last tensor in it.
+    Memory is let go with the last tensor in it. Threads may share an object. `expected` are the
+    bytes that are wanted altogether, where that is known.
     """
 
-    def __init__(self) -> None:
-        self._left = memoryview(b"")
+    def __init__(self, expected: int = _CHUNK) -> None:
+        self._chunk, self._left, self._taking = expected, memoryview(b""), Lock()
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Zeros on the CPU."""
         size = math.prod(shape) * dtype.itemsize
-        if size < _LEAST or not hasattr(mmap, "MADV_HUGEPAGE"):
-            return torch.zeros(shape, dtype=dtype)
-        if size > len(self._left):
-            self._left = _mapped(max(size, _CHUNK))
-        made = torch.frombuffer(self._left[:size], dtype=dtype).view(shape)
-        self._left = self._left[-(-size // _LINE) * _LINE :]
-        return made
+        room = None
+        if size >= _LEAST and self._chunk >= _LARGE and hasattr(mmap, "MADV_HUGEPAGE"):
+            room = self._taken(size)
+        if room is None:
+            return torch.zeros(shape, dtype=dtype, device="cpu")
+        return torch.frombuffer(room, dtype=dtype).view(shape)
+
+    def _taken(self, size: int) -> memoryview | None:
+        """Memory that nobody else has; none where the system gives none of this kind."""
+        with self._taking:
+            if size > len(self._left):
+                try:
+                    self._left = _mapped(max(size, self._chunk))
+                except (OSError, OverflowError):
+                    return None
+            room, self._left = self._left[:size], self._left[-(-size // _APART) * _APART :]
+            return room
 
     def copied(self, x: Tensor) -> Tensor:
         """A contiguous copy of a tensor on the CPU."""
@@ -44,10 +56,10 @@ class Pages:
 
 
 def _mapped(size: int) -> memoryview:
-    """So many bytes of zeros, that begin with a large page."""
-    size = -(-size // _LARGE) * _LARGE
-    memory = mmap.mmap(-1, size + _LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    """At least so many bytes of zeros, and room between tensors, that begin with a large page."""
+    size = -(-size // _LARGE) * _LARGE + 2 * _LARGE
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     begin = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % _LARGE
-    return memoryview(memory)[begin : begin + size]
+    return memoryview(memory)[begin:]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import mmap
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,35 @@ def test_it_begins_with_a_large_page_and_ends_with_the_last_tensor() -> None:
     assert _mapped(behind)
     del second
     assert not _mapped(behind)
+
+
+@pytest.mark.parametrize("error", [OSError(12, "Cannot allocate memory"), OverflowError()])
+def test_where_the_system_maps_no_more(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    assert torch.equal(Pages().zeros((70_000,), torch.float32), torch.zeros(70_000))
+
+
+@pytest.mark.parametrize("size", [10, 100_000])
+def test_another_default_device_is_of_no_concern(size: int) -> None:
+    with torch.device("meta"):
+        made = Pages().zeros((size,), torch.float32)
+    assert made.device.type == "cpu"
+
+
+def test_threads_get_memory_of_their_own() -> None:
+    pages, size = Pages(), 50_000
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: pages.zeros((size,), torch.float32), range(400)))
+    places = sorted(x.data_ptr() for x in made)
+    assert all(b - a >= 4 * size for a, b in pairwise(places))
+
+
+def test_little_that_is_expected_lies_in_ordinary_pages() -> None:
+    made = Pages(1 << 20).zeros((1 << 18,), torch.float32)
+    assert made.untyped_storage().resizable(), "it is not torch's own"
 
 
 def test_where_a_kernel_has_none(monkeypatch: pytest.MonkeyPatch) -> None:

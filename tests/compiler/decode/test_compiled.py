@@ -270,6 +270,15 @@ def test_a_compiled_step_runs_the_operators_in_cpp() -> None:
     torch._dynamo.reset()
 
 
+def test_weights_and_caches_lie_in_large_pages() -> None:
+    """Each is the first of its own, and so begins with one."""
+    module, *_ = _through_few_rows(nn.Linear(12, 4096))
+    weights = next(x for x in module.buffers() if x.dim() == 3)
+    (cache,) = small().state(64, 300).caches
+    for first in (weights, cache[0]):
+        assert first.data_ptr() % (1 << 21) == 0
+
+
 def test_where_the_operators_cannot_be_built_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "ready", lambda: "no C++ compiler `c++`")
     decoder = small()
