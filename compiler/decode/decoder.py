@@ -13,6 +13,7 @@ from attnopt.compiler.decode import padding
 from attnopt.compiler.decode.caches import Ring, cache_of
 from attnopt.compiler.decode.causal import require_causal
 from attnopt.compiler.decode.convolutions import find as find_convolutions
+from attnopt.compiler.decode.halves import flipped
 from attnopt.compiler.decode.in_cpp import InCpp, autocast, in_cpp
 from attnopt.compiler.decode.latents import find
 from attnopt.compiler.decode.phases import Cache, Kind, phase, places, tables
@@ -229,6 +230,8 @@ class Decoder:
         self._cpp = in_cpp(self.caches, dtypes, self.device, other)
         if self._cpp is not None:
             form = self._cpp.single(form)
+        if self.device.type == "cpu":
+            form = flipped(form)
         # The first steps' guards have looked at caches and tables; weights are taken as they are.
         self._single = Single(form, cpp_wrapper=True, size_asserts=False)
         self._compiles_prompts = prompts
@@ -271,7 +274,9 @@ class Decoder:
             else:
                 start = () if kind == "prefill" else (state.length,)
                 form = self._form(kind, last)
-                logits = form(*tokens, state.tables, state.caches, *start)
+                # Guards would look at strides and at what a view is of.
+                given = [x.clone(memory_format=torch.contiguous_format) for x in tokens]
+                logits = form(*given, state.tables, state.caches, *start)
         state.length += new
         state.reached = max(state.reached, state.length)
         return logits
@@ -291,6 +296,7 @@ class Decoder:
             form = made if cpp is None else cpp.many(made, kind)
             if self._compiles_prompts and (kind, last) == ("prefill", True):
                 what = "the decoder's prompt"
+                form = flipped(form) if self.device.type == "cpu" else form
                 self._phases[key] = Compiled(form, what, HELP, fullgraph=True, dynamic=True)
             else:
                 self._phases[key] = form
@@ -318,7 +324,8 @@ class Decoder:
                     why=f"`{table.node}` reaches over {min(sizes)}",
                     help="make a state of a smaller capacity",
                 )  # fmt: skip
-        return padding.counted(self.split, state, made) if self.counted else made
+        made = padding.counted(self.split, state, made) if self.counted else made
+        return [x.detach() for x in made]  # views of nothing, which guards would look at
 
     @cached_property
     def _tables(self) -> fx.GraphModule:

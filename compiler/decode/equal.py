@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from attnopt.compiler.decode.causal import is_unset, running
 from attnopt.compiler.decode.decoder import Decoder
+from attnopt.compiler.decode.last import MIXES
 from attnopt.compiler.decode.split import sample, token_axes, where_of
 from attnopt.compiler.decode.state import State
 from attnopt.compiler.errors import Problem
@@ -125,7 +126,7 @@ class _Seen(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        name = n.meta.get("stands_for", n.name)
+        name = n.meta.get(MIXES, n.name)
         if name in self.wanted:
             self.found[name] = value
         return value

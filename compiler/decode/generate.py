@@ -104,12 +104,13 @@ def stream(
     logits = _read(decoder, state, input_ids, positions, how.prefill_chunk or prompt)
     rows = Rows(how, batch, input_ids.device)
     at = positions[:, -1:]
+    counts = any("position" in name for name in decoder.split.tokens)
     for left in range(how.max_new_tokens - 1, -1, -1):
         tokens = rows.take(how.next(logits[:, -1], generator))
         yield tokens
         if not left or rows.done:
             return
-        at = at + 1
+        at = at + 1 if counts else at
         logits = decoder.step(state, *inputs_of(decoder, tokens[:, None], at), last=True)
 
 

@@ -11,8 +11,9 @@ from torch import Tensor, fx
 
 from attnopt.compiler import native
 from attnopt.compiler.decode.caches import Contiguous
+from attnopt.compiler.decode.last import LAST, MIXES
 from attnopt.compiler.decode.linear_maps import LinearMaps
-from attnopt.compiler.decode.phases import GATED, LAST, Cache, Kind
+from attnopt.compiler.decode.phases import GATED, Cache, Kind
 from attnopt.compiler.errors import Notice
 from attnopt.compiler.native import layouts
 from attnopt.compiler.spec import CAUSAL, AttentionSpec
@@ -44,7 +45,7 @@ class InCpp:
     def many(self, form: fx.GraphModule, kind: Kind) -> fx.GraphModule:
         """A phase of many tokens, run as it is; the form is changed."""
         for node in form.graph.nodes:
-            cache = self.caches.get(node.meta.get("stands_for", ""))
+            cache = self.caches.get(node.meta.get(MIXES, ""))
             if cache is not None and not node.meta.get(GATED) and _plain(cache.spec):
                 if kind == "prefill":
                     node.target = _among(node.target, cache.spec)
@@ -92,7 +93,7 @@ def _among(attention: Callable[..., Tensor], spec: AttentionSpec) -> Callable[..
     """As `phases.prefilled`, of a prompt's q, k, v and more."""
 
     def attention_in_cpp(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
-        if {x.dtype for x in (q, k, v)} != {torch.float32}:
+        if {x.dtype for x in (q, k, v)} != {torch.float32} or q.shape[2] != k.shape[2]:
             return attention(q, k, v, *rest)
         made: Tensor = torch.ops.attnopt.prompt(q, k, v, spec.scale)
         return made

@@ -13,6 +13,7 @@ from torch.fx.graph import CodeGen
 from attnopt.compiler import attend_step
 from attnopt.compiler.decode.caches import Contiguous, Ring
 from attnopt.compiler.decode.convolutions import Convolution, uncut
+from attnopt.compiler.decode.last import LAST_QUERY, MIXES, Tokens, of_last
 from attnopt.compiler.decode.latents import Latent, joined
 from attnopt.compiler.decode.split import Split
 from attnopt.compiler.layout import same_size
@@ -23,9 +24,7 @@ from attnopt.compiler.route_graph import gate_of
 aten = torch.ops.aten
 Kind = Literal["prefill", "step"]
 Cache = Contiguous | Ring | Latent
-END = torch.iinfo(torch.int64).max
 WRITES = "writes"  # the mark, in their meta, of nodes that fill a cache
-LAST = "last"  # of what is the last position of another node
 GATED = "gated"  # and of attentions whose first argument says whose results are read
 
 
@@ -95,7 +94,9 @@ class _Writer:
                 self._attention(self.nodes[name], index, cache)
         logits = self.nodes[self.split.logits]
         if last:
-            logits = self._last(logits)
+            moving = (self.nodes[name] for name in self.split.moving)
+            symbols = self.split.batch, self.split.seq
+            logits = of_last(logits, Tokens(moving, (self.batch, self.seq), symbols))
         (output,) = self.graph.find_nodes(op="output")
         output.args = (logits,)
         return _finished(self.module, keep=(*self.split.tokens, *(n.name for n in given)))
@@ -152,7 +153,9 @@ class _Writer:
             bound, given = gated(bound), (gate.on, *given)
         with self.graph.inserting_before(gate.join if gate is not None else node):
             made = self.graph.call_function(bound, given)
-        made.meta = {**node.meta, "stands_for": node.name, GATED: gate is not None}
+        made.meta = {**node.meta, MIXES: node.name, GATED: gate is not None}
+        if self.kind == "prefill" and _is_plain(cache):
+            made.meta[LAST_QUERY] = True
         node.replace_all_uses_with(made)
         self.graph.erase_node(node)
         self.nodes[node.name] = made
@@ -173,7 +176,7 @@ class _Writer:
         operands = (given["input"], given["weight"], given["bias"], kept, self.start)
         with self.graph.inserting_before(node):
             made = self.graph.call_function(convolved(cache, self.kind), operands)
-        made.meta = {**node.meta, "stands_for": node.name}
+        made.meta = {**node.meta, MIXES: node.name}
         node.replace_all_uses_with(made)
         self.graph.erase_node(node)
         self.nodes[node.name] = made
@@ -187,25 +190,6 @@ class _Writer:
             with self.graph.inserting_before(node):
                 made.append(self.graph.get_attr(name))
         return made
-
-    def _last(self, logits: fx.Node) -> fx.Node:
-        """The logits of the last position, cut before the projection that makes them."""
-        node = logits
-        while True:
-            above = [n for n in node.all_input_nodes if n in self.moving]
-            pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
-            linear = node.target in (aten.linear.default, aten.matmul.default)
-            if len(above) != 1 or not (pointwise or linear) or node.args[0] is not above[0]:
-                break
-            if linear:
-                with self.graph.inserting_before(node):
-                    cut = self.graph.call_function(aten.slice.Tensor, (above[0], 1, -1, END))
-                    cut.meta[LAST] = True
-                node.replace_input_with(above[0], cut)
-                return logits
-            node = above[0]
-        with self.graph.inserting_after(logits):
-            return self.graph.call_function(aten.slice.Tensor, (logits, 1, -1, END))
 
 
 def places(
@@ -238,7 +222,7 @@ def prefilled(cache: Cache, operands: int) -> Callable[..., Tensor]:
     """The attention among the tokens of a prompt, as it was.
 
     It takes q, the `operands` (k, v, and what else is stored), the cache's tensors, the number of
-    tokens before these, and the extras.
+    tokens before these, and the extras. The last query may come alone, where that `_is_plain`.
     """
     before = operands + len(cache.widths) + 1
 
@@ -246,6 +230,8 @@ def prefilled(cache: Cache, operands: int) -> Callable[..., Tensor]:
         k, v, *stored = rest[:operands]
         if isinstance(cache, Latent):
             return cache.prompt(q, k, v, stored[0], rest[before:])
+        if q.shape[2] != k.shape[2]:
+            return attend_step.to_newest(q, k, v, rest[before:], cache.spec, cache.line)
         return attend_step.among(q, k, v, rest[before:], cache.spec, cache.line)
 
     return attention
@@ -294,6 +280,11 @@ def gated(attending: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return attending(*rest, on=on)
 
     return attention
+
+
+def _is_plain(cache: Cache) -> bool:
+    """Whether an attention's extras are none, or tell of keys alone."""
+    return isinstance(cache, Contiguous) and {*cache.spec.extras} <= {"padding"}
 
 
 def _bare(program: Program) -> fx.GraphModule:

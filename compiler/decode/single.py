@@ -125,6 +125,7 @@ class Single:
         if works and known.bound is not None and known.bound.takes(state, tokens):
             return known.bound(state.length, tokens)
         self._seen.call = None
+        tokens = [x.detach() for x in tokens]  # views of nothing, whatever the caller's are
         logits: Tensor = self.compiled(*tokens, state.tables, state.caches, state.length)
         call, self._seen.call = self._seen.call, None
         if call is not None and not known.asked:

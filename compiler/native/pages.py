@@ -37,7 +37,7 @@ class Pages:
             room = self._taken(size)
         if room is None:
             return torch.zeros(shape, dtype=dtype, device="cpu")
-        return torch.frombuffer(room, dtype=dtype).view(shape)
+        return torch.frombuffer(room, dtype=dtype).view(shape).detach()  # a view of nothing
 
     def _taken(self, size: int) -> memoryview | None:
         """Memory that nobody else has; none where the system gives none of this kind."""
