@@ -10,8 +10,8 @@ import sympy
 import torch
 from sympy.core.relational import Relational
 
-Condition = tuple[Callable[[float, float], bool], Callable[..., float]]
-_RELATIONS: dict[type[Relational], Callable[[float, float], bool]] = {
+Relation = Callable[[float, float], bool]
+_RELATIONS: dict[type[Relational], Relation] = {
     sympy.StrictLessThan: operator.lt, sympy.LessThan: operator.le, sympy.Equality: operator.eq,
     sympy.StrictGreaterThan: operator.gt, sympy.GreaterThan: operator.ge,
     sympy.Unequality: operator.ne,
@@ -35,7 +35,8 @@ class Conditions:
         known: Any = None if fake is None else fake.shape_env
         self._ranges: Any = getattr(known, "var_to_range", None)
         self._guards: Any = getattr(known, "guards", None)
-        self._read: dict[frozenset[int], list[Condition] | None] = {}
+        self._read: dict[frozenset[int], tuple[list[Relation], Callable[..., list[float]]] | None]
+        self._read = {}
 
     def hold(self, args: Sequence[Any], moving: Mapping[int, int], positions: range) -> bool:
         """Whether they hold for `args` at all positions, where the arguments `moving` are so far
@@ -58,7 +59,8 @@ class Conditions:
             [position + moving[at] if at in moving else args[at] for at in self._places.values()]
             for position in (positions[0], positions[-1])
         ]
-        return all(_holds(kind, *(apart(*values) for values in ends)) for kind, apart in conditions)
+        relations, apart = conditions
+        return all(map(_holds, relations, *(apart(*values) for values in ends)))
 
     def _within(self, moving: Mapping[int, int], positions: range) -> bool:
         ranges = [(self._ranges.get(self._names[at]), ahead) for at, ahead in moving.items()]
@@ -69,10 +71,12 @@ class Conditions:
             for allowed, ahead in ranges
         )
 
-    def _linear(self, moving: set[sympy.Expr]) -> list[Condition] | None:
-        """The conditions on what moves, as a relation and what is compared with 0; None where one
+    def _linear(
+        self, moving: set[sympy.Expr]
+    ) -> tuple[list[Relation], Callable[..., list[float]]] | None:
+        """The conditions on what moves, as relations and what is compared with 0; None where one
         of them is not linear, or of numbers that are no inputs."""
-        names, made = list(self._places), list[Condition]()
+        names, found = list(self._places), dict[tuple[Relation, sympy.Expr], None]()
         for condition in _parts(guard.expr for guard in self._guards):
             if not condition.free_symbols & moving:
                 continue
@@ -85,8 +89,8 @@ class Conditions:
             )
             if not straight or not apart.free_symbols <= set(names):
                 return None
-            made.append((relation, sympy.lambdify(names, apart)))
-        return made
+            found[relation, apart] = None
+        return [kind for kind, _ in found], sympy.lambdify(names, [apart for _, apart in found])
 
 
 def _parts(conditions: Iterable[sympy.Basic]) -> Iterator[sympy.Basic]:
@@ -97,7 +101,7 @@ def _parts(conditions: Iterable[sympy.Basic]) -> Iterator[sympy.Basic]:
             yield condition
 
 
-def _holds(relation: Callable[[float, float], bool], first: float, last: float) -> bool:
+def _holds(relation: Relation, first: float, last: float) -> bool:
     """Whether a linear function that is `first` and `last` at the ends relates to 0 all the way."""
     if relation is operator.ne:
         return first * last > 0

@@ -21,6 +21,7 @@ from attnopt.compiler.decode.single import HELP, Single
 from attnopt.compiler.decode.split import Split, merged, split
 from attnopt.compiler.decode.state import State, empty_caches
 from attnopt.compiler.errors import Problem
+from attnopt.compiler.native.pages import Room
 from attnopt.compiler.program import Program
 from attnopt.compiler.spec import parse_spec
 
@@ -54,6 +55,7 @@ class Decoder:
         self._compiles_prompts = False
         self._with_slack: dict[int, Decoder] = {}
         self._padded: Decoder | None = None
+        self._room = Room()
 
     @cached_property
     def device(self) -> torch.device:
@@ -77,7 +79,7 @@ class Decoder:
             [((batch, heads, cache.slots(capacity), dim), self.dtype or self._kept(name))
              for heads, dim in cache.widths]
             for name, cache in (*self._owners(), *self.convolutions.items())
-        ], self.device)  # fmt: skip
+        ], self.device, self._room)  # fmt: skip
         state = State(batch, capacity, caches, [], given)
         state.tables = self._make_tables(state)
         return state

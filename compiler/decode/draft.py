@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from attnopt.compiler.contract import Miss, Notes
 from attnopt.compiler.decode.decoder import Decoder
 from attnopt.compiler.decode.generate import inputs_of
-from attnopt.compiler.decode.sampling import Sampling
+from attnopt.compiler.decode.sampling import Sampling, most_likely
 from attnopt.compiler.decode.split import split
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.layout import is_symbol
@@ -219,7 +219,7 @@ def kept_by(whole: Tensor, draft: Tensor) -> Tensor:
 
 
 def _likely(how: Sampling, logits: Tensor) -> Tensor:
-    return how.probabilities(logits) if how.do_sample else logits.argmax(-1)
+    return how.probabilities(logits) if how.do_sample else most_likely(logits)
 
 
 def _logits(out: Any, batch: Batch) -> Tensor:

@@ -61,12 +61,13 @@ class Rows:
 
     def __init__(self, how: Generation, batch: int, device: torch.device) -> None:
         self.ends = torch.tensor(how.ends, device=device)
+        self._ending = bool(how.ends)
         self.fill = how.ends[0] if how.pad_token_id is None and how.ends else how.pad_token_id or 0
         self.going = torch.ones(batch, dtype=torch.bool, device=device)
 
     def take(self, tokens: Tensor) -> Tensor:
         """A new column `[batch]`, with the fill where a row has ended before."""
-        if not len(self.ends):
+        if not self._ending:
             return tokens
         tokens = torch.where(self.going, tokens, self.fill)
         self.going = self.going & ~torch.isin(tokens, self.ends)
@@ -75,7 +76,7 @@ class Rows:
     @property
     def done(self) -> bool:
         """Whether all rows have ended."""
-        return bool(len(self.ends)) and not bool(self.going.any())
+        return self._ending and not bool(self.going.any())
 
 
 def generate(

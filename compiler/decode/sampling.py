@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from attnopt.compiler.errors import Problem
+
+_FEW = 8192  # logits of which torch finds the largest as fast
 
 
 @dataclass(frozen=True)
@@ -57,5 +60,14 @@ class Sampling:
     def next(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
         """One token per row, int64 `[batch]`, from logits `[batch, vocabulary]`."""
         if not self.do_sample:
-            return logits.argmax(-1)
+            return most_likely(logits)
         return torch.multinomial(self.probabilities(logits), 1, generator=generator)[:, 0]
+
+
+def most_likely(logits: Tensor) -> Tensor:
+    """The first of the largest of each row, int64 `[...]`, as `logits.argmax(-1)` gives it; many on
+    a CPU by NumPy, which takes a tenth of torch's time."""
+    wide = logits.dtype in (torch.float32, torch.float64) and logits.numel() > _FEW
+    if not wide or logits.device.type != "cpu":
+        return logits.argmax(-1)
+    return torch.from_numpy(np.asarray(logits.detach().numpy().argmax(-1)))

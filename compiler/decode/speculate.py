@@ -24,7 +24,7 @@ from torch import Tensor
 from attnopt.compiler.decode.decoder import Decoder
 from attnopt.compiler.decode.draft import Draft
 from attnopt.compiler.decode.generate import Generation, Rows, checked, inputs_of
-from attnopt.compiler.decode.sampling import Sampling
+from attnopt.compiler.decode.sampling import Sampling, most_likely
 from attnopt.compiler.errors import Problem
 
 
@@ -132,7 +132,7 @@ def decided(
         tokens = how.next(logits, generator)
         return tokens, torch.zeros_like(tokens, dtype=torch.bool)
     if not how.do_sample:
-        tokens = logits.argmax(-1)
+        tokens = most_likely(logits)
         return tokens, tokens == guess
     p, q = how.probabilities(logits), chance[0]
     at = guess[:, None]
@@ -172,7 +172,7 @@ class _Reader:
         `[batch, vocabulary]`, or the logits without sampling."""
         logits = self._step(at, last=True)[:, -1]
         if not how.do_sample:
-            self.tokens[:, at] = logits.argmax(-1)
+            self.tokens[:, at] = most_likely(logits)
             return logits
         chance = how.probabilities(logits)
         self.tokens[:, at] = torch.multinomial(chance, 1, generator=generator)[:, 0]

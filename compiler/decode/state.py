@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from attnopt.compiler.native.pages import Pages
+from attnopt.compiler.native.pages import Room
 
 if TYPE_CHECKING:
     from attnopt.compiler.decode.single import Known
@@ -45,12 +44,11 @@ class State:
 
 
 def empty_caches(
-    sizes: Sequence[Sequence[tuple[tuple[int, ...], torch.dtype]]], device: torch.device
+    sizes: Sequence[Sequence[tuple[tuple[int, ...], torch.dtype]]], device: torch.device, room: Room
 ) -> list[tuple[Tensor, ...]]:
-    """Zeros of these shapes and dtypes; on a CPU in large pages, which are read faster."""
+    """Zeros of these shapes and dtypes; on a CPU of the room."""
     if device.type != "cpu":
         return [tuple(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in cache)
                 for cache in sizes]  # fmt: skip
-    every = [math.prod(shape) * dtype.itemsize for cache in sizes for shape, dtype in cache]
-    pages = Pages(sum(every))
-    return [tuple(pages.zeros(*size) for size in cache) for cache in sizes]
+    made = iter(room.zeros([size for cache in sizes for size in cache]))
+    return [tuple(next(made) for _ in cache) for cache in sizes]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import mmap
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attnopt.compiler.native.pages import Pages
+from attnopt.compiler.native.pages import Pages, Room
 
 LARGE = 1 << 21
 
@@ -65,13 +66,16 @@ def test_where_the_system_maps_no_more(error: Exception, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(mmap, "mmap", refuse)
     assert torch.equal(Pages().zeros((70_000,), torch.float32), torch.zeros(70_000))
+    (made,) = Room().zeros([((700_000,), torch.float32)])
+    assert torch.equal(made, torch.zeros(700_000))
 
 
 @pytest.mark.parametrize("size", [10, 100_000])
 def test_another_default_device_is_of_no_concern(size: int) -> None:
     with torch.device("meta"):
-        made = Pages().zeros((size,), torch.float32)
-    assert made.device.type == "cpu"
+        made = [Pages().zeros((size,), torch.float32)]
+        made += Room().zeros([((10 * size,), torch.float32)])
+    assert {x.device.type for x in made} == {"cpu"}
 
 
 def test_threads_get_memory_of_their_own() -> None:
@@ -80,11 +84,6 @@ def test_threads_get_memory_of_their_own() -> None:
         made = list(pool.map(lambda _: pages.zeros((size,), torch.float32), range(400)))
     places = sorted(x.data_ptr() for x in made)
     assert all(b - a >= 4 * size for a, b in pairwise(places))
-
-
-def test_little_that_is_expected_lies_in_ordinary_pages() -> None:
-    made = Pages(1 << 20).zeros((1 << 18,), torch.float32)
-    assert made.untyped_storage().resizable(), "it is not torch's own"
 
 
 def test_where_a_kernel_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,3 +95,65 @@ def test_where_a_kernel_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(Pages().zeros((70_000,), torch.float32), torch.zeros(70_000))
     monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
     assert torch.equal(Pages().zeros((70_000,), torch.float32), torch.zeros(70_000))
+
+
+SIZES = [((3, 700, 100), torch.float32), ((0, 9), torch.float64), ((7, 300_001), torch.bfloat16)]
+
+
+def test_a_room_gives_zeros_in_one_piece() -> None:
+    made = Room().zeros(SIZES)
+    for x, (shape, dtype) in zip(made, SIZES, strict=True):
+        assert torch.equal(x, torch.zeros(shape, dtype=dtype)) and x.dtype == dtype
+        assert x.is_contiguous() and not x.data_ptr() % 256 and x._base is None
+        x.fill_(3)
+    assert all(bool((x == 3).all()) for x in made)
+    (small,) = Room().zeros([((9,), torch.float32)])
+    assert small.untyped_storage().resizable(), "little lies in memory of torch's own"
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_FREE"), reason="memory is kept on Linux")
+def test_what_is_let_go_is_zeros_for_the_next() -> None:
+    room = Room()
+    first = room.zeros(SIZES)
+    place = first[0].data_ptr()
+    second = room.zeros(SIZES)  # while the first is in use
+    assert second[0].data_ptr() != place
+    for x in (*first, *second):
+        x.fill_(float("nan"))
+    view = first[0][1]
+    del first, x
+    third = room.zeros(SIZES)
+    assert third[0].data_ptr() not in (place, second[0].data_ptr()), "a view is left"
+    del view, third, second
+    fourth = room.zeros(SIZES[:1] + SIZES[2:])
+    assert all(not bool(x.any()) for x in fourth)
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_FREE"), reason="memory is kept on Linux")
+def test_a_room_keeps_the_largest_and_ends_with_its_last_tensor() -> None:
+    room = Room()
+    (large,), (other,) = (room.zeros([((n << 20,), torch.float32)]) for n in (4, 2))
+    place, less = large.data_ptr(), other.data_ptr()
+    del large, other
+    assert _mapped(place) and not _mapped(less)
+    (again,) = room.zeros([((3 << 20,), torch.float32)])
+    assert again.data_ptr() == place
+    own = copy.deepcopy(room)
+    del room
+    again += 1
+    assert _mapped(place) and own.zeros(SIZES)[0].data_ptr() != place
+    del again
+    assert not _mapped(place)
+
+
+def test_threads_that_share_a_room() -> None:
+    room = Room()
+
+    def work(_: int) -> bool:
+        (made,) = room.zeros([((600_000,), torch.float32)])
+        clean = not bool(made.any())
+        made += 1
+        return clean and bool((made == 1).all())
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(200)))

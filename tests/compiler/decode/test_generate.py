@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from attnopt.compiler.artifact import load, save
 from attnopt.compiler.decode import Decoder, derive
 from attnopt.compiler.decode.generate import Generation, generate, stream
-from attnopt.compiler.decode.sampling import Sampling
+from attnopt.compiler.decode.sampling import Sampling, most_likely
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.intake.loaded import Loaded
 from attnopt.compiler.plan import Plan
@@ -207,3 +207,16 @@ def test_a_saved_encoder_says_why_not(tmp_path: Path) -> None:
     with pytest.raises(Problem, match="cannot be decoded") as caught:
         model.generate(torch.ones(1, 4).long())
     assert caught.value.code == "A708" and caught.value.why
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(3, 50), (1, 20_049), (2, 4, 5_017)])
+def test_the_most_likely_token_is_torchs(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    logits = torch.randint(-9, 9, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert torch.equal(most_likely(logits), logits.argmax(-1))  # of equal ones the first
+    assert most_likely(logits).dtype == torch.int64
+    logits[..., 7] = torch.nan
+    logits[0, ..., 3] = torch.inf
+    assert torch.equal(most_likely(logits), logits.argmax(-1))
+    wide = logits.mT.contiguous().mT.requires_grad_()
+    assert torch.equal(most_likely(wide), wide.argmax(-1))
