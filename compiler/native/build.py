@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 SOURCES = ("few_rows.cpp", "many_rows.cpp", "one_token.cpp", "operators.cpp", "prompt.cpp")
-HEADERS = ("operators.h", "panels.h", "vectors.h")
+HEADERS = ("operators.h", "panels.h", "prompt_units.h", "units.h", "vectors.h")
 _loaded, _building = False, Lock()
 _VECTORS = {  # flags by what torch says of the processor
     "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mavx2", "-mfma", "-mf16c"),

@@ -3,19 +3,22 @@
 //
 // Blocks of rows of q meet blocks of keys whose scores stay in the nearest cache, with running
 // maxima and sums (FlashAttention-2, Dao 2023, algorithm 1). Keys are turned once, so that scores
-// lie in registers as the products of a matrix do, and no sum is taken across a register.
+// lie in registers as the products of a matrix do, and no sum is taken across a register; where the
+// processor has matrix units, products are theirs.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
-#include <array>
+#include <atomic>
 #include <cmath>
+#include <iterator>
 #include <limits>
 #include <vector>
 
 #include "operators.h"
+#include "prompt_units.h"
 #include "vectors.h"
 
 namespace {
@@ -23,7 +26,6 @@ namespace {
 constexpr int64_t kLanes = Vec::size();
 constexpr int kWide = kLanes == 16 ? 4 : 2;   // registers of keys at once: sums are in 24, or 12
 constexpr int64_t kPanel = kWide * kLanes;    // keys that are turned together
-constexpr int64_t kRows = 24;                 // rows of q that meet a block of keys
 constexpr int64_t kKeys = 256;                // keys of a block
 constexpr int64_t kTurns = 4;                 // units for each thread, where heads are few
 constexpr float kNone = -std::numeric_limits<float>::infinity();
@@ -92,8 +94,35 @@ void turn(const float* k, int64_t stride, int64_t keys, int64_t dim, float* to) 
   }
 }
 
+// What a block of rows has, and the room in which it gets it.
+struct Block {
+  static constexpr int64_t kKeys = ::kKeys, kMost = 32;  // keys, and rows, that there is room for
+  std::vector<float> q, scores, out;                     // [rows, dim], [rows, kKeys], [rows, v_dim]
+  float tops[kMost], next[kMost], sums[kMost];           // largest scores, those of a block, and sums
+
+  Block(int64_t rows, int64_t dim, int64_t v_dim) : q(rows * dim), scores(rows * kKeys), out(rows * v_dim) {}
+
+  // With `there` rows of q, scaled, and zeros for the others.
+  void begin(const float* from, int64_t stride, int64_t there, int64_t dim, float scale) {
+    std::fill(q.begin(), q.end(), 0.f);
+    for (int64_t r = 0; r < there; r++)
+      for (int64_t d = 0; d < dim; d++) q[r * dim + d] = scale * from[r * stride + d];
+    for (float* x : {tops, next}) std::fill_n(x, kMost, kNone);
+    std::fill_n(sums, kMost, 0.f);
+    std::fill(out.begin(), out.end(), 0.f);
+  }
+};
+
 // A key/value head: its keys turned, its values one behind the other.
 struct Head {
+  static constexpr int64_t kRows = 24;       // rows of q that meet a block of keys
+  static constexpr int64_t kStep = kLanes;   // what scores of keys are rounded up to
+  static constexpr bool kLosesInfinity = false;
+
+  struct Room {
+    Room(int64_t, int64_t) {}
+  };
+
   std::vector<float> keys, values;
   int64_t dim, v_dim;
 
@@ -104,89 +133,89 @@ struct Head {
     turn(k, k_stride, count, dim, keys.data());
     for (int64_t j = 0; j < count; j++) std::copy_n(v + j * v_stride, v_dim, &values[j * v_dim]);
   }
-};
 
-// What a block of rows has, and the room in which it gets it.
-struct Block {
-  std::vector<float> q, scores, out;  // [kRows, dim], [kRows, kKeys], [kRows, v_dim]
-  std::array<float, kRows> tops, sums;
+  void begin(const Block&, Room&) const {}
 
-  Block(int64_t dim, int64_t v_dim) : q(kRows * dim), scores(kRows * kKeys), out(kRows * v_dim) {}
+  // Scores of `count` keys from `at` on.
+  void score(Block& of, Room&, int64_t at, int64_t count) const {
+    int64_t j = 0;
+    for (; j + kPanel <= count; j += kPanel)
+      for (int64_t r = 0; r < kRows; r += 6)
+        scores_of<6, kWide>(&of.q[r * dim], &keys[(at + j) * dim], dim, &of.scores[r * kKeys + j]);
+    const float* last = keys.data() + (at + j) * dim - j;
+    for (; j < count; j += kLanes)
+      for (int64_t r = 0; r < kRows; r += 12)
+        scores_of<12, 1>(&of.q[r * dim], last + j, dim, &of.scores[r * kKeys + j]);
+  }
 
-  void begin(const float* from, int64_t stride, int64_t rows, int64_t dim, float scale) {
-    for (int64_t r = 0; r < kRows; r++)
-      for (int64_t d = 0; d < dim; d++) q[r * dim + d] = r < rows ? scale * from[r * stride + d] : 0.f;
-    tops.fill(kNone);
-    sums.fill(0.f);
-    std::fill(out.begin(), out.end(), 0.f);
+  // What the values of `count` keys from `at` on add.
+  void add(Block& of, Room&, int64_t at, int64_t count) const {
+    const float* v = values.data() + at * v_dim;
+    int64_t d = 0;
+    auto columns = [&]<int R, int V>(std::integral_constant<int, R>, std::integral_constant<int, V>) {
+      for (; d + V * kLanes <= v_dim; d += V * kLanes)
+        for (int64_t r = 0; r < kRows; r += R)
+          add_values<R, V>(&of.scores[r * kKeys], v + d, count, &of.out[r * v_dim + d], v_dim);
+    };
+    if constexpr (kLanes == 16) {
+      columns(std::integral_constant<int, 6>(), std::integral_constant<int, 4>());
+      columns(std::integral_constant<int, 12>(), std::integral_constant<int, 2>());
+      columns(std::integral_constant<int, 12>(), std::integral_constant<int, 1>());
+    } else {
+      columns(std::integral_constant<int, 6>(), std::integral_constant<int, 2>());
+      columns(std::integral_constant<int, 6>(), std::integral_constant<int, 1>());
+    }
+    for (; d < v_dim; d++)
+      for (int64_t r = 0; r < kRows; r++)
+        for (int64_t j = 0; j < count; j++)
+          of.out[r * v_dim + d] += of.scores[r * kKeys + j] * v[j * v_dim + d];
   }
 };
 
-// Scores of `keys` keys from `at` on.
-void score(Block& of, const Head& head, int64_t at, int64_t keys) {
-  const int64_t dim = head.dim;
-  int64_t j = 0;
-  for (; j + kPanel <= keys; j += kPanel)
-    for (int64_t r = 0; r < kRows; r += 6)
-      scores_of<6, kWide>(&of.q[r * dim], &head.keys[(at + j) * dim], dim, &of.scores[r * kKeys + j]);
-  const float* last = head.keys.data() + (at + j) * dim - j;
-  for (; j < keys; j += kLanes)
-    for (int64_t r = 0; r < kRows; r += 12)
-      scores_of<12, 1>(&of.q[r * dim], last + j, dim, &of.scores[r * kKeys + j]);
-}
-
-// Scores of row r, which sees `seen` of the block's `keys` keys, become its shares; what it has is
-// scaled to its new top.
-void weigh(Block& of, int64_t r, int64_t seen, int64_t keys, int64_t v_dim) {
+// The largest score of row r, which sees `seen` of the block's keys; those up to `end` become -inf.
+float largest_of(Block& of, int64_t r, int64_t seen, int64_t end) {
   float* row = &of.scores[r * kKeys];
-  const int64_t end = (keys + kLanes - 1) / kLanes * kLanes;
   std::fill(row + seen, row + end, kNone);
   Vec most(kNone);
   for (int64_t j = 0; j < seen; j += kLanes) most = larger(most, Vec::loadu(row + j));
-  const float before = of.tops[r], top = std::max(largest(most), before);
-  if (top > before) {
-    const float less = std::exp(before - top);
-    of.sums[r] *= less;
-    for (int64_t d = 0; d < v_dim; d++) of.out[r * v_dim + d] *= less;
-    of.tops[r] = top;
+  return largest(most);
+}
+
+// What rows have is scaled to their new tops.
+void rise(Block& of, int64_t rows, int64_t v_dim) {
+  float less[Block::kMost];
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    const Vec before = Vec::loadu(of.tops + r), top = larger(before, Vec::loadu(of.next + r));
+    const Vec rises = Vec::blendv(Vec(0.f), before - top, top > before);  // -inf less -inf is no number
+    const Vec share = exponential(rises);
+    share.store(less + r);
+    (Vec::loadu(of.sums + r) * share).store(of.sums + r);
+    top.store(of.tops + r);
   }
+  for (int64_t r = 0; r < rows; r++)
+    if (less[r] != 1.f)
+      for (int64_t d = 0; d < v_dim; d++) of.out[r * v_dim + d] *= less[r];
+}
+
+// Scores of row r up to `end` become its shares.
+void weigh(Block& of, int64_t r, int64_t end) {
+  float* row = &of.scores[r * kKeys];
   Vec sum(0.f);
-  const Vec most_seen(top == kNone ? 0.f : top);  // -inf less -inf is no number
+  const Vec top(of.tops[r] == kNone ? 0.f : of.tops[r]);  // -inf less -inf is no number
   for (int64_t j = 0; j < end; j += kLanes) {
-    const Vec share = exponential(Vec::loadu(row + j) - most_seen);
+    const Vec share = exponential(Vec::loadu(row + j) - top);
     share.store(row + j);
     sum = sum + share;
   }
   of.sums[r] += total(sum);
 }
 
-// What the values of `keys` keys from `at` on add.
-void add(Block& of, const Head& head, int64_t at, int64_t keys) {
-  const int64_t dim = head.v_dim;
-  const float* v = head.values.data() + at * dim;
-  int64_t d = 0;
-  auto columns = [&]<int R, int V>(std::integral_constant<int, R>, std::integral_constant<int, V>) {
-    for (; d + V * kLanes <= dim; d += V * kLanes)
-      for (int64_t r = 0; r < kRows; r += R)
-        add_values<R, V>(&of.scores[r * kKeys], v + d, keys, &of.out[r * dim + d], dim);
-  };
-  if constexpr (kLanes == 16) {
-    columns(std::integral_constant<int, 6>(), std::integral_constant<int, 4>());
-    columns(std::integral_constant<int, 12>(), std::integral_constant<int, 2>());
-    columns(std::integral_constant<int, 12>(), std::integral_constant<int, 1>());
-  } else {
-    columns(std::integral_constant<int, 6>(), std::integral_constant<int, 2>());
-    columns(std::integral_constant<int, 6>(), std::integral_constant<int, 1>());
-  }
-  for (; d < dim; d++)
-    for (int64_t r = 0; r < kRows; r++)
-      for (int64_t j = 0; j < keys; j++)
-        of.out[r * dim + d] += of.scores[r * kKeys + j] * v[j * dim + d];
-}
-
+// Undefined where a result is no number, and products that lose infinite operands may be why.
+template <typename Head>
 at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, float scale) {
   const int64_t batch = q.size(0), heads = q.size(1), rows = q.size(2), dim = q.size(3);
   const int64_t kv_heads = k.size(1), keys = k.size(2), v_dim = v.size(3);
+  constexpr int64_t kRows = Head::kRows;
   const int64_t group = heads / kv_heads, units = batch * kv_heads, threads = at::get_num_threads();
   const int64_t blocks = (rows + kRows - 1) / kRows;
   const int64_t parts = units % threads == 0 || units == 0
@@ -202,13 +231,16 @@ at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
               v.const_data_ptr<float>() + n * v.stride(0) + h * v.stride(1), v.stride(2), keys);
   };
   // Threads that share a head read it once for all; others keep theirs near.
-  std::vector<Head> shared(parts > 1 ? units : 0, Head(keys, dim, v_dim));
+  std::vector<Head> shared;
+  for (int64_t i = 0; parts > 1 && i < units; i++) shared.emplace_back(keys, dim, v_dim);
   at::parallel_for(0, shared.size(), 1, [&](int64_t a, int64_t b) {
     for (int64_t unit = a; unit < b; unit++) read(unit, shared[unit]);
   });
+  std::atomic<bool> odd = false;
   at::parallel_for(0, units * parts, 1, [&](int64_t a, int64_t b) {
     Head own(parts > 1 ? 0 : keys, dim, v_dim);
-    Block of(dim, v_dim);
+    Block of(kRows, dim, v_dim);
+    typename Head::Room room(kKeys, dim);
     for (int64_t i = a; i < b; i++) {
       const int64_t n = i / parts / kv_heads, head = i / parts % kv_heads;
       if (parts == 1) read(i, own);
@@ -218,21 +250,31 @@ at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
           const int64_t now = std::min(kRows, rows - first), before = keys - rows + first;
           of.begin(queries + n * q.stride(0) + h * q.stride(1) + first * row_stride, row_stride, now,
                    dim, scale);
+          kv.begin(of, room);
           for (int64_t at = 0; at < before + now; at += kKeys) {
             const int64_t here = std::min(kKeys, before + now - at);
-            score(of, kv, at, here);
+            kv.score(of, room, at, here);
+            const int64_t end = (here + Head::kStep - 1) / Head::kStep * Head::kStep;
             for (int64_t r = 0; r < kRows; r++)
-              weigh(of, r, std::clamp<int64_t>(before + r + 1 - at, 0, here), here, v_dim);
-            add(of, kv, at, here);
+              of.next[r] = largest_of(of, r, std::clamp<int64_t>(before + r + 1 - at, 0, here), end);
+            rise(of, kRows, v_dim);
+            for (int64_t r = 0; r < kRows; r++) weigh(of, r, end);
+            kv.add(of, room, at, here);
           }
           float* to = made + ((n * rows + first) * heads + h) * v_dim;
           for (int64_t r = 0; r < now; r++, to += heads * v_dim) {
             const float share = 1.f / of.sums[r];
-            for (int64_t d = 0; d < v_dim; d++) to[d] = share * of.out[r * v_dim + d];
+            int nones = 0;
+            for (int64_t d = 0; d < v_dim; d++) {
+              to[d] = share * of.out[r * v_dim + d];
+              nones += to[d] != to[d];
+            }
+            if (nones > 0) odd = true;
           }
         }
     }
   });
+  if (Head::kLosesInfinity && odd) return {};
   return out.transpose(1, 2);
 }
 
@@ -250,5 +292,10 @@ at::Tensor attnopt::prompt(const at::Tensor& q_in, const at::Tensor& k_in, const
               "prompt: q ", q_in.sizes(), ", k ", k_in.sizes(), " and v ", v_in.sizes(),
               " do not fit");
   auto rowed = [](const at::Tensor& x) { return x.stride(3) == 1 ? x : x.contiguous(); };
-  return attention(rowed(q_in), rowed(k_in), rowed(v_in), static_cast<float>(scale));
+  const at::Tensor q = rowed(q_in), k = rowed(k_in), v = rowed(v_in);
+  at::Tensor made;
+#ifdef HAS_MATRIX_UNITS
+  if (matrix_units() && q.size(2) >= kSide) made = attention<UnitsHead>(q, k, v, static_cast<float>(scale));
+#endif
+  return made.defined() ? made : attention<Head>(q, k, v, static_cast<float>(scale));
 }

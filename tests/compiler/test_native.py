@@ -157,6 +157,9 @@ def test_many_rows_says_what_does_not_fit() -> None:
         (1, 3, 1, 300, 300, 64, 64),  # more than a block of keys, heads that share them
         (1, 6, 2, 25, 600, 33, 17),  # the last of many tokens, columns left over
         (3, 2, 2, 5, 9, 48, 176),
+        (1, 2, 1, 32, 32, 8, 8),  # as many rows as matrix units take together
+        (1, 5, 5, 33, 800, 72, 100),
+        (2, 2, 2, 257, 257, 128, 40),
     ],
 )
 def test_prompt_is_causal_attention(
@@ -170,7 +173,7 @@ def test_prompt_is_causal_attention(
 
 
 @pytest.mark.parametrize("at", [0, 1, 255, 256, 299])
-@pytest.mark.parametrize("odd", [float("nan"), float("-inf"), 300.0])
+@pytest.mark.parametrize("odd", [float("nan"), float("-inf"), 300.0, 1e30])
 def test_prompt_of_scores_that_are_far_apart(at: int, odd: float) -> None:
     """No NaN is hidden, keys of scores -inf have no share, and others may have all of it."""
     q, (k, v) = torch.ones(1, 1, 300, 16), torch.randn(2, 1, 1, 300, 16)
