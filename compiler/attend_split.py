@@ -16,14 +16,14 @@ SHORTEST = 1024  # keys, below which parts are not worth their merge
 
 def parts_for(q: Tensor, k: Tensor, v: Tensor) -> int:
     """Into how many parts keys should be cut, 1 for none: one key/value head on a CPU with more
-    threads than sequences, outside of torch.compile.
+    threads than sequences, outside of torch.compile, of one dtype.
 
     q `[batch, 1, rows, dim]`, k `[batch, 1, T, dim]`, v `[batch, 1, T, v_dim]`.
     """
     if torch.compiler.is_compiling():  # the number of keys would be a special case of the graph
         return 1
-    plain = k.shape[1] == 1 and q.shape[3] == v.shape[3] and q.device.type == "cpu"
-    if not plain or k.shape[2] < SHORTEST:
+    alike = q.dtype == k.dtype == v.dtype and q.shape[3] == v.shape[3]
+    if not alike or k.shape[1] != 1 or q.device.type != "cpu" or k.shape[2] < SHORTEST:
         return 1
     return max(1, torch.get_num_threads() // q.shape[0])
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class Contiguous:
 
     spec: AttentionSpec
     line: str = field(init=False, repr=False, compare=False)
+    reads_all: ClassVar[bool] = False  # also what was not written, which has to be zeros
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "line", self.spec.text)
@@ -91,6 +92,7 @@ class Ring:
     line: str = field(init=False, repr=False, compare=False)
     unmasked: AttentionSpec = field(init=False, repr=False, compare=False)
     unmasked_line: str = field(init=False, repr=False, compare=False)
+    reads_all: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         unmasked = self.spec.with_(mask=FULL)
@@ -127,8 +129,8 @@ class Ring:
             k, v, start = k[:, :, -self.turn :], v[:, :, -self.turn :], start + new - self.turn
         at = start + torch.arange(k.shape[2], device=k.device)
         slot = torch.where(at < sink, at, sink + (at - sink) % self.turn)
-        keys.index_copy_(2, slot, k)
-        values.index_copy_(2, slot, v)
+        keys.index_copy_(2, slot, k.to(keys.dtype))  # under autocast they differ
+        values.index_copy_(2, slot, v.to(values.dtype))
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, start: Any,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, fx
@@ -45,6 +45,7 @@ class Convolution:
     pad: str = ""
     cuts: tuple[str, ...] = ()
     slack: int = 0
+    reads_all: ClassVar[bool] = True
 
     @property
     def widths(self) -> tuple[tuple[int, int], ...]:

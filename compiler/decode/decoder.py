@@ -75,11 +75,9 @@ class Decoder:
             raise Problem("A704", f"a state needs room for one token at least, got {capacity}")
         given = {name: self._extended(name, (masks or {}).get(name), batch, capacity)
                  for name in self.split.masks}  # fmt: skip
-        caches = empty_caches([
-            [((batch, heads, cache.slots(capacity), dim), self.dtype or self._kept(name))
-             for heads, dim in cache.widths]
-            for name, cache in (*self._owners(), *self.convolutions.items())
-        ], self.device, self._room)  # fmt: skip
+        kinds = [(cache, self.dtype or self._kept(name))
+                 for name, cache in (*self._owners(), *self.convolutions.items())]  # fmt: skip
+        caches = empty_caches(kinds, batch, capacity, self.device, self._room)
         state = State(batch, capacity, caches, [], given)
         state.tables = self._make_tables(state)
         return state
@@ -144,6 +142,7 @@ class Decoder:
             return self
         if tokens not in self._with_slack:
             made = Decoder(self.program, self.split, tokens, self.dtype, self.counted)
+            made._room = self._room
             if self._single is not None:
                 made._compile(self._compiles_prompts, self._cpp)
             self._with_slack[tokens] = made
@@ -157,6 +156,7 @@ class Decoder:
             return self
         if self._padded is None:
             self._padded = padding.padded(self)
+            self._padded._room = self._room
             if self._single is not None:
                 self._padded._compile(self._compiles_prompts, self._cpp)
         return self._padded
@@ -276,9 +276,9 @@ class Decoder:
             else:
                 start = () if kind == "prefill" else (state.length,)
                 form = self._form(kind, last)
-                # Guards would look at strides and at what a view is of.
-                given = [x.clone(memory_format=torch.contiguous_format) for x in tokens]
-                logits = form(*given, state.tables, state.caches, *start)
+                if isinstance(form, Compiled):  # guards look at strides, and at what a view is of
+                    tokens = [x.clone(memory_format=torch.contiguous_format) for x in tokens]
+                logits = form(*tokens, state.tables, state.caches, *start)
         state.length += new
         state.reached = max(state.reached, state.length)
         return logits

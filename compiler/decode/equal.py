@@ -35,12 +35,14 @@ def require_equal(decoder: Decoder) -> None:
     single = max(1, length - STEPS)
     ends = [max(1, single // 2), *range(single, length + 1)]
     expected = _values(wide, [parts.logits], given)
-    state = _state(wide, batch, length, masks)
+    state, other = (_state(wide, batch, length, masks) for _ in range(2))
     for end in sorted(set(ends)):
         start = state.length
         with running(program, end - start):
             actual = wide.step(state, *(x[:, start:end] for x in tokens))
-        apart = difference(expected[parts.logits][:, start:end], actual)
+            last = wide.step(other, *(x[:, start:end] for x in tokens), last=True)
+        whole = expected[parts.logits][:, start:end]
+        apart = max(difference(whole, actual), difference(whole[:, -1:], last))
         if apart <= _allowed(actual.dtype):
             continue
         node = _culprit(wide, given, start, end)

@@ -51,7 +51,7 @@ class _Cut:
     def write(self) -> fx.Node:
         nodes = list(self.logits.graph.nodes)
         self._find(nodes)
-        if self.logits not in self.alone:
+        if self.logits not in self.alone or any(user.op != "output" for user in self.logits.users):
             with self.logits.graph.inserting_after(self.logits):
                 return self._slice(self.logits, 1)
         ends = {node for node in nodes if self._ends(node)}
@@ -78,7 +78,7 @@ class _Cut:
 
     def _is_read_alone(self, node: fx.Node) -> bool:
         return bool(node.users) and all(
-            user in self.alone or (self._ends(user) and node not in user.args[1:])
+            user in self.alone or (self._ends(user) and node not in user.args[1:])  # its query
             for user in node.users
         )
 
@@ -93,17 +93,21 @@ class _Cut:
         """Whether what it gives for the last position alone can be had."""
         if node in self.alone or node.op == "get_attr" or self._ends(node):
             return True
+        moves = node in self.moving
+        if self._is_known(node):
+            return len(self._axes(node)) in ((1,) if moves else (0, 1))
+        return not moves and self._is_count(node)
+
+    def _is_known(self, node: fx.Node) -> bool:
+        """Whether a node is a tensor whose axes are sequences, tokens, or of one size."""
         value = node.meta.get("val")
-        if not isinstance(value, Tensor):
-            return self._is_count(node)
-        known = all(
+        return isinstance(value, Tensor) and all(
             not is_symbol(size) or any(same_size(size, symbol) for symbol in self.tokens.symbols)
             for size in value.shape
         )
-        return known and len(self._axes(node)) in ((1,) if node in self.moving else (0, 1))
 
     def _is_count(self, node: fx.Node) -> bool:
-        """Whether a number is made of the numbers of sequences and tokens."""
+        """Whether a node is made of the numbers of sequences and tokens, and of nothing else."""
         if node in self.tokens.counts:
             return True
         given = node.all_input_nodes
@@ -117,7 +121,7 @@ class _Cut:
             return 1
         if node not in self.cuts:
             with user.graph.inserting_before(user):
-                if not isinstance(node.meta.get("val"), Tensor):
+                if not self._is_known(node):
                     self.cuts[node] = self._count(node)
                 else:
                     axes = self._axes(node)
@@ -125,11 +129,11 @@ class _Cut:
         return self.cuts[node]
 
     def _count(self, node: fx.Node) -> Any:
-        """The number that a node is where there is one token."""
+        """What is made of these numbers where there is one token."""
         if node in self.tokens.counts:
             return node if node is self.tokens.counts[0] else 1
-        args = fx.map_arg(node.args, self._count)
-        return node.graph.call_function(node.target, args, dict(node.kwargs))  # type: ignore[arg-type]
+        args, kwargs = (fx.map_arg(given, self._count) for given in (node.args, node.kwargs))
+        return node.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
 
     def _slice(self, node: fx.Node, axis: int) -> fx.Node:
         end = torch.iinfo(torch.int64).max

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, fx
@@ -49,6 +49,7 @@ class Latent:
     bias: Tensor
     line: str = field(init=False, repr=False, compare=False)
     rope_at: int = field(init=False, repr=False, compare=False)
+    reads_all: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "line", self.spec.text)

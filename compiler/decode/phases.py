@@ -93,12 +93,13 @@ class _Writer:
             else:
                 self._attention(self.nodes[name], index, cache)
         logits = self.nodes[self.split.logits]
-        if last:
-            moving = (self.nodes[name] for name in self.split.moving)
-            symbols = self.split.batch, self.split.seq
-            logits = of_last(logits, Tokens(moving, (self.batch, self.seq), symbols))
         (output,) = self.graph.find_nodes(op="output")
         output.args = (logits,)
+        if last:
+            _without_dead(self.graph)
+            moving = (self.nodes[name] for name in self.split.moving)
+            symbols = self.split.batch, self.split.seq
+            output.args = (of_last(logits, Tokens(moving, (self.batch, self.seq), symbols)),)
         return _finished(self.module, keep=(*self.split.tokens, *(n.name for n in given)))
 
     def _call(self, target: Callable[..., Any], *args: Any) -> fx.Node:
@@ -301,9 +302,7 @@ def _nodes(module: fx.GraphModule) -> dict[str, fx.Node]:
 def _finished(module: fx.GraphModule, keep: Iterable[str]) -> fx.GraphModule:
     """The module without what is dead; the inputs that are not to be kept go too."""
     names = set(keep)
-    module.graph.eliminate_dead_code(
-        is_impure_node=lambda node: node.op in ("placeholder", "output") or WRITES in node.meta
-    )
+    _without_dead(module.graph)
     for node in module.graph.find_nodes(op="placeholder"):
         if node.name not in names:
             module.graph.erase_node(node)
@@ -311,3 +310,9 @@ def _finished(module: fx.GraphModule, keep: Iterable[str]) -> fx.GraphModule:
     module.graph.lint()
     module.recompile()
     return module
+
+
+def _without_dead(graph: fx.Graph) -> None:
+    graph.eliminate_dead_code(
+        is_impure_node=lambda node: node.op in ("placeholder", "output") or WRITES in node.meta
+    )

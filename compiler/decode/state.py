@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -43,12 +43,36 @@ class State:
         return sum(x.nbytes for cache in self.caches for x in cache)
 
 
+class Kind(Protocol):
+    """What a cache is: see `caches`, `latents` and `convolutions`."""
+
+    reads_all: ClassVar[bool]
+
+    @property
+    def widths(self) -> tuple[tuple[int, int], ...]: ...
+
+    def slots(self, capacity: int) -> int: ...
+
+
 def empty_caches(
-    sizes: Sequence[Sequence[tuple[tuple[int, ...], torch.dtype]]], device: torch.device, room: Room
+    kinds: Sequence[tuple[Kind, torch.dtype]],
+    batch: int,
+    capacity: int,
+    device: torch.device,
+    room: Room,
 ) -> list[tuple[Tensor, ...]]:
-    """Zeros of these shapes and dtypes; on a CPU of the room."""
+    """Caches of these kinds and dtypes, of zeros where they are read whole; on a CPU of the room,
+    which leaves any numbers in the others."""
+    sizes = [
+        [((batch, heads, kind.slots(capacity), dim), dtype) for heads, dim in kind.widths]
+        for kind, dtype in kinds
+    ]
     if device.type != "cpu":
         return [tuple(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in cache)
                 for cache in sizes]  # fmt: skip
-    made = iter(room.zeros([size for cache in sizes for size in cache]))
-    return [tuple(next(made) for _ in cache) for cache in sizes]
+    taken = iter(room.tensors([size for cache in sizes for size in cache]))
+    made = [tuple(next(taken) for _ in cache) for cache in sizes]
+    for (kind, _), cache in zip(kinds, made, strict=True):
+        for x in cache if kind.reads_all else ():
+            x.zero_()
+    return made

@@ -68,9 +68,10 @@ class Room:
     def __init__(self) -> None:
         self._spare = list[memoryview]()
 
-    def zeros(self, wanted: Sequence[tuple[Sequence[int], torch.dtype]]) -> list[Tensor]:
-        """Zeros on the CPU of these shapes and dtypes, in one piece of memory in large pages, where
-        the system gives them and they would fill one."""
+    def tensors(self, wanted: Sequence[tuple[Sequence[int], torch.dtype]]) -> list[Tensor]:
+        """Tensors on the CPU of these shapes and dtypes, of zeros or of what somebody left there.
+        They are in one piece of memory in large pages, where the system gives them and they would
+        fill one; what is not written to takes none of it."""
         begins, size = list[int](), 0
         for shape, dtype in wanted:
             begins.append(size)
@@ -85,28 +86,24 @@ class Room:
         return made
 
     def _taken(self, size: int) -> Bytes | None:
-        """Zeros that are nobody else's, until nobody has a part of them."""
+        """Bytes that are nobody else's, until nobody has a part of them."""
         memory = None
         with suppress(IndexError):
             memory = self._spare.pop()
-        used = memory is not None and len(memory) >= size
-        if not used:
+        if memory is None or len(memory) < size:
             memory = _mapped(size)
         if memory is None:
             return None
         made = np.frombuffer(memory, np.uint8, size)
         finalize(made, self._let_go, memory).atexit = False
-        if used:
-            torch.from_numpy(made).zero_()  # by all threads
         return made
 
     def _let_go(self, memory: memoryview) -> None:
         with suppress(AttributeError, OSError):  # another system
             memory.obj.madvise(mmap.MADV_FREE)  # type: ignore[attr-defined]
-        self._spare = [max((*self._spare, memory), key=len)]
-
-    def __reduce__(self) -> tuple[type[Room], tuple[()]]:
-        return Room, ()  # a copy has its own
+        with suppress(IndexError):  # at any time and in any thread: by steps that none can split
+            memory = max(memory, self._spare.pop(), key=len)
+        self._spare.append(memory)
 
 
 def _mapped(size: int) -> memoryview | None:

@@ -55,6 +55,7 @@ def test_a_lone_head_is_split_among_threads(monkeypatch: pytest.MonkeyPatch) -> 
     assert parts_for(*operands(1000)) == 1
     assert parts_for(q, k.expand(-1, 2, -1, -1), v.expand(-1, 2, -1, -1)) == 1
     assert parts_for(q, k, v[..., :8]) == 1  # torch's kernel wants one width
+    assert parts_for(q, k, v.bfloat16()) == 1  # and one dtype, which autocast does not give
     called = []
 
     def counted(*given: object) -> torch.Tensor:

@@ -114,15 +114,79 @@ def test_one_layer(mix: str) -> None:
             assert not node.meta.get(LAST)
 
 
-def test_logits_that_others_need_are_cut_at_the_end() -> None:
-    """Scaled by how many tokens there are, they are no matter of one token."""
+class Outputs(Layers):
+    """More outputs than logits; `first` is what comes before these, and may be read by others."""
 
-    class Counted(Small):
-        def forward(self, input_ids: Tensor) -> Tensor:
-            x: Tensor = super().forward(input_ids)
-            return x + 0 * x.new_ones(x.shape[1]).sum()
+    def __init__(self, first: str) -> None:
+        super().__init__("")
+        self.first = first
 
-    decoder = derive(traced(Counted(""), input_ids=torch.randint(0, 50, (2, 12))))
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        logits = super().forward(input_ids)
+        if self.first == "embeddings":
+            return self.embed(input_ids), logits
+        return logits, logits.argmax(-1), self.embed(input_ids)
+
+
+@pytest.mark.parametrize("first", ["embeddings", "logits"])
+def test_other_outputs(first: str) -> None:
+    """What goes by the name of logits may be read on the way to others, which are left out."""
+    decoder = derive(traced(Outputs(first), input_ids=torch.randint(0, 50, (2, 12))))
     ids = torch.randint(0, 50, (2, 7))
     every = decoder.prefill(decoder.state(2, 8), ids)
-    assert_close(decoder.prefill(decoder.state(2, 8), ids, last=True), every[:, -1:])
+    made, rows = read(decoder, ids)
+    assert_close(made, every[:, -1:])
+    if first == "logits":
+        assert rows[WIDE] == [14, 2]
+
+
+class Early(Layers):
+    """Logits of a first head, which later layers read."""
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        early = self.head(self.embed(input_ids))
+        return early, super().forward(early.argmax(-1))
+
+
+def test_logits_that_caches_need_are_of_all() -> None:
+    decoder = derive(traced(Early(""), input_ids=torch.randint(0, 50, (2, 12))))
+    ids = torch.randint(0, 50, (2, 7))
+    one, other = decoder.state(2, 8), decoder.state(2, 8)
+    every, last = decoder.prefill(one, ids), decoder.prefill(other, ids, last=True)
+    assert_close(last, every[:, -1:])
+    for cache, wanted in zip(other.caches, one.caches, strict=True):
+        for x, y in zip(cache, wanted, strict=True):
+            assert torch.equal(x, y)
+
+
+class Numbered(Layers):
+    """Tokens of all sequences in one row, looked up by number, as mixtures of experts do."""
+
+    def mlp(self, x: Tensor, up: nn.Module, down: nn.Module) -> Tensor:
+        flat = up(x.reshape(-1, 32))
+        at = torch.arange(x.shape[0] * x.shape[1], device=x.device).flip(0)
+        made: Tensor = down(flat[at][:, ::2])[at].view(x.shape)
+        return made
+
+
+def test_numbers_of_tokens_are_made_anew() -> None:
+    decoder = derive(traced(Numbered(""), input_ids=torch.randint(0, 50, (2, 12))))
+    ids = torch.randint(0, 50, (3, 10))
+    every = decoder.prefill(decoder.state(3, 10), ids)
+    made, rows = read(decoder, ids)
+    assert_close(made, every[:, -1:])
+    assert rows[WIDE] == [30, 3]
+
+
+def test_sums_over_tokens_are_no_matter_of_one() -> None:
+    """Of a number that all tokens make, nothing can be cut; what reads it is of all."""
+
+    class Summed(Layers):
+        def forward(self, input_ids: Tensor) -> Tensor:
+            x: Tensor = super().forward(input_ids)
+            return x + 0 * x.new_ones(x.shape[1]).cumsum(0)[:, None]
+
+    decoder = derive(traced(Summed(""), input_ids=torch.randint(0, 50, (2, 12))), check=False)
+    ids = torch.randint(0, 50, (2, 7))
+    every = decoder.prefill(decoder.state(2, 8), ids)
+    assert_close(read(decoder, ids)[0], every[:, -1:])
