@@ -87,8 +87,8 @@ def generate(
     `input_ids` is int64 `[batch, prompt]`; prompts of other lengths are padded on the left, and
     `attention_mask` of that shape is 0 there. Raises `Problem` A707 on inputs that do not fit.
     """
-    columns = [tokens[:, None] for tokens in stream(decoder, input_ids, how, attention_mask)]
-    return torch.cat((input_ids, *columns), 1)
+    columns = list(stream(decoder, input_ids, how, attention_mask))
+    return torch.cat((input_ids, torch.stack(columns, 1)), 1)
 
 
 def stream(
