@@ -26,19 +26,20 @@ def flipped(module: fx.GraphModule) -> fx.GraphModule:
             continue
         (source, half), (less, left) = found, node.args[0]
         x = source.meta["val"]
-        name = signs.setdefault((x.dtype, x.device), f"_signs_of_halves_{len(signs)}")
-        module.register_buffer(
-            name, torch.tensor([[-1], [1]], dtype=x.dtype, device=x.device), persistent=False
-        )
+        if (x.dtype, x.device) not in signs:
+            name = signs[x.dtype, x.device] = f"_signs_of_halves_{len(signs)}"
+            made = torch.tensor([[-1], [1]], dtype=x.dtype, device=x.device)
+            module.register_buffer(name, made, persistent=False)
         with module.graph.inserting_before(node):
-            made = source
+            turned = source
             for target, *args in (
                 (aten.unflatten.int, -1, (2, half)), (aten.flip.default, (-2,)),
-                (aten.mul.Tensor, module.graph.get_attr(name)), (aten.flatten.using_ints, -2),
+                (aten.mul.Tensor, module.graph.get_attr(signs[x.dtype, x.device])),
+                (aten.flatten.using_ints, -2),
             ):  # fmt: skip
-                made = module.graph.call_function(target, (made, *args))
-        made.meta = dict(node.meta)
-        node.replace_all_uses_with(made)
+                turned = module.graph.call_function(target, (turned, *args))
+        turned.meta = dict(node.meta)
+        node.replace_all_uses_with(turned)
         for dead in (node, less, less.args[0], left):
             if not dead.users:
                 module.graph.erase_node(dead)

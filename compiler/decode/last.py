@@ -86,10 +86,10 @@ class _Cut:
         """Whether a node is an attention that may be given the last query alone."""
         return (
             LAST_QUERY in node.meta and bool(node.users)
-            and all(user in self.alone for user in node.users)
+            and all(user in self.alone for user in node.users) and self._can_read(node.args[0])
         )  # fmt: skip
 
-    def _can_read(self, node: fx.Node) -> bool:
+    def _can_read(self, node: Any) -> bool:
         """Whether what it gives for the last position alone can be had."""
         if node in self.alone or node.op == "get_attr" or self._ends(node):
             return True
