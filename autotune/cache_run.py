@@ -96,11 +96,11 @@ class CacheRun:
 
     def _found(self) -> Kept | None:
         """Search, and answer with the best plan within the budget that may be offered."""
-        self.search.uniform()
+        self.search.uniform(self._fast)
         fits = sorted(self.search.fits(), key=by_loss)
         kinds = ([kept for kept in fits if kept.latent is latent][:1] for latent in (False, True))
         for uniform in sorted(itertools.chain(*kinds), key=by_loss):
-            if not self.offers.too_slow(uniform):
+            if self._fast(uniform):
                 self.varied += vary(self.search, uniform)
         worse = {v.kept.steps for v in self.varied if not v.accepted}
         rest = [kept for kept in self.search.good() if kept.steps not in worse]
@@ -110,14 +110,17 @@ class CacheRun:
             if not self.offers.why_not(kept):
                 self.least = least
                 return kept
-        self.search.looser(lambda kept: not self.offers.too_slow(kept))
+        self.search.looser(self._fast)
         return None
+
+    def _fast(self, kept: Kept) -> bool:
+        return not self.offers.too_slow(kept)
 
     def _hopeful(self) -> Kept | None:
         """What to heal where no plan is within the bound: of those within the budget whose steps
         are not too slow, the one that loses least."""
         fits = sorted(self.search.fits(), key=by_loss)
-        return next((kept for kept in fits if not self.offers.too_slow(kept)), None)
+        return next(filter(self._fast, fits), None)
 
     def _healed(self, kept: Kept | None) -> Built | None:
         """The plan after healing; None where that was not asked for or is not kept."""
@@ -161,9 +164,9 @@ class CacheRun:
         if near is not None:
             asked = math.ceil(1000 * near.bytes / before) / 1000
             words = f"--kv-bytes {percent(asked)} is met at {allowed}"
-        fits = [kept for kept in self.search.fits() if not self.offers.too_slow(kept)]
+        fits = list(filter(self._fast, self.search.fits()))
         if not fits:
-            keep = [k.bytes for k in self.search.tried if k.bytes and not self.offers.too_slow(k)]
+            keep = [kept.bytes for kept in self.search.tried if kept.bytes and self._fast(kept)]
             more = f"no plan tried keeps {wanted} and may be offered, the fewest bytes are"
             words = f"{words}; {more} {percent(min(keep, default=before) / before)}"
             return Relaxation(words, kv_bytes=asked)

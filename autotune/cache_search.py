@@ -9,10 +9,9 @@ shares are tried, so that the report can say what would do.
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from attnopt.autotune.accuracy import Accuracy
 from attnopt.autotune.order import approximate, healing
 from attnopt.autotune.statistics import bootstrap
+from attnopt.autotune.wording import share as percent
 from attnopt.autotune.workbench import Workbench
 from attnopt.compiler.contract import Pass, read_pass
 from attnopt.compiler.decode import Decoder, derive
@@ -90,19 +90,33 @@ class CacheSearch:
     untold: list[str] = field(default_factory=list)
     begun: float = field(default_factory=time.monotonic)
 
-    def uniform(self) -> None:
-        """Try every pass that shrinks the cache with one size for all layers."""
-        self._each(list(self.forms(self._share)), UNIFORM)
+    def uniform(self, may: Callable[[Kept], bool]) -> None:
+        """Try every pass that shrinks the cache with one size for all layers. Where their part of
+        plans and time runs out and none that fits `may` be offered, the rest is used for them
+        too, up to the first one that may be."""
+        part, left = UNIFORM, self._each(self.forms(self._share), UNIFORM)
+        if left and not any(map(may, self.fits())):
+            part, left = 1.0, self._each(left, 1.0, lambda kept: self._fit(kept) and may(kept))
+        if left:
+            self._tell(f"{percent(self._share)} of the cache", left, part)
 
     def looser(self, may: Callable[[Kept], bool]) -> None:
         """Try the two passes that lose least, of those that `may` be offered, at larger shares,
         until a plan that may be is within the bound. Where nothing fits, all passes are tried."""
         fits = [kept for kept in sorted(self.fits(), key=by_loss) if may(kept)]
         names = list(dict.fromkeys(map(_name, fits)))[:2]
-        larger = (self._share + part * (1 - self._share) for part in LOOSER)
-        forms = itertools.chain.from_iterable(map(self.forms, larger))
-        wanted = [form for form in forms if not names or form.name in names]
-        self._each(wanted, 1.0, lambda kept: kept.within(self.limits.max_drop) and may(kept))
+
+        def enough(kept: Kept) -> bool:
+            return kept.within(self.limits.max_drop) and may(kept)
+
+        for part in LOOSER:
+            share = self._share + part * (1 - self._share)
+            forms = [form for form in self.forms(share) if not names or form.name in names]
+            left = self._each(forms, 1.0, enough)
+            if left:
+                self._tell(f"{percent(share)} of the cache and above", left)
+            if left is None or left:
+                return
 
     @property
     def _share(self) -> float:
@@ -110,19 +124,22 @@ class CacheSearch:
 
     def _each(
         self,
-        forms: Sequence[Pass],
+        forms: Iterable[Pass],
         part: float,
         enough: Callable[[Kept], bool] = lambda kept: False,
-    ) -> None:
-        """Try one form after the other, until one is `enough` or this part of plans and time is
-        used up; what is left then is told."""
-        for at, form in enumerate(forms):
-            if not self.goes_on(part):
-                names = ", ".join(form.text for form in forms[at:])
-                self.untold.append(f"not tried: {names}: {self.spent(part)}")
-                return
-            if enough(self.look([form.text])):
-                return
+    ) -> list[Pass] | None:
+        """Try one form after the other, until one is `enough` (None) or this part of plans and time
+        is used up; what is left then is returned."""
+        left = list(forms)
+        while left and self.goes_on(part):
+            if enough(self.look([left.pop(0).text])):
+                return None
+        return left
+
+    def _tell(self, where: str, forms: Sequence[Pass], part: float = 1.0) -> None:
+        """Say which forms were not tried, and what ran out."""
+        names = ", ".join(dict.fromkeys(form.text for form in forms))
+        self.untold.append(f"not tried at {where}: {names}: {self.spent(part)}")
 
     def forms(self, share: float) -> Iterator[Pass]:
         """The passes for a share of the cache, the first form of each, then the second of each."""
@@ -174,7 +191,10 @@ class CacheSearch:
 
     def fits(self) -> list[Kept]:
         """The plans whose loss was measured and that keep no more bytes than wanted."""
-        return [k for k in self.tried if k.bytes <= self.limits.bytes and math.isfinite(k.loss)]
+        return list(filter(self._fit, self.tried))
+
+    def _fit(self, kept: Kept) -> bool:
+        return kept.bytes <= self.limits.bytes and math.isfinite(kept.loss)
 
     def good(self) -> list[Kept]:
         """Those of them that are within the bound."""

@@ -1,13 +1,15 @@
 """`Progress`: a bar with the time left for whatever takes longer than two seconds.
 
-It draws on stderr, only on a terminal, and not at all when it is told to be quiet (`--json`). What
-attnopt logs while the work goes on is printed on stderr above the bar, on a terminal or not.
+It draws on stderr. Where that is no terminal (a log of CI), what is being done is a line there at
+most every quarter of a minute; when it is told to be quiet (`--json`), nothing is. What attnopt
+logs while the work goes on is printed on stderr above the bar, on a terminal or not.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from types import TracebackType
 
 from rich.progress import (
@@ -25,6 +27,7 @@ from rich.progress import (
 from attnopt.cli.draw import console
 
 PATIENCE = 2.0
+BETWEEN_LINES = 15.0  # seconds, where there is no terminal
 
 
 class _Log(logging.Handler):
@@ -68,6 +71,8 @@ class Progress:
             transient=True,
         )
         self._what, self._fraction = what, False
+        self._lines = not quiet and not target.is_terminal
+        self._begun = self._told = time.monotonic()
         self._task = self._bar.add_task(what, total=total)
         self._timer = threading.Timer(patience, self._bar.start)
         self._timer.daemon = True
@@ -103,12 +108,22 @@ class Progress:
 
     def __call__(self, message: str, fraction: float | None = None) -> None:
         """One more step, or this fraction of the whole, is done."""
+        said = f"{self._what}: {message}" if message else self._what
+        if self._lines:
+            self._line(said)
         if not self.active:
             return
-        said = f"{self._what}: {message}" if message else self._what
         if fraction is None:
             self._bar.update(self._task, description=said, advance=0 if self._fraction else 1)
             return
         self._fraction = True
         done = min(1.0, max(0.0, fraction))
         self._bar.update(self._task, description=said, total=1.0, completed=done)
+
+    def _line(self, said: str) -> None:
+        """A line of what is being done, where the last one was long ago."""
+        now = time.monotonic()
+        if now - self._told >= BETWEEN_LINES:
+            self._told = now
+            after = f"{said} (after {now - self._begun:.0f} s)"
+            self._bar.console.print(after, markup=False, highlight=False)

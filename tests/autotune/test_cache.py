@@ -88,10 +88,14 @@ def test_a_run_that_goes_on_measures_nothing_again(
             cb.bench(), "journal", Journal(tmp_path / "measurements.jsonl", "scope")
         )
         searches.append(CacheSearch(cb.bench(), whole, limits))
-        searches[-1].uniform()
+        searches[-1].uniform(_any)
         monkeypatch.setattr(cb.bench(), "_drop", _measured_again)
         monkeypatch.setattr("attnopt.autotune.cache_search._facts", _measured_again)
     assert searches[0].tried == searches[1].tried and len(searches[0].tried) > 1
+
+
+def _any(kept: Kept) -> bool:
+    return True
 
 
 def _measured_again(*asked: Any) -> Accuracy:
@@ -166,13 +170,25 @@ def test_larger_shares_are_tried_until_a_plan_that_may_be_offered_is_within_the_
         return search.tried[-1]
 
     monkeypatch.setattr(search, "look", look)
-    search.uniform()
+    search.uniform(_any)
     before = len(search.tried)
     monkeypatch.setattr("attnopt.autotune.cache_search.LOOSER", (0.5,))
     search.looser(lambda kept: not kept.latent)
     after = search.tried[before:]
     assert after and all("latent_kv" not in kept.form for kept in after)
     assert after[-1].within(0.01) and not any(kept.within(0.01) for kept in after[:-1])
+
+
+def test_where_the_first_plans_may_not_be_offered_the_others_have_the_rest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = cb.faster(monkeypatch, 0.5)
+    cb.only(monkeypatch, "latent_kv", "prune_heads")
+    _, made = cb.settled(cb.bench(), kv_bytes=0.5, trials=2)
+    assert asked and [plan.plan.partition("{")[0] for plan in made.entry.plans if plan.kept] == [
+        "prune_heads"
+    ]
+    assert made.entry.met and made.relaxation is None and len(made.entry.plans) == 2
 
 
 def test_a_healed_plan_is_kept_where_it_is_within_the_bound(
@@ -251,17 +267,22 @@ def test_what_was_not_tried_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = derive(cb.bench().build([]).program, check=False)
     search = CacheSearch(cb.bench(), whole, Limits(WHOLE // 2, 0.9, trials=1))
     first, *others = (form.text for form in search.forms(0.5))
-    search.uniform()
+    search.uniform(_any)
     assert [kept.steps[0].rewrite for kept in search.tried] == [first] and others
     (told,) = search.untold
     assert all(form in told for form in others) and first not in told.split(", ")
-    assert "--trials 1 ran out (of which 67%" in told
+    assert "at 50% of the cache:" in told and "--trials 1 ran out (of which 67%" in told
+    tight = CacheSearch(cb.bench(), whole, Limits(WHOLE // 2, 0.9, trials=1))
+    tight.uniform(lambda kept: False)
+    tight.looser(_any)
+    assert tight.tried == search.tried and tight.untold[0].endswith("--trials 1 ran out")
+    assert "at 62.5% of the cache and above:" in tight.untold[1] and len(tight.untold) == 2
     late = CacheSearch(cb.bench(), whole, Limits(WHOLE // 2, 0.9, seconds=0.0))
-    late.looser(lambda kept: True)
+    late.looser(_any)
     assert "--timeout 0s ran out" in late.untold[0] and not late.tried
     whole_run = CacheSearch(cb.bench(), whole, Limits(WHOLE // 2, 0.9))
     monkeypatch.setattr(whole_run, "look", lambda forms: cb.a_plan(0.1, WHOLE // 2))
-    whole_run.uniform()
+    whole_run.uniform(_any)
     assert not whole_run.untold
 
 

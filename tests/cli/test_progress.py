@@ -1,4 +1,4 @@
-"""Progress is shown after its patience on a terminal, and never elsewhere."""
+"""Progress is shown after its patience on a terminal; elsewhere it is a line now and then."""
 
 from __future__ import annotations
 
@@ -69,6 +69,22 @@ def test_without_a_terminal_nothing_is_drawn(capsys: pytest.CaptureFixture[str])
         time.sleep(0.1)
     told = capsys.readouterr()
     assert (told.out, told.err) == ("", "") and not step.active
+
+
+def test_without_a_terminal_a_line_is_told_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "BETWEEN_LINES", 0.2)
+    with Progress("optimize") as step:
+        step("tracing", 0.0)
+        time.sleep(0.25)
+        step("timing", 0.4)
+        step("searching", 0.5)
+    with Progress("optimize", quiet=True) as step:
+        time.sleep(0.25)
+        step("timing", 0.4)
+    told = capsys.readouterr()
+    assert told.err == "optimize: timing (after 0 s)\n" and told.out == ""
 
 
 def test_an_error_passes_and_the_bar_is_gone(screen: io.StringIO) -> None:
