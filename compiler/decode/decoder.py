@@ -21,7 +21,7 @@ from attnopt.compiler.decode.single import HELP, Single
 from attnopt.compiler.decode.split import Split, merged, split
 from attnopt.compiler.decode.state import State, empty_caches
 from attnopt.compiler.errors import Problem
-from attnopt.compiler.native.pages import Room
+from attnopt.compiler.native.memory import Memory
 from attnopt.compiler.program import Program
 from attnopt.compiler.spec import parse_spec
 
@@ -55,7 +55,7 @@ class Decoder:
         self._compiles_prompts = False
         self._with_slack: dict[int, Decoder] = {}
         self._padded: Decoder | None = None
-        self._room = Room()
+        self._memory = Memory()
 
     @cached_property
     def device(self) -> torch.device:
@@ -77,7 +77,7 @@ class Decoder:
                  for name in self.split.masks}  # fmt: skip
         kinds = [(cache, self.dtype or self._kept(name))
                  for name, cache in (*self._owners(), *self.convolutions.items())]  # fmt: skip
-        caches = empty_caches(kinds, batch, capacity, self.device, self._room)
+        caches = empty_caches(kinds, batch, capacity, self.device, self._memory)
         state = State(batch, capacity, caches, [], given)
         state.tables = self._make_tables(state)
         return state
@@ -142,7 +142,7 @@ class Decoder:
             return self
         if tokens not in self._with_slack:
             made = Decoder(self.program, self.split, tokens, self.dtype, self.counted)
-            made._room = self._room
+            made._memory = self._memory
             if self._single is not None:
                 made._compile(self._compiles_prompts, self._cpp)
             self._with_slack[tokens] = made
@@ -156,7 +156,7 @@ class Decoder:
             return self
         if self._padded is None:
             self._padded = padding.padded(self)
-            self._padded._room = self._room
+            self._padded._memory = self._memory
             if self._single is not None:
                 self._padded._compile(self._compiles_prompts, self._cpp)
         return self._padded
@@ -278,7 +278,8 @@ class Decoder:
                 form = self._form(kind, last)
                 if isinstance(form, Compiled):  # guards look at strides, and at what a view is of
                     tokens = [x.clone(memory_format=torch.contiguous_format) for x in tokens]
-                logits = form(*tokens, state.tables, state.caches, *start)
+                with self._memory.kept():
+                    logits = form(*tokens, state.tables, state.caches, *start)
         state.length += new
         state.reached = max(state.reached, state.length)
         return logits

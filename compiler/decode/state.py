@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from attnopt.compiler.native.pages import Room
+from attnopt.compiler.native.memory import Memory
 
 if TYPE_CHECKING:
     from attnopt.compiler.decode.single import Known
@@ -59,10 +59,10 @@ def empty_caches(
     batch: int,
     capacity: int,
     device: torch.device,
-    room: Room,
+    memory: Memory,
 ) -> list[tuple[Tensor, ...]]:
-    """Caches of these kinds and dtypes, of zeros where they are read whole; on a CPU of the room,
-    which leaves any numbers in the others."""
+    """Caches of these kinds and dtypes, of zeros where they are read whole; on a CPU of the
+    memory, which leaves any numbers in the others."""
     sizes = [
         [((batch, heads, kind.slots(capacity), dim), dtype) for heads, dim in kind.widths]
         for kind, dtype in kinds
@@ -70,7 +70,7 @@ def empty_caches(
     if device.type != "cpu":
         return [tuple(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in cache)
                 for cache in sizes]  # fmt: skip
-    taken = iter(room.tensors([size for cache in sizes for size in cache]))
+    taken = iter(memory.tensors([size for cache in sizes for size in cache]))
     made = [tuple(next(taken) for _ in cache) for cache in sizes]
     for (kind, _), cache in zip(kinds, made, strict=True):
         for x in cache if kind.reads_all else ():

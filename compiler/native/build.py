@@ -18,7 +18,9 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-SOURCES = ("few_rows.cpp", "many_rows.cpp", "one_token.cpp", "operators.cpp", "prompt.cpp")
+SOURCES = (
+    "few_rows.cpp", "many_rows.cpp", "memory.cpp", "one_token.cpp", "operators.cpp", "prompt.cpp",
+)  # fmt: skip
 HEADERS = ("operators.h", "panels.h", "prompt_units.h", "units.h", "vectors.h")
 _loaded, _building = False, Lock()
 _VECTORS = {  # flags by what torch says of the processor

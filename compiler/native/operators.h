@@ -8,6 +8,8 @@
 
 namespace attnopt {
 
+void hold_memory(bool on);
+void keep_memory(bool on);
 at::Tensor few_rows(const at::Tensor& x, const at::Tensor& weights, const at::Tensor& biases,
                     at::IntArrayRef outs);
 std::vector<at::Tensor> many_rows(const at::Tensor& x, const at::Tensor& weights,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -11,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attnopt.compiler.native import pages
-from attnopt.compiler.native.pages import Pages, Room
+from attnopt.compiler.native.pages import Pages
 
 LARGE = 1 << 21
 
@@ -67,16 +65,13 @@ def test_where_the_system_maps_no_more(error: Exception, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(mmap, "mmap", refuse)
     assert torch.equal(Pages().zeros((70_000,), torch.float32), torch.zeros(70_000))
-    (made,) = Room().tensors([((700_000,), torch.float32)])
-    assert torch.equal(made, torch.zeros(700_000))
 
 
 @pytest.mark.parametrize("size", [10, 100_000])
 def test_another_default_device_is_of_no_concern(size: int) -> None:
     with torch.device("meta"):
-        made = [Pages().zeros((size,), torch.float32)]
-        made += Room().tensors([((10 * size,), torch.float32)])
-    assert {x.device.type for x in made} == {"cpu"}
+        made = Pages().zeros((size,), torch.float32)
+    assert made.device.type == "cpu"
 
 
 def test_threads_get_memory_of_their_own() -> None:
@@ -96,81 +91,3 @@ def test_where_a_kernel_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(Pages().zeros((70_000,), torch.float32), torch.zeros(70_000))
     monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
     assert torch.equal(Pages().zeros((70_000,), torch.float32), torch.zeros(70_000))
-
-
-SIZES = [((3, 700, 100), torch.float32), ((0, 9), torch.float64), ((7, 300_001), torch.bfloat16)]
-
-
-def test_a_room_gives_tensors_in_one_piece() -> None:
-    made = Room().tensors(SIZES)
-    for x, (shape, dtype) in zip(made, SIZES, strict=True):
-        assert torch.equal(x, torch.zeros(shape, dtype=dtype)) and x.dtype == dtype
-        assert x.is_contiguous() and not x.data_ptr() % 256 and x._base is None
-        x.fill_(3)
-    assert all(bool((x == 3).all()) for x in made)
-    (small,) = Room().tensors([((9,), torch.float32)])
-    assert small.untyped_storage().resizable(), "little lies in memory of torch's own"
-
-
-@pytest.mark.skipif(not hasattr(mmap, "MADV_FREE"), reason="memory is kept on Linux")
-def test_memory_is_used_again_once_nobody_has_a_part_of_it() -> None:
-    room = Room()
-    first = room.tensors(SIZES)
-    place = first[0].data_ptr()
-    second = room.tensors(SIZES)  # while the first is in use
-    assert second[0].data_ptr() != place
-    view = first[0][1]
-    del first
-    third = room.tensors(SIZES)
-    assert third[0].data_ptr() not in (place, second[0].data_ptr()), "a view is left"
-    del view
-    assert room.tensors(SIZES)[0].data_ptr() == place
-
-
-@pytest.mark.skipif(not hasattr(mmap, "MADV_FREE"), reason="memory is kept on Linux")
-def test_what_is_not_written_to_takes_no_memory() -> None:
-    def resident() -> int:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * mmap.PAGESIZE
-
-    room, before = Room(), resident()
-    for _ in range(2):
-        (made,) = room.tensors([((1 << 28,), torch.float32)])
-        made[:100] = 1
-        assert resident() - before < 1 << 27
-        del made
-
-
-@pytest.mark.skipif(not hasattr(mmap, "MADV_FREE"), reason="memory is kept on Linux")
-def test_memory_that_is_taken_while_other_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By another thread, between any two steps of letting go."""
-    room, wanted = Room(), [((1 << 20,), torch.float32)]
-    (large,), (other,) = (room.tensors([((n << 20,), torch.float32)]) for n in (4, 2))
-    taken = list[torch.Tensor]()
-
-    def between(*given: memoryview, key: Callable[[memoryview], int]) -> memoryview:
-        taken.extend(room.tensors(wanted))
-        return max(*given, key=key)
-
-    monkeypatch.setattr(pages, "max", between, raising=False)
-    del large, other
-    monkeypatch.undo()
-    assert taken
-    taken += [*room.tensors(wanted), *room.tensors(wanted)]
-    assert len({x.data_ptr() for x in taken}) == len(taken)
-
-
-@pytest.mark.skipif(not hasattr(mmap, "MADV_FREE"), reason="memory is kept on Linux")
-def test_a_room_keeps_the_largest_and_ends_with_its_last_tensor() -> None:
-    room = Room()
-    (large,), (other,) = (room.tensors([((n << 20,), torch.float32)]) for n in (4, 2))
-    place, less = large.data_ptr(), other.data_ptr()
-    del large, other
-    assert _mapped(place) and not _mapped(less)
-    (again,) = room.tensors([((3 << 20,), torch.float32)])
-    assert again.data_ptr() == place
-    del room
-    again += 1
-    assert _mapped(place)
-    del again
-    assert not _mapped(place)
