@@ -21,7 +21,7 @@ from torch import Tensor
 SOURCES = (
     "few_rows.cpp", "many_rows.cpp", "memory.cpp", "one_token.cpp", "operators.cpp", "prompt.cpp",
 )  # fmt: skip
-HEADERS = ("operators.h", "panels.h", "prompt_units.h", "units.h", "vectors.h")
+HEADERS = ("gates.h", "operators.h", "panels.h", "prompt_units.h", "units.h", "vectors.h")
 _loaded, _building = False, Lock()
 _VECTORS = {  # flags by what torch says of the processor
     "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mavx2", "-mfma", "-mf16c"),
@@ -109,11 +109,13 @@ def _one_token(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return q.new_empty(*q.shape[:-1], v.shape[-1])
 
 
-def _few_rows(x: Tensor, weights: Tensor, bias: Tensor, outs: list[int]) -> Tensor:
+def _few_rows(x: Tensor, weights: Tensor, bias: Tensor, outs: list[int], gate: int = 0) -> Tensor:
     return x.new_empty(*x.shape[:-1], sum(outs))
 
 
-def _many_rows(x: Tensor, weights: Tensor, bias: Tensor, outs: list[int]) -> list[Tensor]:
+def _many_rows(
+    x: Tensor, weights: Tensor, bias: Tensor, outs: list[int], gate: int
+) -> list[Tensor]:
     return [x.new_empty(*x.shape[:-1], out) for out in outs]
 
 

@@ -2,7 +2,8 @@
 //
 // The weights lie in panels of 32 outputs, input by input, so that each thread reads its share of
 // them once and in order, and no sum is taken across a register; what comes next is fetched while
-// rows are multiplied. Their values may be those of 16 bits, which are widened as they are read.
+// rows are multiplied. Their values may be those of 16 bits, which are widened as they are read. Of
+// two maps one may gate the other: y = gate(x G^T) * x W^T.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -12,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "gates.h"
 #include "operators.h"
 #include "panels.h"
 #include "vectors.h"
@@ -58,21 +60,28 @@ template <int M, typename T>
   }
 }
 
+// Panels of weights are one for each of outputs or, where there is a gate, two: those that gate the
+// others come first.
 template <typename T>
 void run(const float* x, int64_t ins, const T* weights, const float* bias, const Panels& panels,
-         int64_t rows) {
+         int64_t rows, Gate gate) {
   using Multiply = void (*)(const float*, int64_t, const T*, const float*, float*);
   constexpr auto kOf = []<int... M>(std::integer_sequence<int, M...>) {
     return std::array<Multiply, kRows>{multiply<M + 1, T>...};
   }(std::make_integer_sequence<int, kRows>());
-  const int64_t work = std::max<int64_t>(1, ins * rows * kPanel);
+  const int64_t each = gate == Gate::kNone ? 1 : 2;
+  const int64_t work = std::max<int64_t>(1, ins * rows * kPanel * each);
   at::parallel_for(0, panels.size(), std::max<int64_t>(1, kWorkOfThread / work), [&](int64_t a, int64_t b) {
-    float made[kRows * kPanel];
+    float made[2][kRows * kPanel];
     for (int64_t n = a; n < b; n++)
-      for (int64_t row = 0; row < rows; row += kRows) {  // of a panel that is near by now
-        const int64_t now = std::min<int64_t>(kRows, rows - row);
-        kOf[now - 1](x + row * ins, ins, weights + n * ins * kPanel, bias + n * kPanel, made);
-        panels[n].put(made, row, now);
+      for (int64_t row = 0; row < rows; row += kRows) {  // of panels that are near by now
+        const int64_t now = std::min<int64_t>(kRows, rows - row), last = each - 1;
+        for (int64_t i = 0; i < each; i++) {
+          const int64_t panel = n * each + i;
+          kOf[now - 1](x + row * ins, ins, weights + panel * ins * kPanel, bias + panel * kPanel, made[i]);
+        }
+        if (gate != Gate::kNone) multiply_gated(gate, made[0], made[1], now * kPanel);
+        panels[n].put(made[last], row, now);
       }
   });
 }
@@ -81,16 +90,17 @@ void run(const float* x, int64_t ins, const T* weights, const float* bias, const
 
 // In one tensor: Inductor's C++ calls an operator of several through Python.
 at::Tensor attnopt::few_rows(const at::Tensor& x_in, const at::Tensor& weights,
-                             const at::Tensor& bias, at::IntArrayRef outs) {
-  const Outputs to("few_rows", x_in, bias, outs, true);
-  TORCH_CHECK(weights.dim() == 3 && weights.is_contiguous() && weights.size(0) == to.count() &&
+                             const at::Tensor& bias, at::IntArrayRef outs, int64_t gate) {
+  const int64_t each = panels_of("few_rows", gate);
+  const Outputs to("few_rows", x_in, bias, outs, true, each);
+  TORCH_CHECK(weights.dim() == 3 && weights.is_contiguous() && weights.size(0) == to.count() * each &&
                   weights.size(1) == to.ins && weights.size(2) == kPanel,
               "few_rows: weights ", weights.sizes(), " are not those of ", to.ins, " inputs and ",
               outs, " outputs");
   const at::Tensor x = x_in.contiguous();
   auto run_as = [&]<typename T>() {
     run(x.const_data_ptr<float>(), to.ins, weights.const_data_ptr<T>(),
-        bias.const_data_ptr<float>(), to.panels, to.rows);
+        bias.const_data_ptr<float>(), to.panels, to.rows, static_cast<Gate>(gate));
   };
   switch (weights.scalar_type()) {
     case at::kFloat: run_as.operator()<float>(); break;

@@ -44,6 +44,13 @@ def biases(given: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Tensor:
     ])  # fmt: skip
 
 
+def paired(gates: Tensor, others: Tensor) -> Tensor:
+    """Two weights `[out, in]`, or biases `[out]`, of linear maps of which one gates the other, as
+    one whose panels are of the one and the other in turns."""
+    parts = [F.pad(x, (0, 0) * (x.dim() - 1) + (0, -len(x) % _PANEL)) for x in (gates, others)]
+    return torch.stack([x.unflatten(0, (-1, _PANEL)) for x in parts], 1).flatten(0, 2)
+
+
 def shorter(weight: Tensor) -> Tensor:
     """The weight in 16 bits, where every value of it is the same there."""
     for dtype in (torch.bfloat16, torch.float16):

@@ -1,7 +1,7 @@
 // y = x W^T + b for many rows x of float32 and several W, on matrix units that multiply bfloat16 (Intel's AMX).
 //
 // The weights come in parts, one or two where 16 bits hold them; the rows are split here, as many at a
-// time as a processor's cache is sure to hold.
+// time as a processor's cache is sure to hold. One of two maps may gate the other, as in few_rows.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "gates.h"
 #include "operators.h"
 #include "panels.h"
 #include "units.h"
@@ -30,25 +31,32 @@ struct Product {
   const float* bias;        // [panels, kSide]
   Panels panels;
   int64_t rows, ins, deep, parts;
+  Gate gate;
 
-  // The rows of sides `from` to `to` by the panels `first` to `last`.
+  // The rows of sides `from` to `to` by the panels `first` to `last` of outputs.
   void run(int64_t from, int64_t to, int64_t first, int64_t last, uint16_t* a) const {
     const int64_t side = 2 * kParts * deep * kTile;
     for (int64_t s = from; s < to; s++)
       split(x + s * kSide * ins, std::min(kSide, rows - s * kSide), ins, deep, a + (s - from) * side);
     const OnMatrixUnits here;
     const auto times = parts == 1 ? multiply<1> : parts == 2 ? multiply<2> : multiply<3>;
+    alignas(64) float gates[kSide * kSide], whole[kSide * kSide];
+    auto multiply_by = [&](int64_t panel, int64_t s, float* y, int64_t stride) {
+      times(a + (s - from) * side, weights + panel * 2 * parts * deep * kTile, deep, bias + panel * kSide, y, stride);
+    };
     for (int64_t n = first; n < last; n++)
       for (int64_t s = from; s < to; s++) {
         const Panel& panel = panels[n];
-        const uint16_t* b = weights + n * 2 * parts * deep * kTile;
         const int64_t high = std::min(kSide, rows - s * kSide);
-        float* at = panel.y + s * kSide * panel.stride;
-        if (high == kSide && panel.wide == kSide) {
-          times(a + (s - from) * side, b, deep, bias + n * kSide, at, panel.stride);
+        if (gate != Gate::kNone) {
+          multiply_by(2 * n, s, gates, kSide);
+          multiply_by(2 * n + 1, s, whole, kSide);
+          multiply_gated(gate, gates, whole, high * kSide);
+          panel.put(whole, s * kSide, high);
+        } else if (high == kSide && panel.wide == kSide) {
+          multiply_by(n, s, panel.y + s * kSide * panel.stride, panel.stride);
         } else {
-          float whole[kSide * kSide];
-          times(a + (s - from) * side, b, deep, bias + n * kSide, whole, kSide);
+          multiply_by(n, s, whole, kSide);
           panel.put(whole, s * kSide, high);
         }
       }
@@ -58,11 +66,12 @@ struct Product {
 }  // namespace
 
 std::vector<at::Tensor> attnopt::many_rows(const at::Tensor& x_in, const at::Tensor& weights,
-                                  const at::Tensor& bias, at::IntArrayRef outs) {
-  Outputs outputs("many_rows", x_in, bias, outs, false);
+                                  const at::Tensor& bias, at::IntArrayRef outs, int64_t gate) {
+  const int64_t each = panels_of("many_rows", gate);
+  Outputs outputs("many_rows", x_in, bias, outs, false, each);
   const int64_t deep = (outputs.ins + 31) / 32, count = outputs.count();
   TORCH_CHECK(weights.dim() == 6 && weights.scalar_type() == at::kBFloat16 && weights.is_contiguous() &&
-                  weights.size(0) == count && weights.size(1) == deep && weights.size(2) >= 1 &&
+                  weights.size(0) == count * each && weights.size(1) == deep && weights.size(2) >= 1 &&
                   weights.size(2) <= kParts && weights.sizes().slice(3).equals({2, 16, 32}),
               "many_rows: weights ", weights.sizes(), " are not those of ", outputs.ins, " inputs and ",
               outs, " outputs");
@@ -71,7 +80,7 @@ std::vector<at::Tensor> attnopt::many_rows(const at::Tensor& x_in, const at::Ten
   const at::Tensor x = x_in.contiguous();
   const Product of{x.const_data_ptr<float>(), static_cast<const uint16_t*>(weights.const_data_ptr()),
                    bias.const_data_ptr<float>(), std::move(outputs.panels), outputs.rows, outputs.ins, deep,
-                   weights.size(2)};
+                   weights.size(2), static_cast<Gate>(gate)};
   const int64_t threads = at::get_num_threads(), sides = (of.rows + kSide - 1) / kSide;
   const int64_t side = 2 * kParts * deep * kTile * sizeof(uint16_t);
   const int64_t together = std::clamp<int64_t>(
@@ -102,7 +111,7 @@ bool attnopt::matrix_units() {
 #else
 
 std::vector<at::Tensor> attnopt::many_rows(const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                           at::IntArrayRef) {
+                                           at::IntArrayRef, int64_t) {
   TORCH_CHECK(false, "many_rows: compiled for a processor without matrix units");
 }
 

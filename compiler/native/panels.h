@@ -27,14 +27,15 @@ struct Panel {
 using Panels = std::vector<Panel>;
 
 // The outputs `[..., out]` of an input `[..., ins]` float32, one for each of `outs`, or all in one
-// behind each other. Raises where the input or the biases `[panels, kPanel]` do not fit.
+// behind each other; each panel of them is made of `of` panels of weights. Raises where the input or
+// the biases `[panels * of, kPanel]` do not fit.
 struct Outputs {
   std::vector<at::Tensor> made;
   Panels panels;
   int64_t rows, ins;
 
   Outputs(const char* name, const at::Tensor& x, const at::Tensor& bias, at::IntArrayRef outs,
-          bool joined)
+          bool joined, int64_t of)
       : rows(c10::multiply_integers(x.sizes().slice(0, x.dim() - 1))), ins(x.size(-1)) {
     TORCH_CHECK(x.scalar_type() == at::kFloat, name, ": inputs are float32, not ", x.scalar_type());
     const int64_t all = c10::sum_integers(outs);
@@ -48,8 +49,8 @@ struct Outputs {
       from += out;
     }
     TORCH_CHECK(bias.scalar_type() == at::kFloat && bias.is_contiguous() &&
-                    bias.numel() == count() * kPanel,
-                name, ": biases are not float32 [", count() * kPanel, "]");
+                    bias.numel() == count() * of * kPanel,
+                name, ": biases are not float32 [", count() * of * kPanel, "]");
   }
 
   int64_t count() const { return panels.size(); }

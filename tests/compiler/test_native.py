@@ -53,17 +53,17 @@ def test_few_rows_is_linear(rows: int, ins: int, kept: torch.dtype) -> None:
     weights, biases = _maps(ins, kept)
     packed = layouts.panels(weights)
     assert packed.dtype == kept
-    made = torch.ops.attnopt.few_rows(x, packed, layouts.biases(biases, weights), OUTS)
+    made = torch.ops.attnopt.few_rows(x, packed, layouts.biases(biases, weights), OUTS, 0)
     assert_close(made, torch.cat(_linear(x, weights, biases), -1))
 
 
 def test_few_rows_of_nothing() -> None:
     weights, biases = _maps(24, torch.float32)
-    given = layouts.panels(weights), layouts.biases(biases, weights), OUTS
+    given = layouts.panels(weights), layouts.biases(biases, weights), OUTS, 0
     assert torch.ops.attnopt.few_rows(torch.randn(0, 24), *given).shape == (0, 74)
     weights, _ = _maps(0, torch.float32)
     added = layouts.biases(biases, weights)
-    made = torch.ops.attnopt.few_rows(torch.randn(2, 0), layouts.panels(weights), added, OUTS)
+    made = torch.ops.attnopt.few_rows(torch.randn(2, 0), layouts.panels(weights), added, OUTS, 0)
     assert_close(made, torch.cat(_linear(torch.randn(2, 0), weights, biases), -1))
 
 
@@ -73,14 +73,52 @@ def test_few_rows_says_what_does_not_fit() -> None:
     packed, added = layouts.panels(weights), layouts.biases(biases, weights)
     for wrong in (packed[:, 1:], packed[1:], packed.mT, packed.flatten()):
         with pytest.raises(RuntimeError, match=r"few_rows: weights .* are not those of 24 inputs"):
-            few(x, wrong, added, OUTS)
+            few(x, wrong, added, OUTS, 0)
     with pytest.raises(RuntimeError, match="inputs are float32, not Double"):
-        few(x.double(), packed, added, OUTS)
+        few(x.double(), packed, added, OUTS, 0)
     with pytest.raises(RuntimeError, match="weights are float32, float16 or bfloat16, not Double"):
-        few(x, packed.double(), added, OUTS)
+        few(x, packed.double(), added, OUTS, 0)
     for wrong in (added[1:], added.double()):
         with pytest.raises(RuntimeError, match="biases are not float32"):
-            few(x, packed, wrong, OUTS)
+            few(x, packed, wrong, OUTS, 0)
+
+
+GATES = {1: F.silu, 2: lambda x: F.gelu(x, approximate="tanh")}
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("rows", [1, 8, 9, 70])
+@pytest.mark.parametrize("out", [32, 50, 640])
+@pytest.mark.parametrize("kept", [torch.float32, torch.float16])
+def test_a_map_gates_another(gate: int, rows: int, out: int, kept: torch.dtype) -> None:
+    x = 4 * torch.randn(rows, 100)
+    weights = [torch.randn(out, 100).to(kept).float() for _ in range(2)]
+    biases: list[Tensor | None] = [torch.randn(out), None]
+    gates, others = _linear(x, weights, biases)
+    want = GATES[gate](gates) * others
+    both = [layouts.paired(*weights)]
+    added = layouts.paired(*layouts.biases(biases, weights).chunk(2))
+    few = torch.ops.attnopt.few_rows(x, layouts.panels(both), added, [out], gate)
+    scale = want.abs().max()
+    assert_close(few / scale, want / scale)
+    if torch.ops.attnopt.matrix_units():
+        (many,) = torch.ops.attnopt.many_rows(x, layouts.tiles(both), added, [out], gate)
+        assert_close(many / scale, want / scale)
+
+
+def test_gates_of_what_is_large_and_what_is_no_number() -> None:
+    x = torch.tensor([[-3e38], [-90.0], [-1e-30], [0.0], [1e-30], [90.0], [3e38], [float("nan")]])
+    x = torch.cat((x, torch.tensor([[float("inf")]])))
+    one = torch.ones(1, 1)
+    added = torch.tensor([0.0] * 32 + [1.0] * 32)
+    given = layouts.panels([layouts.paired(one, 0 * one)]), added, [1]
+    for gate, form in GATES.items():
+        made = torch.ops.attnopt.few_rows(x, *given, gate)
+        finite = ~x.isnan() & ~x.isinf()
+        assert_close(made[finite], form(x.double())[finite])
+        assert torch.equal(made.isnan(), form(x).isnan() | x.isinf())  # 0 times infinity
+    with pytest.raises(RuntimeError, match="few_rows: no gate is 3"):
+        torch.ops.attnopt.few_rows(x, *given, 3)
 
 
 @pytest.fixture
@@ -99,7 +137,7 @@ def test_many_rows_is_linear(rows: int, ins: int, kept: torch.dtype) -> None:
     packed = layouts.tiles(weights)
     parts = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 1}
     assert packed.shape[2] == parts[kept]
-    made = torch.ops.attnopt.many_rows(x, packed, layouts.biases(biases, weights), OUTS)
+    made = torch.ops.attnopt.many_rows(x, packed, layouts.biases(biases, weights), OUTS, 0)
     for got, want in zip(made, _linear(x, weights, biases), strict=True):
         assert_close(got, want)
 
@@ -108,7 +146,7 @@ def test_many_rows_is_linear(rows: int, ins: int, kept: torch.dtype) -> None:
 def test_many_rows_is_as_near_as_torch() -> None:
     """A product of parts loses no more than one of float32, of numbers of all sizes."""
     x, weight = (torch.randn(200, 512) * 2.0 ** torch.randint(-20, 20, (200, 512)) for _ in "xw")
-    given = layouts.tiles([weight]), layouts.biases([None], [weight]), [200]
+    given = layouts.tiles([weight]), layouts.biases([None], [weight]), [200], 0
     (made,) = torch.ops.attnopt.many_rows(x, *given)
     exact = x.double() @ weight.double().T
     sizes = x.double().abs() @ weight.double().abs().T
@@ -122,7 +160,7 @@ def test_many_rows_keeps_to_the_row_what_is_no_number() -> None:
     weights, biases = _maps(24, torch.float32)
     x = torch.randn(40, 24)
     x[3, 5], x[35, 23] = float("nan"), float("inf")
-    given = layouts.tiles(weights), layouts.biases(biases, weights), OUTS
+    given = layouts.tiles(weights), layouts.biases(biases, weights), OUTS, 0
     for made, want in zip(
         torch.ops.attnopt.many_rows(x, *given), _linear(x, weights, biases), strict=True
     ):
@@ -141,12 +179,12 @@ def test_many_rows_says_what_does_not_fit() -> None:
     odd += [packed[..., :16], packed[..., :8, :], packed[:, :, :, :1], packed.mT]
     for wrong in (*(x.contiguous() for x in odd[:-1]), odd[-1]):
         with pytest.raises(RuntimeError, match=r"many_rows: weights .* are not those of 24 inputs"):
-            many(x, wrong, added, OUTS)
+            many(x, wrong, added, OUTS, 0)
     with pytest.raises(RuntimeError, match="inputs are float32, not Double"):
-        many(x.double(), packed, added, OUTS)
+        many(x.double(), packed, added, OUTS, 0)
     with pytest.raises(RuntimeError, match="biases are not float32"):
-        many(x, packed, added[1:], OUTS)
-    assert [y.shape[0] for y in many(x[:0], packed, added, OUTS)] == [0, 0, 0]
+        many(x, packed, added[1:], OUTS, 0)
+    assert [y.shape[0] for y in many(x[:0], packed, added, OUTS, 0)] == [0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -285,7 +323,7 @@ for rows, keys, dim in ((1, 3, 5), (2, 65, 24), (7, 400, 40)):
     want = (q.double() @ k.double().mT).softmax(-1) @ v.double()
     assert_close(torch.ops.attnopt.one_token(q, k, v, 1.0), want)
     x, w = torch.randn(rows, dim), torch.randn(33, dim).bfloat16().float() / 4
-    few = torch.ops.attnopt.few_rows(x, layouts.panels([w]), layouts.biases([None], [w]), [33])
+    few = torch.ops.attnopt.few_rows(x, layouts.panels([w]), layouts.biases([None], [w]), [33], 0)
     assert_close(few, x.double() @ w.double().T)
     seen = torch.ones(rows, keys, dtype=torch.bool).tril(keys - rows)
     scores = (q.double() @ k.double().mT).masked_fill(~seen, float("-inf"))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 
@@ -302,6 +303,31 @@ def test_linear_maps_of_one_input_are_one_call() -> None:
     found, wanted, x = _through_few_rows(Maps())
     few = torch.ops.attnopt.few_rows.default
     assert len(found.graph.find_nodes(op="call_function", target=few)) == 1  # for four in float32
+    for got, want in zip(found(x), wanted, strict=True):
+        assert_close(got, want)
+
+
+def test_a_map_that_gates_another_is_one_call_with_it() -> None:
+    class Units(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.maps = nn.ModuleList(nn.Linear(12, 40, bias=n % 3 > 0) for n in range(12))
+            self.maps[1].weight.data = self.maps[1].weight.data.half().float()
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            silu, gelu, (a, b, c, d, e, f, g, h, i, j, k, m) = F.silu, F.gelu, self.maps
+            read, shared = c(x), i(x)
+            return [
+                silu(e(x)) * d(x), f(x) * gelu(g(x), approximate="tanh"),
+                gelu(h(x)) * j(x), silu(read) * k(x), read,  # another gate, one that is read
+                silu(shared) * shared, silu(a(x)) * b(x), silu(m(x)) + 1,  # of itself, other dtypes
+            ]  # fmt: skip
+
+    found, wanted, x = _through_few_rows(Units())
+    few = torch.ops.attnopt.few_rows.default
+    calls = found.graph.find_nodes(op="call_function", target=few)
+    assert sorted(int(node.args[4]) for node in calls) == [0, 0, 1, 2]
+    assert not found.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
     for got, want in zip(found(x), wanted, strict=True):
         assert_close(got, want)
 
