@@ -49,6 +49,8 @@ class Decoder:
             found.node: found for found in find_convolutions(program, parts, slack)
         }
         self.places = places(program, self.caches, self.convolutions)
+        self._dtypes = {name: _dtype_of(program, name)
+                        for name in (*self.caches, *self.convolutions)}  # fmt: skip
         self._phases: dict[tuple[Kind, bool, bool], Callable[..., Tensor]] = {}
         self._single: Single | None = None
         self._cpp: InCpp | None = None
@@ -75,7 +77,7 @@ class Decoder:
             raise Problem("A704", f"a state needs room for one token at least, got {capacity}")
         given = {name: self._extended(name, (masks or {}).get(name), batch, capacity)
                  for name in self.split.masks}  # fmt: skip
-        kinds = [(cache, self.dtype or self._kept(name))
+        kinds = [(cache, self.dtype or self._dtypes[name])
                  for name, cache in (*self._owners(), *self.convolutions.items())]  # fmt: skip
         caches = empty_caches(kinds, batch, capacity, self.device, self._memory)
         state = State(batch, capacity, caches, [], given)
@@ -199,14 +201,14 @@ class Decoder:
     def bytes_by_attention(self) -> dict[str, int]:
         """The same of each attention that has a cache of its own, by its node."""
         return {
-            name: self._kept(name).itemsize * sum(heads * dim for heads, dim in cache.widths)
+            name: self._dtypes[name].itemsize * sum(heads * dim for heads, dim in cache.widths)
             for name, cache in self._owners()
         }
 
     def convolution_bytes(self) -> int:
         """Bytes that the last inputs of convolutions take, of one sequence however long it is."""
         return sum(
-            kept.channels * kept.turn * (self.dtype or self._kept(name)).itemsize
+            kept.channels * kept.turn * (self.dtype or self._dtypes[name]).itemsize
             for name, kept in self.convolutions.items()
         )
 
@@ -228,7 +230,7 @@ class Decoder:
 
     def _compile(self, prompts: bool, other: InCpp | None) -> None:
         form = self.phase("step", last=True)
-        dtypes = {self.dtype or self._kept(name) for name in self.caches}
+        dtypes = {self.dtype or self._dtypes[name] for name in self.caches}
         self._cpp = in_cpp(self.caches, dtypes, self.device, other)
         if self._cpp is not None:
             form = self._cpp.single(form)
@@ -367,15 +369,16 @@ class Decoder:
 
         return padding_leaks(self)
 
-    def _kept(self, name: str) -> torch.dtype:
-        """The dtype of an attention's keys and values, or of a convolution's weight and inputs."""
-        operand = self.program.node(name).args[1]
-        dtype: torch.dtype = operand.meta["val"].dtype  # type: ignore[union-attr]
-        return dtype
-
     def _fake(self, name: str) -> Tensor:
         fake: Tensor = self.program.node(name).meta["val"]
         return fake
+
+
+def _dtype_of(program: Program, name: str) -> torch.dtype:
+    """The dtype of an attention's keys and values, or of a convolution's weight and inputs."""
+    operand = program.node(name).args[1]
+    dtype: torch.dtype = operand.meta["val"].dtype  # type: ignore[union-attr]
+    return dtype
 
 
 def derive(program: Program, slack: int = 0, check: bool = True) -> Decoder:
