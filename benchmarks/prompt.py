@@ -49,7 +49,7 @@ def _map(dtype: torch.dtype, count: int, ins: int, outs: int) -> Row:
     packed, bias = layouts.tiles([weight]), layouts.biases([None], [weight])
 
     def ours(x: Tensor) -> Tensor:
-        made: Tensor = torch.ops.attnopt.many_rows(x, packed, bias, [outs], 0)[0]
+        made: Tensor = torch.ops.attnopt.many_rows(x, packed, bias, [outs], 0)
         return made
 
     x = torch.randn(count, ins)

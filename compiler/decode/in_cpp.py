@@ -30,8 +30,8 @@ class InCpp:
         if other is not None:
             self._few, self._many = other._few, other._many
         else:
-            self._few = LinearMaps(operators.few_rows.default, layouts.panels, joined=True)
-            self._many = LinearMaps(operators.many_rows.default, layouts.tiles, joined=False)
+            self._few = LinearMaps(operators.few_rows.default, layouts.panels)
+            self._many = LinearMaps(operators.many_rows.default, layouts.tiles)
 
     @property
     def outdated(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,14 +22,14 @@ _GATES: dict[Any, int] = {
 
 class LinearMaps:
     """The linear maps of a model's graphs through `run(x [..., in], weights, biases, outs, gate)`,
-    which gives for each weight `[..., out]`, or where `joined` all of these as one. It takes
-    weights as `layout` gives them, which are kept for all graphs; with a gate they are those of two
-    maps in turns, of which one gates the other."""
+    which gives `[..., out]` of each weight, one behind the other. It takes weights as `layout`
+    gives them, which are kept for all graphs; with a gate they are those of two maps in turns, of
+    which one gates the other."""
 
     def __init__(
-        self, run: Callable[..., Any], layout: Callable[[Sequence[Tensor]], Tensor], joined: bool
+        self, run: Callable[..., Any], layout: Callable[[Sequence[Tensor]], Tensor]
     ) -> None:
-        self.run, self.layout, self.joined = run, layout, joined
+        self.run, self.layout = run, layout
         self._pages = Pages()
         self._kept = dict[tuple[int, ...], tuple[Tensor, Tensor]]()
         self._seen = dict[int, tuple[Tensor, int, torch.dtype | None]]()  # by their identity
@@ -91,11 +90,8 @@ class LinearMaps:
             gate = gated.gate if gated is not None else 0
             made = module.graph.call_function(self.run, (nodes[0].args[0], *given, outs, gate))
             for at, node in enumerate(made_of):
-                if self.joined:
-                    ends = sum(outs[:at]), sum(outs[: at + 1])
-                    part = module.graph.call_function(aten.slice.Tensor, (made, -1, *ends))
-                else:
-                    part = module.graph.call_function(operator.getitem, (made, at))
+                ends = sum(outs[:at]), sum(outs[: at + 1])
+                part = module.graph.call_function(aten.slice.Tensor, (made, -1, *ends))
                 part.meta = dict(node.meta)
                 node.replace_all_uses_with(part)
         for node in nodes if gated is None else (gated.product, gated.through, *nodes):

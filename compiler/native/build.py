@@ -109,14 +109,8 @@ def _one_token(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return q.new_empty(*q.shape[:-1], v.shape[-1])
 
 
-def _few_rows(x: Tensor, weights: Tensor, bias: Tensor, outs: list[int], gate: int = 0) -> Tensor:
+def _linear_maps(x: Tensor, weights: Tensor, bias: Tensor, outs: list[int], gate: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], sum(outs))
-
-
-def _many_rows(
-    x: Tensor, weights: Tensor, bias: Tensor, outs: list[int], gate: int
-) -> list[Tensor]:
-    return [x.new_empty(*x.shape[:-1], out) for out in outs]
 
 
 def _prompt(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -125,5 +119,5 @@ def _prompt(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 _FAKES: dict[str, Callable[..., object]] = {
-    "few_rows": _few_rows, "many_rows": _many_rows, "one_token": _one_token, "prompt": _prompt,
+    "few_rows": _linear_maps, "many_rows": _linear_maps, "one_token": _one_token, "prompt": _prompt,
 }  # fmt: skip

@@ -88,11 +88,10 @@ void run(const float* x, int64_t ins, const T* weights, const float* bias, const
 
 }  // namespace
 
-// In one tensor: Inductor's C++ calls an operator of several through Python.
 at::Tensor attnopt::few_rows(const at::Tensor& x_in, const at::Tensor& weights,
                              const at::Tensor& bias, at::IntArrayRef outs, int64_t gate) {
   const int64_t each = panels_of("few_rows", gate);
-  const Outputs to("few_rows", x_in, bias, outs, true, each);
+  const Outputs to("few_rows", x_in, bias, outs, each);
   TORCH_CHECK(weights.dim() == 3 && weights.is_contiguous() && weights.size(0) == to.count() * each &&
                   weights.size(1) == to.ins && weights.size(2) == kPanel,
               "few_rows: weights ", weights.sizes(), " are not those of ", to.ins, " inputs and ",
@@ -108,5 +107,5 @@ at::Tensor attnopt::few_rows(const at::Tensor& x_in, const at::Tensor& weights,
     case at::kBFloat16: run_as.operator()<at::BFloat16>(); break;
     default: TORCH_CHECK(false, "few_rows: weights are float32, float16 or bfloat16, not ", weights.scalar_type());
   }
-  return to.made[0];
+  return to.made;
 }

@@ -65,10 +65,10 @@ struct Product {
 
 }  // namespace
 
-std::vector<at::Tensor> attnopt::many_rows(const at::Tensor& x_in, const at::Tensor& weights,
-                                  const at::Tensor& bias, at::IntArrayRef outs, int64_t gate) {
+at::Tensor attnopt::many_rows(const at::Tensor& x_in, const at::Tensor& weights,
+                              const at::Tensor& bias, at::IntArrayRef outs, int64_t gate) {
   const int64_t each = panels_of("many_rows", gate);
-  Outputs outputs("many_rows", x_in, bias, outs, false, each);
+  Outputs outputs("many_rows", x_in, bias, outs, each);
   const int64_t deep = (outputs.ins + 31) / 32, count = outputs.count();
   TORCH_CHECK(weights.dim() == 6 && weights.scalar_type() == at::kBFloat16 && weights.is_contiguous() &&
                   weights.size(0) == count * each && weights.size(1) == deep && weights.size(2) >= 1 &&
@@ -110,8 +110,8 @@ bool attnopt::matrix_units() {
 
 #else
 
-std::vector<at::Tensor> attnopt::many_rows(const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                           at::IntArrayRef, int64_t) {
+at::Tensor attnopt::many_rows(const at::Tensor&, const at::Tensor&, const at::Tensor&, at::IntArrayRef,
+                              int64_t) {
   TORCH_CHECK(false, "many_rows: compiled for a processor without matrix units");
 }
 

@@ -4,16 +4,14 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <vector>
-
 namespace attnopt {
 
 void hold_memory(bool on);
 void keep_memory(bool on);
 at::Tensor few_rows(const at::Tensor& x, const at::Tensor& weights, const at::Tensor& biases,
                     at::IntArrayRef outs, int64_t gate);
-std::vector<at::Tensor> many_rows(const at::Tensor& x, const at::Tensor& weights,
-                                  const at::Tensor& biases, at::IntArrayRef outs, int64_t gate);
+at::Tensor many_rows(const at::Tensor& x, const at::Tensor& weights, const at::Tensor& biases,
+                     at::IntArrayRef outs, int64_t gate);
 bool matrix_units();
 at::Tensor one_token(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, double scale);
 at::Tensor prompt(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, double scale);

@@ -26,27 +26,26 @@ struct Panel {
 
 using Panels = std::vector<Panel>;
 
-// The outputs `[..., out]` of an input `[..., ins]` float32, one for each of `outs`, or all in one
-// behind each other; each panel of them is made of `of` panels of weights. Raises where the input or
-// the biases `[panels * of, kPanel]` do not fit.
+// The outputs `[..., outs]` of an input `[..., ins]` float32, those of each of `outs` one behind the
+// other, in one tensor: Inductor's C++ calls an operator of several through Python. Each panel of them
+// is made of `of` panels of weights. Raises where the input or the biases `[panels * of, kPanel]` do
+// not fit.
 struct Outputs {
-  std::vector<at::Tensor> made;
+  at::Tensor made;
   Panels panels;
   int64_t rows, ins;
 
-  Outputs(const char* name, const at::Tensor& x, const at::Tensor& bias, at::IntArrayRef outs,
-          bool joined, int64_t of)
+  Outputs(const char* name, const at::Tensor& x, const at::Tensor& bias, at::IntArrayRef outs, int64_t of)
       : rows(c10::multiply_integers(x.sizes().slice(0, x.dim() - 1))), ins(x.size(-1)) {
     TORCH_CHECK(x.scalar_type() == at::kFloat, name, ": inputs are float32, not ", x.scalar_type());
     const int64_t all = c10::sum_integers(outs);
-    if (joined) add(x, all);
-    int64_t from = 0;
+    auto shape = x.sizes().vec();
+    shape.back() = all;
+    made = at::empty(shape, x.options());
+    float* y = made.data_ptr<float>();
     for (const int64_t out : outs) {
-      if (!joined) add(x, out);
-      float* y = made.back().data_ptr<float>() + (joined ? from : 0);
-      for (int64_t n = 0; n < out; n += kPanel)
-        panels.push_back({y + n, joined ? all : out, std::min(kPanel, out - n)});
-      from += out;
+      for (int64_t n = 0; n < out; n += kPanel) panels.push_back({y + n, all, std::min(kPanel, out - n)});
+      y += out;
     }
     TORCH_CHECK(bias.scalar_type() == at::kFloat && bias.is_contiguous() &&
                     bias.numel() == count() * of * kPanel,
@@ -54,11 +53,4 @@ struct Outputs {
   }
 
   int64_t count() const { return panels.size(); }
-
- private:
-  void add(const at::Tensor& x, int64_t out) {
-    auto shape = x.sizes().vec();
-    shape.back() = out;
-    made.push_back(at::empty(shape, x.options()));
-  }
 };

@@ -362,7 +362,7 @@ def _through_few_rows(model: nn.Module) -> tuple[fx.GraphModule, list[Tensor], T
     x = torch.randn(1, 3, 12)
     made = torch.export.export(model.eval(), (x,)).run_decompositions({}).module()
     assert isinstance(made, fx.GraphModule)
-    maps = LinearMaps(torch.ops.attnopt.few_rows.default, layouts.panels, joined=True)
+    maps = LinearMaps(torch.ops.attnopt.few_rows.default, layouts.panels)
     return maps.through(made), model(x), x
 
 
