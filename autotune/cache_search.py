@@ -4,7 +4,7 @@ bytes per token, and what each of them loses on held-out data.
 First every pass that shrinks the cache is tried with the same size at all layers, each followed by
 the passes that heal; then the best of them with sizes of their own for each layer, in no more bytes
 (`autotune.per_layer`). Where nothing within the budget stays within the bound on accuracy, larger
-shares are tried, so that the report can say what would do.
+shares are tried with what plans and time are left, so that the report can say what would do.
 """
 
 from __future__ import annotations
@@ -97,8 +97,7 @@ class CacheSearch:
         part, left = UNIFORM, self._each(self.forms(self._share), UNIFORM)
         if left and not any(map(may, self.fits())):
             part, left = 1.0, self._each(left, 1.0, lambda kept: self._fit(kept) and may(kept))
-        if left:
-            self._tell(f"{percent(self._share)} of the cache", left, part)
+        self._tell(f"{percent(self._share)} of the cache", left, part)
 
     def looser(self, may: Callable[[Kept], bool]) -> None:
         """Try the two passes that lose least, of those that `may` be offered, at larger shares,
@@ -109,13 +108,15 @@ class CacheSearch:
         def enough(kept: Kept) -> bool:
             return kept.within(self.limits.max_drop) and may(kept)
 
+        before = len(self.tried)
         for part in LOOSER:
             share = self._share + part * (1 - self._share)
             forms = [form for form in self.forms(share) if not names or form.name in names]
             left = self._each(forms, 1.0, enough)
+            if any(map(enough, self.tried[before:])):
+                return
+            self._tell(f"{percent(share)} of the cache and above", left)
             if left:
-                self._tell(f"{percent(share)} of the cache and above", left)
-            if left is None or left:
                 return
 
     @property
@@ -127,19 +128,21 @@ class CacheSearch:
         forms: Iterable[Pass],
         part: float,
         enough: Callable[[Kept], bool] = lambda kept: False,
-    ) -> list[Pass] | None:
-        """Try one form after the other, until one is `enough` (None) or this part of plans and time
-        is used up; what is left then is returned."""
+    ) -> list[Pass]:
+        """Try one form after the other, until one is `enough` or this part of plans and time is
+        used up; what is left then is returned."""
         left = list(forms)
         while left and self.goes_on(part):
             if enough(self.look([left.pop(0).text])):
-                return None
+                break
         return left
 
     def _tell(self, where: str, forms: Sequence[Pass], part: float = 1.0) -> None:
-        """Say which forms were not tried, and what ran out."""
+        """Say which forms were not tried, if any, and what ran out or sufficed."""
         names = ", ".join(dict.fromkeys(form.text for form in forms))
-        self.untold.append(f"not tried at {where}: {names}: {self.spent(part)}")
+        if names:
+            why = "another may be offered" if self.goes_on(part) else self.spent(part)
+            self.untold.append(f"not tried at {where}: {names}: {why}")
 
     def forms(self, share: float) -> Iterator[Pass]:
         """The passes for a share of the cache, the first form of each, then the second of each."""

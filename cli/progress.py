@@ -1,6 +1,6 @@
 """`Progress`: a bar with the time left for whatever takes longer than two seconds.
 
-It draws on stderr. Where that is no terminal (a log of CI), what is being done is a line there at
+It draws on stderr. Where that is no terminal (a log of CI), what is done next is a line there, at
 most every quarter of a minute; when it is told to be quiet (`--json`), nothing is. What attnopt
 logs while the work goes on is printed on stderr above the bar, on a terminal or not.
 """

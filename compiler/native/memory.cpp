@@ -7,6 +7,7 @@
 
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
+#include <pthread.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -48,6 +49,9 @@ class Kept final : public c10::Allocator {
     holders_ += more;
     if (holders_ == 0) most_ = 0, shrink();
   }
+
+  void lock() { guard_.lock(); }
+  void unlock() { guard_.unlock(); }
 
   void leave_to_system() {
     const std::lock_guard here(guard_);
@@ -116,7 +120,7 @@ class Kept final : public c10::Allocator {
     const size_t before = -reinterpret_cast<uintptr_t>(all) % kLarge;
     char* at = static_cast<char*>(all) + before;
     if (before > 0) munmap(all, before);
-    if (before < kLarge) munmap(at + size, kLarge - before);
+    munmap(at + size, kLarge - before);
     madvise(at, size, MADV_HUGEPAGE);
     return {at, size, false};
   }
@@ -129,10 +133,12 @@ class Kept final : public c10::Allocator {
   int64_t holders_ = 0;
 };
 
-// What torch takes its memory from, once it was asked for; tensors may outlive everything else.
+// What torch takes its memory from, once it was asked for; tensors may outlive everything else. A
+// process that is forked finds it as between two calls.
 Kept& kept() {
   static Kept* const made = [] {
     auto* first = new Kept;
+    pthread_atfork([] { kept().lock(); }, [] { kept().unlock(); }, [] { kept().unlock(); });
     c10::SetCPUAllocator(first, /*priority=*/0);
     return first;
   }();

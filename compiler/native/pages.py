@@ -41,10 +41,10 @@ class Pages:
         """Memory that nobody else has; none where the system gives none of this kind."""
         with self._taking:
             if size > len(self._left):
-                mapped = _mapped(max(size, _CHUNK))
-                if mapped is None:
+                new = mapped(max(size, _CHUNK))
+                if new is None:
                     return None
-                self._left = mapped
+                self._left = new
             room, self._left = self._left[:size], self._left[-(-size // APART) * APART :]
             return room
 
@@ -53,7 +53,7 @@ class Pages:
         return self.zeros(x.shape, x.dtype).copy_(x)
 
 
-def _mapped(size: int) -> memoryview | None:
+def mapped(size: int) -> memoryview | None:
     """At least so many bytes of zeros, and room between tensors, that begin with a large page; none
     where the system gives none of this kind."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):

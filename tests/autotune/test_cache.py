@@ -277,6 +277,10 @@ def test_what_was_not_tried_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     tight.looser(_any)
     assert tight.tried == search.tried and tight.untold[0].endswith("--trials 1 ran out")
     assert "at 62.5% of the cache and above:" in tight.untold[1] and len(tight.untold) == 2
+    found = CacheSearch(cb.bench(), whole, Limits(WHOLE // 2, 0.9, trials=3))
+    found.uniform(lambda kept: len(found.tried) == 3)  # the third, of what is left for others
+    assert len(found.tried) == 3 and len(found.untold) == 1
+    assert all(form in found.untold[0] for form in others[2:])
     late = CacheSearch(cb.bench(), whole, Limits(WHOLE // 2, 0.9, seconds=0.0))
     late.looser(_any)
     assert "--timeout 0s ran out" in late.untold[0] and not late.tried

@@ -113,7 +113,12 @@ def test_threads_get_memory_of_their_own() -> None:
         assert all(pool.map(work, range(24)))
 
 
-def test_what_is_not_written_to_takes_no_memory() -> None:
+@pytest.mark.parametrize("there", [True, False])
+def test_what_is_not_written_to_takes_no_memory(
+    there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "loaded", lambda: there)
+
     def resident() -> int:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * mmap.PAGESIZE
@@ -124,12 +129,51 @@ def test_what_is_not_written_to_takes_no_memory() -> None:
     assert resident() - before < 1 << 27
 
 
-def test_without_the_operators_it_is_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_operators_none_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "loaded", lambda: False)
     kept = Memory()
-    with kept.kept():
-        (made,) = kept.tensors([((1 << 21,), torch.float32)])
-    assert not made.any() and made.untyped_storage().resizable()
+    for _ in range(2):
+        with kept.kept():
+            made = kept.tensors([((1 << 21,), torch.float32), ((3,), torch.int32)])
+        assert not any(x.any() for x in made) and made[0]._base is None
+        made[0].fill_(1)
+    monkeypatch.setattr(memory, "mapped", lambda size: None)
+    (made,) = kept.tensors([((1 << 21,), torch.float32)])
+    assert not made.any()
+
+
+FORK = """
+import os, signal, threading, torch
+from attnopt.compiler import native
+from attnopt.compiler.native.memory import Memory
+
+assert not native.ready()
+kept, going = Memory(), True
+
+def churn():
+    while going:
+        with kept.kept():
+            torch.empty(64 << 20, dtype=torch.uint8)
+
+with kept.kept():
+    held = torch.ones(8 << 20, dtype=torch.uint8)
+(thread := threading.Thread(target=churn)).start()
+hung = 0
+for _ in range(40):
+    if not (child := os.fork()):
+        signal.alarm(5)
+        del held
+        os._exit(0)
+    hung += os.waitpid(child, 0)[1] != 0
+going = False
+thread.join()
+raise SystemExit(hung)
+"""
+
+
+def test_a_process_that_is_forked_can_let_go() -> None:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-P", "-c", FORK], capture_output=True)
+    assert done.returncode == 0, done.stderr
 
 
 ALONE = """

@@ -107,18 +107,19 @@ def test_a_map_gates_another(gate: int, rows: int, out: int, kept: torch.dtype) 
 
 
 def test_gates_of_what_is_large_and_what_is_no_number() -> None:
-    x = torch.tensor([[-3e38], [-90.0], [-1e-30], [0.0], [1e-30], [90.0], [3e38], [float("nan")]])
-    x = torch.cat((x, torch.tensor([[float("inf")]])))
-    one = torch.ones(1, 1)
-    added = torch.tensor([0.0] * 32 + [1.0] * 32)
-    given = layouts.panels([layouts.paired(one, 0 * one)]), added, [1]
+    inf, nan = float("inf"), float("nan")
+    weights, x = layouts.panels([torch.zeros(64, 1)]), torch.ones(1, 1)
     for gate, form in GATES.items():
-        made = torch.ops.attnopt.few_rows(x, *given, gate)
-        finite = ~x.isnan() & ~x.isinf()
-        assert_close(made[finite], form(x.double())[finite])
-        assert torch.equal(made.isnan(), form(x).isnan() | x.isinf())  # 0 times infinity
+        for value in (-3e38, -90.0, -1e-30, 0.0, 1e-30, 90.0, 3e38, inf, -inf, nan):
+            added = torch.tensor([value] * 32 + [1.0] * 32)
+            made = torch.ops.attnopt.few_rows(x, weights, added, [32], gate)
+            want = form(torch.full((1, 32), value))
+            assert torch.equal(made.isnan(), want.isnan()), value
+            assert_close(
+                made.nan_to_num(0.0, 3.3e38, -3.3e38), want.nan_to_num(0.0, 3.3e38, -3.3e38)
+            )
     with pytest.raises(RuntimeError, match="few_rows: no gate is 3"):
-        torch.ops.attnopt.few_rows(x, *given, 3)
+        torch.ops.attnopt.few_rows(x, weights, added, [32], 3)
 
 
 @pytest.fixture
