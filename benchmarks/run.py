@@ -20,7 +20,7 @@ from attnopt.autotune.environment import environment
 ROOT = Path(__file__).parent
 SECTIONS = (
     "padded", "full", "pylm", "healing", "eager", "large", "backend", "onnx_export", "scale",
-    "decode", "one_token", "prompt", "speculate", "kv", "kv_steps",
+    "decode", "one_token", "one_token_avx2", "prompt", "speculate", "kv", "kv_steps",
 )  # fmt: skip
 
 
