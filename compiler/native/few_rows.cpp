@@ -75,13 +75,13 @@ void run(const float* x, int64_t ins, const T* weights, const float* bias, const
     float made[2][kRows * kPanel];
     for (int64_t n = a; n < b; n++)
       for (int64_t row = 0; row < rows; row += kRows) {  // of panels that are near by now
-        const int64_t now = std::min<int64_t>(kRows, rows - row), last = each - 1;
+        const int64_t now = std::min<int64_t>(kRows, rows - row);
         for (int64_t i = 0; i < each; i++) {
           const int64_t panel = n * each + i;
           kOf[now - 1](x + row * ins, ins, weights + panel * ins * kPanel, bias + panel * kPanel, made[i]);
         }
         if (gate != Gate::kNone) multiply_gated(gate, made[0], made[1], now * kPanel);
-        panels[n].put(made[last], row, now);
+        panels[n].put(made[each - 1], row, now);
       }
   });
 }

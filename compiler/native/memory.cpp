@@ -62,8 +62,10 @@ class Kept final : public c10::Allocator {
   void* take(size_t bytes) {
     const std::lock_guard here(guard_);
     auto best = idle_.end();
-    for (auto i = idle_.begin(); i != idle_.end(); i++)
-      if (i->size >= bytes && i->size <= 2 * bytes + kLarge && (best == idle_.end() || i->size <= best->size)) best = i;  // the latest
+    for (auto i = idle_.begin(); i != idle_.end(); i++) {
+      const bool fits = i->size >= bytes && i->size <= 2 * bytes + kLarge;
+      if (fits && (best == idle_.end() || i->size <= best->size)) best = i;  // of equals the latest
+    }
     Piece piece{};
     if (best != idle_.end()) {
       piece = *best;
