@@ -5,6 +5,7 @@ runs on new tokens, and gives the attentions a cache; `Decoder` runs it. What th
 otherwise than token by token is found by running it, and refused with the operator's name.
 """
 
-from attnopt.compiler.decode.decoder import Decoder, derive
+from attnopt.compiler.decode.decoder import Decoder
+from attnopt.compiler.decode.derive import derive
 
 __all__ = ["Decoder", "derive"]

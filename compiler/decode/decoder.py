@@ -1,4 +1,4 @@
-"""`Decoder`: a causal model that reads each token once, and `derive`, which makes it of a graph."""
+"""`Decoder`: a causal model that reads each token once."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor, fx
 from attnopt.compiler.compiled import Compiled
 from attnopt.compiler.decode import padding
 from attnopt.compiler.decode.caches import Ring, cache_of
-from attnopt.compiler.decode.causal import require_causal
 from attnopt.compiler.decode.convolutions import find as find_convolutions
 from attnopt.compiler.decode.halves import flipped
 from attnopt.compiler.decode.in_cpp import InCpp, autocast, in_cpp
 from attnopt.compiler.decode.latents import find
 from attnopt.compiler.decode.phases import Cache, Kind, phase, places, tables
-from attnopt.compiler.decode.single import HELP, Single
-from attnopt.compiler.decode.split import Split, merged, split
+from attnopt.compiler.decode.sampling import most_likely
+from attnopt.compiler.decode.single import HELP, Made, Single
+from attnopt.compiler.decode.split import Split
 from attnopt.compiler.decode.state import State, empty_caches
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.native.memory import Memory
@@ -107,11 +107,18 @@ class Decoder:
                 "A704", f"the state holds {state.length} tokens, a prompt needs an empty one",
                 help="read what follows with step, or make another state",
             )  # fmt: skip
-        return self._run("prefill", state, tokens, last)
+        return self._read("prefill", state, tokens, last)[0]
 
     def step(self, state: State, *tokens: Tensor, last: bool = False) -> Tensor:
         """Read what follows: one token of each sequence, or several."""
-        return self._run("step" if state.length else "prefill", state, tokens, last)
+        return self._read("step" if state.length else "prefill", state, tokens, last)[0]
+
+    def next(self, state: State, *tokens: Tensor) -> Tensor:
+        """Read what follows, as `step`: the most likely next token of each sequence, int64
+        `[batch, 1]`."""
+        kind: Kind = "step" if state.length else "prefill"
+        logits, found = self._read(kind, state, tokens, True)
+        return most_likely(logits) if found is None else found
 
     def rewind(self, state: State, length: int) -> None:
         """Take tokens back, so that `length` are left.
@@ -256,7 +263,32 @@ class Decoder:
             first.setdefault(self.places[name], name)
         return [(name, self.caches[name]) for _, name in sorted(first.items())]
 
-    def _run(self, kind: Kind, state: State, tokens: Sequence[Tensor], last: bool) -> Tensor:
+    def _read(self, kind: Kind, state: State, tokens: Sequence[Tensor], last: bool) -> Made:
+        """What is made of the next tokens; the state has read them."""
+        compiled = last and kind == "step" and not (self._cpp and autocast())
+        with torch.no_grad():
+            if compiled and self._single is not None:
+                again = self._single.again(state, tokens)
+                if again is not None:
+                    state.read(1)
+                    return again
+            new = self._checked(state, tokens)
+            self._renew(state)
+            made: Made
+            if compiled and self._single is not None and new == 1:
+                made = self._single.step(state, tokens)
+            else:
+                start = () if kind == "prefill" else (state.length,)
+                form = self._form(kind, last)
+                if isinstance(form, Compiled):  # guards look at strides, and at what a view is of
+                    tokens = [x.clone(memory_format=torch.contiguous_format) for x in tokens]
+                with self._memory.kept():
+                    made = form(*tokens, state.tables, state.caches, *start), None
+        state.read(new)
+        return made
+
+    def _checked(self, state: State, tokens: Sequence[Tensor]) -> int:
+        """How many tokens of each sequence these are, which the state has room for."""
         wanted = self.split.tokens
         new = tokens[0].shape[1] if tokens else 0
         fits = all(x.shape[:2] == (state.batch, new) for x in tokens)
@@ -270,21 +302,7 @@ class Decoder:
                 "A704", f"{state.length} tokens and {new} more do not fit into {state.capacity}",
                 help="make a state of a larger capacity",
             )  # fmt: skip
-        with torch.no_grad():
-            self._renew(state)
-            single = None if self._cpp and autocast() else self._single
-            if single is not None and (kind, last, new) == ("step", True, 1):
-                logits = single.step(state, tokens)
-            else:
-                start = () if kind == "prefill" else (state.length,)
-                form = self._form(kind, last)
-                if isinstance(form, Compiled):  # guards look at strides, and at what a view is of
-                    tokens = [x.clone(memory_format=torch.contiguous_format) for x in tokens]
-                with self._memory.kept():
-                    logits = form(*tokens, state.tables, state.caches, *start)
-        state.length += new
-        state.reached = max(state.reached, state.length)
-        return logits
+        return new
 
     def _renew(self, state: State) -> None:
         """Compile anew where weights were written to, before a prompt or the first step."""
@@ -379,22 +397,3 @@ def _dtype_of(program: Program, name: str) -> torch.dtype:
     operand = program.node(name).args[1]
     dtype: torch.dtype = operand.meta["val"].dtype  # type: ignore[union-attr]
     return dtype
-
-
-def derive(program: Program, slack: int = 0, check: bool = True) -> Decoder:
-    """A decoder with a cache, of a raised program that maps tokens `[batch, seq]` to logits.
-
-    Caches of windows and of convolutions can take back `slack` tokens. With `check`, every operator
-    is shown to let no token change an earlier position, and the decoder is compared with the
-    program. Raises `Problem` A701 to A706.
-    """
-    program = merged(program)
-    parts = split(program)
-    if check:
-        require_causal(program, parts)
-    made = Decoder(program, parts, slack)
-    if check:
-        from attnopt.compiler.decode.equal import require_equal
-
-        require_equal(made)
-    return made

@@ -59,24 +59,26 @@ def read(how: Mapping[str, Any]) -> Generation:
 class Rows:
     """Which rows of a batch go on; those that have ended are filled."""
 
-    def __init__(self, how: Generation, batch: int, device: torch.device) -> None:
-        self.ends = torch.tensor(how.ends, device=device)
-        self._ending = bool(how.ends)
-        self.fill = how.ends[0] if how.pad_token_id is None and how.ends else how.pad_token_id or 0
-        self.going = torch.ones(batch, dtype=torch.bool, device=device)
+    def __init__(self, how: Generation, batch: int) -> None:
+        self.going = [True] * batch
+        self._ends = frozenset(how.ends)
+        self._fill = how.ends[0] if how.pad_token_id is None and how.ends else how.pad_token_id or 0
 
     def take(self, tokens: Tensor) -> Tensor:
-        """A new column `[batch]`, with the fill where a row has ended before."""
-        if not self._ending:
+        """New tokens, one per row, with the fill where a row has ended before."""
+        if not self._ends:
             return tokens
-        tokens = torch.where(self.going, tokens, self.fill)
-        self.going = self.going & ~torch.isin(tokens, self.ends)
-        return tokens
+        rows = list(zip(self.going, tokens.flatten().tolist(), strict=True))
+        filled = tokens
+        if not all(self.going):
+            filled = tokens.new_tensor([x if going else self._fill for going, x in rows])
+        self.going = [going and x not in self._ends for going, x in rows]
+        return filled.view_as(tokens)
 
     @property
     def done(self) -> bool:
         """Whether all rows have ended."""
-        return self._ending and not bool(self.going.any())
+        return not any(self.going)
 
 
 def generate(
@@ -87,14 +89,22 @@ def generate(
     `input_ids` is int64 `[batch, prompt]`; prompts of other lengths are padded on the left, and
     `attention_mask` of that shape is 0 there. Raises `Problem` A707 on inputs that do not fit.
     """
-    columns = list(stream(decoder, input_ids, how, attention_mask))
-    return torch.cat((input_ids, torch.stack(columns, 1)), 1)
+    return torch.cat((input_ids, *_columns(decoder, input_ids, how, attention_mask)), 1)
 
 
 def stream(
     decoder: Decoder, input_ids: Tensor, how: Generation, attention_mask: Tensor | None = None
 ) -> Iterator[Tensor]:
     """As `generate`: gives each new column, int64 `[batch]`, as soon as it is there."""
+    for column in _columns(decoder, input_ids, how, attention_mask):
+        yield column[:, 0]
+
+
+def _columns(
+    decoder: Decoder, input_ids: Tensor, how: Generation, attention_mask: Tensor | None
+) -> Iterator[Tensor]:
+    """New columns `[batch, 1]`. What runs between steps is as little as may be: the processor's
+    caches hold weights by then, and Python takes several times as long as it does elsewhere."""
     mask = checked(decoder, input_ids, attention_mask)
     decoder = decoder.taking(mask)
     batch, prompt = input_ids.shape
@@ -103,16 +113,22 @@ def stream(
     positions = mask.long().cumsum(1).sub(1).clamp(min=0)
     generator = how.generator(input_ids.device)
     logits = _read(decoder, state, input_ids, positions, how.prefill_chunk or prompt)
-    rows = Rows(how, batch, input_ids.device)
+    rows = Rows(how, batch)
     at = positions[:, -1:]
     counts = any("position" in name for name in decoder.split.tokens)
+    tokens = how.next(logits[:, -1], generator)[:, None]
     for left in range(how.max_new_tokens - 1, -1, -1):
-        tokens = rows.take(how.next(logits[:, -1], generator))
+        tokens = rows.take(tokens)
         yield tokens
         if not left or rows.done:
             return
         at = at + 1 if counts else at
-        logits = decoder.step(state, *inputs_of(decoder, tokens[:, None], at), last=True)
+        given = inputs_of(decoder, tokens, at)
+        if how.do_sample:
+            logits = decoder.step(state, *given, last=True)
+            tokens = how.next(logits[:, -1], generator)[:, None]
+        else:
+            tokens = decoder.next(state, *given)
 
 
 def _read(decoder: Decoder, state: State, ids: Tensor, positions: Tensor, chunk: int) -> Tensor:

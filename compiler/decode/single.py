@@ -9,6 +9,7 @@ far as the graph's conditions on the position are known to hold.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import local
@@ -16,29 +17,36 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.output_code import CompiledFxGraph
 
 from attnopt.compiler.compiled import Compiled
 from attnopt.compiler.decode.conditions import Conditions
 from attnopt.compiler.decode.linear_maps import version
 from attnopt.compiler.decode.state import State
 
+aten = torch.ops.aten
 HELP = "torch.compile needs a C++ compiler"
+
+
+Made = tuple[Tensor, Tensor | None]  # logits, and the most likely tokens where they are known
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a compiled graph."""
+    """A call of a compiled graph, which takes a list."""
 
-    graph: Callable[..., Any]
+    graph: Callable[[list[Any]], Sequence[Any]]
     args: tuple[Any, ...]
     conditions: Conditions
+    outputs: Sequence[Any]
 
 
 @dataclass(frozen=True)
 class Bound:
     """The compiled graph with all arguments of a state but the token and the position."""
 
-    graph: Callable[..., Any]
+    graph: Callable[[list[Any]], Sequence[Any]]
     args: Sequence[Any]
     tokens: Sequence[tuple[int, int]]  # where in the arguments, which of the tokens
     starts: Sequence[tuple[int, int]]  # where in the arguments, how far from the position
@@ -46,20 +54,24 @@ class Bound:
     positions: range  # that the graph is known to take
 
     def takes(self, state: State, tokens: Sequence[Tensor]) -> bool:
-        """Whether these tokens can be read without asking the guards."""
-        return state.length in self.positions and all(
-            x.dtype == y.dtype and x.stride() == y.stride() and x.device == y.device
-            for x, y in zip(tokens, self.like, strict=True)
+        """Whether these are tokens that can be read without asking the guards."""
+        same = len(tokens) == len(self.like) and state.length in self.positions
+        return same and all(
+            x.shape == y.shape
+            and x.stride() == y.stride()
+            and x.dtype == y.dtype
+            and x.device == y.device
+            for x, y in zip(tokens, self.like, strict=False)
         )
 
-    def __call__(self, start: int, tokens: Sequence[Tensor]) -> Tensor:
+    def __call__(self, start: int, tokens: Sequence[Tensor]) -> Made:
         args = list(self.args)
         for at, which in self.tokens:
             args[at] = tokens[which]
         for at, ahead in self.starts:
             args[at] = start + ahead
-        (logits,) = self.graph(*args)
-        return logits  # type: ignore[no-any-return]
+        logits, likely = self.graph(args)
+        return logits, likely
 
 
 @dataclass(frozen=True)
@@ -100,10 +112,11 @@ class Known:
 
 
 class Single:
-    """The graph `(tokens..., tables, caches, start) -> logits` of `phases.phase`, compiled."""
+    """The graph `(tokens..., tables, caches, start) -> logits` of `phases.phase`, which is changed
+    to give the most likely tokens too, compiled."""
 
     def __init__(self, module: fx.GraphModule, **options: Any) -> None:
-        self.module, self._seen = module, local()
+        self.module, self._seen = _with_most_likely(module), local()
         self._weights = [(x, version(x)) for x in module.parameters()]
         self.compiled = Compiled(
             module, "the decoder's step", HELP,
@@ -116,37 +129,70 @@ class Single:
         """Whether a weight was written to since it was compiled, as far as torch counts that."""
         return any(version(x) != was for x, was in self._weights)
 
-    def step(self, state: State, tokens: Sequence[Tensor]) -> Tensor:
-        """The logits of one more token of each sequence of a state; its `length` is left alone."""
+    def again(self, state: State, tokens: Sequence[Tensor]) -> Made | None:
+        """As `step`, without asking the guards; None where they have to be asked."""
+        known = state.compiled
+        if known is None or known.bound is None or not known.of(self, state):
+            return None
+        if self.compiled.form is None or not known.bound.takes(state, tokens):
+            return None
+        return known.bound(state.length, tokens)
+
+    def step(self, state: State, tokens: Sequence[Tensor]) -> Made:
+        """What is made of one more token of each sequence; the state's `length` is left alone."""
         known = state.compiled
         if known is None or not known.of(self, state):
             known = state.compiled = Known(self, state.tables, state.caches)
-        works = self.compiled.form is not None
-        if works and known.bound is not None and known.bound.takes(state, tokens):
-            return known.bound(state.length, tokens)
         self._seen.call = None
         tokens = [x.detach() for x in tokens]  # views of nothing, whatever the caller's are
-        logits: Tensor = self.compiled(*tokens, state.tables, state.caches, state.length)
+        made: Made = self.compiled(*tokens, state.tables, state.caches, state.length)
         call, self._seen.call = self._seen.call, None
-        if call is not None and not known.asked:
+        if call is not None and not known.asked and _same(call.outputs, made):
             known.learn(Step(call, tokens, state.length), state.capacity)
-        return logits
+        return made
+
+
+def _with_most_likely(module: fx.GraphModule) -> fx.GraphModule:
+    """The graph with a second output: the first of the largest of each row of the logits."""
+    (output,) = module.graph.find_nodes(op="output")
+    (logits,) = output.args
+    with module.graph.inserting_before(output):
+        likely = module.graph.call_function(aten.argmax.default, (logits, -1))
+    output.args = ((logits, likely),)
+    module.recompile()
+    return module
+
+
+def _same(outputs: Sequence[Any], made: Made) -> bool:
+    """Whether what a graph gave is what the call that it was in gave."""
+    return len(outputs) == len(made) and all(map(operator.is_, outputs, made))
 
 
 def _backend(seen: local, options: dict[str, Any]) -> Callable[..., Callable[..., Any]]:
-    """Inductor, whose graphs note their calls in `seen`. It must not hold the `Single`, which torch
+    """Inductor, whose graphs note their calls in `seen`: below what AOTAutograd puts around them,
+    which takes a twentieth of a small model's step. It must not hold the `Single`, which torch
     would keep with what it compiled."""
 
-    def compiled(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        made = torch._inductor.compile(graph, inputs, options=options)
+    def inner(form: fx.GraphModule, inputs: Sequence[Any], **how: Any) -> Any:
+        made = compile_fx_inner(form, inputs, **how)
+        if not isinstance(made, CompiledFxGraph):
+            return made
+        graph: Callable[[list[Any]], Sequence[Any]] = made.current_callable  # type: ignore[assignment]
         conditions = Conditions(inputs)
 
-        def run(*args: Any) -> Any:
-            outputs = made(*args)
-            seen.call = Call(made, args, conditions)
+        def noted(args: list[Any]) -> Any:
+            given = tuple(args)  # the list is emptied
+            outputs = graph(args)
+            seen.call = Call(graph, given, conditions, outputs)
             return outputs
 
-        return run
+        made.current_callable = noted
+        return made
+
+    def compiled(graph: fx.GraphModule, inputs: list[Any]) -> Any:
+        # What AOTAutograd keeps on disk would be used without a call of `inner`.
+        with torch._functorch.config.patch(enable_autograd_cache=False):
+            return compile_fx(graph, inputs, inner_compile=inner, config_patches=options)
 
     return compiled
 

@@ -83,7 +83,7 @@ def stream_speculatively(
     chunk = how.prefill_chunk or known
     for reader in (whole, small):
         reader.prompt(known - 1, chunk)
-    rows = Rows(how, batch, input_ids.device)
+    rows = Rows(how, batch)
     generator = how.generator(input_ids.device)
     tally = tally if tally is not None else Tally()
     while known < end:
@@ -100,7 +100,7 @@ def stream_speculatively(
             yield made
             if rows.done:
                 return
-            if not bool((kept | ~going).all()):
+            if not all(was or not goes for was, goes in zip(kept.tolist(), going, strict=True)):
                 break
             tally.kept += i < count
         for reader in (whole, small):

@@ -37,6 +37,11 @@ class State:
         """Go on with other caches and tables; what compiled steps kept of these is let go."""
         self.caches, self.tables, self.compiled = caches, tables, None
 
+    def read(self, tokens: int) -> None:
+        """Take note that so many more tokens were read."""
+        self.length += tokens
+        self.reached = max(self.reached, self.length)
+
     @property
     def bytes(self) -> int:
         """Bytes that the caches take."""

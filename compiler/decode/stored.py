@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from attnopt.compiler.decode.decoder import Decoder, derive
+from attnopt.compiler.decode.decoder import Decoder
+from attnopt.compiler.decode.derive import derive
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.intake.export_model import load_export
 from attnopt.compiler.lower import export

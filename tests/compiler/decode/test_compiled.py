@@ -20,6 +20,7 @@ from attnopt.compiler.decode import Decoder, derive
 from attnopt.compiler.decode.generate import Generation, generate
 from attnopt.compiler.decode.linear_maps import LinearMaps
 from attnopt.compiler.decode.state import State
+from attnopt.compiler.errors import Problem
 from attnopt.compiler.native import layouts
 from tests.compiler.decode.test_derive import Small, traced, zoo
 from tests.compiler.decode.test_shared_cache import Twice
@@ -126,6 +127,37 @@ def test_later_steps_of_a_state_skip_the_guards(both: Both) -> None:
     made = both.fast.step(states[0], torch.full((2, 1), 3, dtype=torch.int32), last=True)
     assert both.guarded == [7, 8, 9, 10, 12]  # a token of another dtype
     assert_close(made, both.plain.step(states[1], torch.full((2, 1), 3), last=True))
+
+
+def test_the_next_tokens_are_the_most_likely(both: Both) -> None:
+    """Of prompts, of steps that ask the guards and of those that do not."""
+    fast, plain = both.states(IDS, 12)
+    empty, other = both.plain.state(2, 12), both.plain.state(2, 12)
+    wanted = both.plain.prefill(empty, IDS, last=True).argmax(-1)
+    assert torch.equal(both.plain.next(other, IDS), wanted)
+    for token in (4, 9, 30, 17, 2):
+        given = torch.full((2, 1), token)
+        found = both.fast.next(fast, given)
+        assert torch.equal(found, both.plain.step(plain, given, last=True).argmax(-1))
+        assert found.dtype == torch.int64 and found.shape == (2, 1)
+    assert both.guarded == [7, 8] and fast.length == fast.reached == 12
+
+
+def test_steps_that_skip_the_guards_say_what_does_not_fit(both: Both) -> None:
+    state, _ = both.states(IDS, 10)
+    for token in (4, 9, 30):
+        both.fast.next(state, torch.full((2, 1), token))
+    state.length = 9
+    assert state.compiled is not None and state.compiled.bound is not None
+    for given in ((), (IDS[:, :1], IDS[:, :1]), (IDS[:1, :1],), (IDS[:, :0],)):
+        with pytest.raises(Problem, match="A707"):
+            both.fast.next(state, *given)
+    with pytest.raises(Problem, match="9 tokens and 2 more do not fit into 10"):
+        both.fast.next(state, IDS[:, :2])
+    both.fast.next(state, IDS[:, :1])
+    with pytest.raises(Problem, match="10 tokens and 1 more do not fit into 10"):
+        both.fast.next(state, IDS[:, :1])
+    assert state.length == 10
 
 
 def test_states_in_turn_and_in_another_order(both: Both) -> None:
