@@ -46,10 +46,10 @@ def rows() -> list[Row]:
 def _map(dtype: torch.dtype, count: int, ins: int, outs: int) -> Row:
     torch.manual_seed(0)
     weight = (torch.randn(outs, ins) / ins**0.5).to(dtype).float()
-    packed, bias = layouts.tiles([weight]), layouts.biases([None], [weight])
+    packed = layouts.tiles([weight])
 
     def ours(x: Tensor) -> Tensor:
-        made: Tensor = torch.ops.attnopt.many_rows(x, packed, bias, [outs], 0)
+        made: Tensor = torch.ops.attnopt.many_rows(x, packed, None, [0, 0], [outs], 0)
         return made
 
     x = torch.randn(count, ins)

@@ -243,8 +243,7 @@ class Decoder:
             form = self._cpp.single(form)
         if self.device.type == "cpu":
             form = flipped(form)
-        # The first steps' guards have looked at caches and tables; weights are taken as they are.
-        self._single = Single(form, cpp_wrapper=True, size_asserts=False)
+        self._single = Single(form)
         self._compiles_prompts = prompts
         self._phases.clear()
         self._with_slack.clear()

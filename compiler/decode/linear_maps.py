@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,20 +18,31 @@ _GATES: dict[Any, int] = {
     (aten.silu.default, "none"): 1,
     (aten.gelu.default, "tanh"): 2,
 }  # as in gates.h
+_TOGETHER = 1 << 26  # bytes of weights from which on they begin another tensor
+Key = tuple[int, ...]  # identities of weights and biases
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Weights and biases of one call, and where in these tensors they begin."""
+
+    weights: Tensor
+    biases: Tensor | None
+    at: tuple[int, int]
 
 
 class LinearMaps:
-    """The linear maps of a model's graphs through `run(x [..., in], weights, biases, outs, gate)`,
-    which gives `[..., out]` of each weight, one behind the other. It takes weights as `layout`
-    gives them, which are kept for all graphs; with a gate they are those of two maps in turns, of
-    which one gates the other."""
+    """The linear maps of a model's graphs through `run(x [..., in], weights, biases, at, outs,
+    gate)`, which gives `[..., out]` of each weight, one behind the other. It takes weights as
+    `layout` gives them, of many maps one behind the other, which are kept for all graphs; with a
+    gate they are those of two maps in turns, of which one gates the other."""
 
     def __init__(
         self, run: Callable[..., Any], layout: Callable[[Sequence[Tensor]], Tensor]
     ) -> None:
         self.run, self.layout = run, layout
         self._pages = Pages()
-        self._kept = dict[tuple[int, ...], tuple[Tensor, Tensor]]()
+        self._kept = dict[Key, Kept]()
         self._seen = dict[int, tuple[Tensor, int, torch.dtype | None]]()  # by their identity
 
     @property
@@ -53,12 +64,16 @@ class LinearMaps:
             dtype = self._dtype_of(module, node) if where(node) else None
             if dtype is not None:
                 groups.setdefault((node.args[0], dtype), []).append(node)
+        found = list[Maps]()
         for nodes in groups.values():
-            while (found := _gated(nodes)) is not None:
-                self._replace(module, found.maps, found)
-                nodes = [node for node in nodes if node not in found.maps]
+            while (gated := _gated(nodes)) is not None:
+                found.append(gated)
+                nodes = [node for node in nodes if node not in gated.nodes]
             if nodes:
-                self._replace(module, nodes)
+                found.append(Maps(nodes))
+        self._keep(module, found)
+        for maps in found:
+            self._replace(module, maps)
         module.graph.eliminate_dead_code(is_impure_node=lambda node: node.op != "get_attr")
         module.graph.lint()
         module.recompile()
@@ -76,59 +91,103 @@ class LinearMaps:
             self._seen[id(weight)] = weight, version(weight), dtype
         return self._seen[id(weight)][2]
 
-    def _replace(
-        self, module: fx.GraphModule, nodes: Sequence[fx.Node], gated: Gated | None = None
-    ) -> None:
-        kept, name = self._of(module, nodes, gated is not None), f"_linear_maps_{nodes[0].name}"
-        made_of = nodes if gated is None else [gated.product]
-        outs = [int(node.meta["val"].shape[-1]) for node in made_of]
+    def _replace(self, module: fx.GraphModule, maps: Maps) -> None:
+        kept, nodes, outputs = self._kept[_key(module, maps)], maps.nodes, maps.outputs
+        outs = [int(node.meta["val"].shape[-1]) for node in outputs]
         with module.graph.inserting_before(nodes[0]):
-            given = []
-            for which, value in zip(("weights", "biases"), kept, strict=True):
-                module.register_buffer(f"{name}_{which}", value, persistent=False)
-                given.append(module.graph.get_attr(f"{name}_{which}"))
-            gate = gated.gate if gated is not None else 0
-            made = module.graph.call_function(self.run, (nodes[0].args[0], *given, outs, gate))
-            for at, node in enumerate(made_of):
+            weights, biases = (
+                None if x is None else module.graph.get_attr(_attribute(module, x))
+                for x in (kept.weights, kept.biases)
+            )
+            given = (nodes[0].args[0], weights, biases, list(kept.at), outs, maps.gate)
+            made = module.graph.call_function(self.run, given)
+            for at, node in enumerate(outputs):
                 ends = sum(outs[:at]), sum(outs[: at + 1])
                 part = module.graph.call_function(aten.slice.Tensor, (made, -1, *ends))
                 part.meta = dict(node.meta)
                 node.replace_all_uses_with(part)
-        for node in nodes if gated is None else (gated.product, gated.through, *nodes):
+        for node in (*reversed(maps.after), *nodes):
             module.graph.erase_node(node)
 
-    def _of(
-        self, module: fx.GraphModule, nodes: Sequence[fx.Node], gated: bool
-    ) -> tuple[Tensor, Tensor]:
-        """The weights and biases of linear maps, as one where one is gated by another."""
-        held = [_operands(module, node) for node in nodes]
-        key = (gated, *(id(x) for pair in held for x in pair))
-        if key not in self._kept:
-            weights = [weight.detach() for weight, _ in held if weight is not None]
-            biases = [bias for _, bias in held]
-            for bias in biases:
-                if bias is not None:
-                    self._seen[id(bias)] = bias, version(bias), None
-            added = layouts.biases(biases, weights)
-            if gated:
-                weights = [layouts.paired(*weights)]
-                added = layouts.paired(*added.chunk(2))
-            self._kept[key] = self._pages.copied(self.layout(weights)), added.detach()
-        return self._kept[key]
+    def _keep(self, module: fx.GraphModule, found: Sequence[Maps]) -> None:
+        """Lay out the weights and biases of the maps that have not been met before. Those of
+        several calls are one tensor: to hand a compiled step another one takes it as long as to
+        read 20 KB of weights."""
+        new = dict[Key, tuple[Tensor, Tensor | None]]()
+        for maps in found:
+            key = _key(module, maps)
+            if key not in self._kept and key not in new:
+                new[key] = self._laid_out(module, maps)
+            if sum(weights.nbytes for weights, _ in new.values()) >= _TOGETHER:
+                self._join(new)
+                new.clear()
+        self._join(new)
+
+    def _laid_out(self, module: fx.GraphModule, maps: Maps) -> tuple[Tensor, Tensor | None]:
+        held = [_operands(module, node) for node in maps.nodes]
+        weights = [weight.detach() for weight, _ in held if weight is not None]
+        biases = [bias for _, bias in held]
+        for bias in biases:
+            if bias is not None:
+                self._seen[id(bias)] = bias, version(bias), None
+        added = layouts.biases(biases, weights)
+        if maps.gate:
+            weights = [layouts.paired(*weights)]
+            added = None if added is None else layouts.paired(*added.chunk(2))
+        return self.layout(weights), added
+
+    def _join(self, new: Mapping[Key, tuple[Tensor, Tensor | None]]) -> None:
+        alike = dict[object, list[Key]]()
+        for key, (weights, _) in new.items():
+            alike.setdefault((weights.dtype, weights.shape[1:]), []).append(key)
+        for keys in alike.values():
+            parts = [new[key] for key in keys]
+            added = [biases for _, biases in parts if biases is not None]
+            joined = self._pages.copied(torch.cat([weights for weights, _ in parts]))
+            biases = torch.cat(added).detach() if added else None
+            rows = numbers = 0
+            for key, (of, add) in zip(keys, parts, strict=True):
+                self._kept[key] = Kept(joined, biases, (rows, numbers))
+                if add is None:
+                    self._kept[key] = Kept(joined, None, (rows, 0))
+                rows += len(of)
+                numbers += 0 if add is None else len(add)
 
 
 @dataclass(frozen=True)
-class Gated:
-    """The `product` of two linear maps of one input, the first of which goes `through` a gate."""
+class Maps:
+    """Linear maps of one input that one call computes and, where the first of two goes through a
+    `gate` and is multiplied with the other, what comes `after` them, the product last."""
 
-    maps: tuple[fx.Node, fx.Node]
-    through: fx.Node
-    product: fx.Node
-    gate: int
+    nodes: Sequence[fx.Node]
+    gate: int = 0
+    after: tuple[fx.Node, ...] = ()
+
+    @property
+    def outputs(self) -> Sequence[fx.Node]:
+        """What a call of the operator gives."""
+        return self.after[-1:] or self.nodes
 
 
-def _gated(nodes: Sequence[fx.Node]) -> Gated | None:
-    """The first such product of these linear maps of one input, if nothing else reads them."""
+def _key(module: fx.GraphModule, maps: Maps) -> Key:
+    """Maps of the same weights and biases have the same."""
+    return maps.gate > 0, *(id(x) for node in maps.nodes for x in _operands(module, node))
+
+
+def _attribute(module: fx.GraphModule, x: Tensor) -> str:
+    """The name of a tensor among what a graph keeps; it is one input where that is compiled."""
+    held = dict(module.named_buffers(recurse=False))
+    for name, buffer in held.items():
+        if buffer is x:
+            return name
+    name = f"_linear_maps_{len(held)}"
+    module.register_buffer(name, x, persistent=False)
+    return name
+
+
+def _gated(nodes: Sequence[fx.Node]) -> Maps | None:
+    """The first two of these linear maps of one input of which one gates the other, if nothing else
+    reads them."""
     for first, other in itertools.permutations(nodes, 2):
         through, product = _only_user(first), _only_user(other)
         if through is None or product is None or _only_user(through) is not product:
@@ -138,7 +197,7 @@ def _gated(nodes: Sequence[fx.Node]) -> Gated | None:
         if gate is None or product.target is not aten.mul.Tensor or product.kwargs:
             continue
         if first.meta["val"].shape == other.meta["val"].shape:
-            return Gated((first, other), through, product, gate)
+            return Maps((first, other), gate, (through, product))
     return None
 
 

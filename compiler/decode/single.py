@@ -27,6 +27,11 @@ from attnopt.compiler.decode.state import State
 
 aten = torch.ops.aten
 HELP = "torch.compile needs a C++ compiler"
+INDUCTOR = {
+    "cpp_wrapper": True,
+    "size_asserts": False,  # the first steps' guards have looked at caches and tables
+    "cpp.min_chunk_size": 8192,  # to wake another thread takes as long as to add so many numbers
+}
 
 
 Made = tuple[Tensor, Tensor | None]  # logits, and the most likely tokens where they are known
@@ -115,12 +120,12 @@ class Single:
     """The graph `(tokens..., tables, caches, start) -> logits` of `phases.phase`, which is changed
     to give the most likely tokens too, compiled."""
 
-    def __init__(self, module: fx.GraphModule, **options: Any) -> None:
+    def __init__(self, module: fx.GraphModule) -> None:
         self.module, self._seen = _with_most_likely(module), local()
         self._weights = [(x, version(x)) for x in module.parameters()]
         self.compiled = Compiled(
             module, "the decoder's step", HELP,
-            fullgraph=True, dynamic=True, backend=_backend(self._seen, options),
+            fullgraph=True, dynamic=True, backend=_backend(self._seen),
             options={"guard_filter_fn": _of_state},
         )  # fmt: skip
 
@@ -168,7 +173,7 @@ def _same(outputs: Sequence[Any], made: Made) -> bool:
     return len(outputs) == len(made) and all(map(operator.is_, outputs, made))
 
 
-def _backend(seen: local, options: dict[str, Any]) -> Callable[..., Callable[..., Any]]:
+def _backend(seen: local) -> Callable[..., Callable[..., Any]]:
     """Inductor, whose graphs note their calls in `seen`: below what AOTAutograd puts around them,
     which takes a twentieth of a small model's step. It must not hold the `Single`, which torch
     would keep with what it compiled."""
@@ -192,7 +197,7 @@ def _backend(seen: local, options: dict[str, Any]) -> Callable[..., Callable[...
     def compiled(graph: fx.GraphModule, inputs: list[Any]) -> Any:
         # What AOTAutograd keeps on disk would be used without a call of `inner`.
         with torch._functorch.config.patch(enable_autograd_cache=False):
-            return compile_fx(graph, inputs, inner_compile=inner, config_patches=options)
+            return compile_fx(graph, inputs, inner_compile=inner, config_patches=INDUCTOR)
 
     return compiled
 

@@ -109,7 +109,9 @@ def _one_token(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return q.new_empty(*q.shape[:-1], v.shape[-1])
 
 
-def _linear_maps(x: Tensor, weights: Tensor, bias: Tensor, outs: list[int], gate: int) -> Tensor:
+def _linear_maps(
+    x: Tensor, weights: Tensor, biases: Tensor | None, at: list[int], outs: list[int], gate: int
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], sum(outs))
 
 

@@ -63,25 +63,24 @@ template <int M, typename T>
 // Panels of weights are one for each of outputs or, where there is a gate, two: those that gate the
 // others come first.
 template <typename T>
-void run(const float* x, int64_t ins, const T* weights, const float* bias, const Panels& panels,
-         int64_t rows, Gate gate) {
+void run(const float* x, const T* weights, const Outputs& to, Gate gate) {
   using Multiply = void (*)(const float*, int64_t, const T*, const float*, float*);
   constexpr auto kOf = []<int... M>(std::integer_sequence<int, M...>) {
     return std::array<Multiply, kRows>{multiply<M + 1, T>...};
   }(std::make_integer_sequence<int, kRows>());
-  const int64_t each = gate == Gate::kNone ? 1 : 2;
-  const int64_t work = std::max<int64_t>(1, ins * rows * kPanel * each);
-  at::parallel_for(0, panels.size(), std::max<int64_t>(1, kWorkOfThread / work), [&](int64_t a, int64_t b) {
+  const int64_t ins = to.ins, each = gate == Gate::kNone ? 1 : 2;
+  const int64_t work = std::max<int64_t>(1, ins * to.rows * kPanel * each);
+  at::parallel_for(0, to.count(), std::max<int64_t>(1, kWorkOfThread / work), [&](int64_t a, int64_t b) {
     float made[2][kRows * kPanel];
     for (int64_t n = a; n < b; n++)
-      for (int64_t row = 0; row < rows; row += kRows) {  // of panels that are near by now
-        const int64_t now = std::min<int64_t>(kRows, rows - row);
+      for (int64_t row = 0; row < to.rows; row += kRows) {  // of panels that are near by now
+        const int64_t now = std::min<int64_t>(kRows, to.rows - row);
         for (int64_t i = 0; i < each; i++) {
           const int64_t panel = n * each + i;
-          kOf[now - 1](x + row * ins, ins, weights + panel * ins * kPanel, bias + panel * kPanel, made[i]);
+          kOf[now - 1](x + row * ins, ins, weights + panel * ins * kPanel, to.bias(panel), made[i]);
         }
         if (gate != Gate::kNone) multiply_gated(gate, made[0], made[1], now * kPanel);
-        panels[n].put(made[each - 1], row, now);
+        to.panels[n].put(made[each - 1], row, now);
       }
   });
 }
@@ -89,17 +88,19 @@ void run(const float* x, int64_t ins, const T* weights, const float* bias, const
 }  // namespace
 
 at::Tensor attnopt::few_rows(const at::Tensor& x_in, const at::Tensor& weights,
-                             const at::Tensor& bias, at::IntArrayRef outs, int64_t gate) {
+                             const std::optional<at::Tensor>& biases, at::IntArrayRef at,
+                             at::IntArrayRef outs, int64_t gate) {
   const int64_t each = panels_of("few_rows", gate);
-  const Outputs to("few_rows", x_in, bias, outs, each);
-  TORCH_CHECK(weights.dim() == 3 && weights.is_contiguous() && weights.size(0) == to.count() * each &&
-                  weights.size(1) == to.ins && weights.size(2) == kPanel,
+  const Begins begins("few_rows", at);
+  const Outputs to("few_rows", x_in, biases, begins.biases, outs, each);
+  TORCH_CHECK(weights.dim() == 2 && weights.is_contiguous() && weights.size(1) == kPanel &&
+                  weights.size(0) >= begins.weights + to.count() * each * to.ins,
               "few_rows: weights ", weights.sizes(), " are not those of ", to.ins, " inputs and ",
-              outs, " outputs");
+              outs, " outputs from ", begins.weights, " on");
   const at::Tensor x = x_in.contiguous();
   auto run_as = [&]<typename T>() {
-    run(x.const_data_ptr<float>(), to.ins, weights.const_data_ptr<T>(),
-        bias.const_data_ptr<float>(), to.panels, to.rows, static_cast<Gate>(gate));
+    run(x.const_data_ptr<float>(), weights.const_data_ptr<T>() + begins.weights * kPanel, to,
+        static_cast<Gate>(gate));
   };
   switch (weights.scalar_type()) {
     case at::kFloat: run_as.operator()<float>(); break;

@@ -15,15 +15,15 @@ _PARTS = 3  # of bfloat16, that a number of float32 is the sum of
 
 
 def panels(weights: Sequence[Tensor]) -> Tensor:
-    """Weights `[out, in]` float32 for `few_rows`: `[panels, in, 32]`, in 16 bits where all of their
-    values are the same there."""
+    """Weights `[out, in]` float32 for `few_rows`: panels `[in, 32]`, one behind the other, in 16
+    bits where all of their values are the same there."""
     short = shorter(_padded(weights))
-    made: Tensor = short.unflatten(0, (-1, _PANEL)).transpose(1, 2).contiguous()
+    made: Tensor = short.unflatten(0, (-1, _PANEL)).transpose(1, 2).flatten(0, 1)
     return made
 
 
 def tiles(weights: Sequence[Tensor]) -> Tensor:
-    """The same for `many_rows`: bfloat16 `[panels, deep, parts, 2, 16, 32]`, where for every 32
+    """The same for `many_rows`: bfloat16 panels `[in / 32, parts, 2, 16, 32]`, where for every 32
     inputs the parts that values are the sums of follow each other. Of a part, each of two tiles
     holds 16 outputs, in rows of two inputs for every output.
     """
@@ -32,12 +32,15 @@ def tiles(weights: Sequence[Tensor]) -> Tensor:
     while len(parts) < _PARTS and bool((rest := rest - parts[-1].float()).any()):
         parts.append(rest.bfloat16())
     apart = torch.stack(parts).unflatten(1, (-1, 2, 16)).unflatten(-1, (-1, 16, 2))
-    made: Tensor = apart.permute(1, 4, 0, 2, 5, 3, 6).flatten(-2).contiguous()
+    made: Tensor = apart.permute(1, 4, 0, 2, 5, 3, 6).flatten(-2).flatten(0, 1)
     return made
 
 
-def biases(given: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Tensor:
-    """The biases `[out]` of the weights, zeros for None, float32 `[panels * 32]`."""
+def biases(given: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Tensor | None:
+    """The biases `[out]` of the weights, float32 `[panels * 32]`, of zeros for None; None where all
+    are."""
+    if all(bias is None for bias in given):
+        return None
     return torch.cat([
         F.pad(weight.new_zeros(len(weight)) if bias is None else bias, (0, -len(weight) % _PANEL))
         for bias, weight in zip(given, weights, strict=True)

@@ -28,25 +28,24 @@ constexpr int64_t kCache = 1 << 20; // and bytes that they take
 struct Product {
   const float* x;
   const uint16_t* weights;  // [panels, deep, parts, 2, 16, 32]
-  const float* bias;        // [panels, kSide]
-  Panels panels;
-  int64_t rows, ins, deep, parts;
+  const Outputs& to;
+  int64_t deep, parts;
   Gate gate;
 
-  // The rows of sides `from` to `to` by the panels `first` to `last` of outputs.
-  void run(int64_t from, int64_t to, int64_t first, int64_t last, uint16_t* a) const {
-    const int64_t side = 2 * kParts * deep * kTile;
-    for (int64_t s = from; s < to; s++)
+  // The rows of sides `from` to `end` by the panels `first` to `last` of outputs.
+  void run(int64_t from, int64_t end, int64_t first, int64_t last, uint16_t* a) const {
+    const int64_t rows = to.rows, ins = to.ins, side = 2 * kParts * deep * kTile;
+    for (int64_t s = from; s < end; s++)
       split(x + s * kSide * ins, std::min(kSide, rows - s * kSide), ins, deep, a + (s - from) * side);
     const OnMatrixUnits here;
     const auto times = parts == 1 ? multiply<1> : parts == 2 ? multiply<2> : multiply<3>;
     alignas(64) float gates[kSide * kSide], whole[kSide * kSide];
     auto multiply_by = [&](int64_t panel, int64_t s, float* y, int64_t stride) {
-      times(a + (s - from) * side, weights + panel * 2 * parts * deep * kTile, deep, bias + panel * kSide, y, stride);
+      times(a + (s - from) * side, weights + panel * 2 * parts * deep * kTile, deep, to.bias(panel), y, stride);
     };
     for (int64_t n = first; n < last; n++)
-      for (int64_t s = from; s < to; s++) {
-        const Panel& panel = panels[n];
+      for (int64_t s = from; s < end; s++) {
+        const Panel& panel = to.panels[n];
         const int64_t high = std::min(kSide, rows - s * kSide);
         if (gate != Gate::kNone) {
           multiply_by(2 * n, s, gates, kSide);
@@ -66,22 +65,25 @@ struct Product {
 }  // namespace
 
 at::Tensor attnopt::many_rows(const at::Tensor& x_in, const at::Tensor& weights,
-                              const at::Tensor& bias, at::IntArrayRef outs, int64_t gate) {
+                              const std::optional<at::Tensor>& biases, at::IntArrayRef at,
+                              at::IntArrayRef outs, int64_t gate) {
   const int64_t each = panels_of("many_rows", gate);
-  Outputs outputs("many_rows", x_in, bias, outs, each);
-  const int64_t deep = (outputs.ins + 31) / 32, count = outputs.count();
-  TORCH_CHECK(weights.dim() == 6 && weights.scalar_type() == at::kBFloat16 && weights.is_contiguous() &&
-                  weights.size(0) == count * each && weights.size(1) == deep && weights.size(2) >= 1 &&
-                  weights.size(2) <= kParts && weights.sizes().slice(3).equals({2, 16, 32}),
-              "many_rows: weights ", weights.sizes(), " are not those of ", outputs.ins, " inputs and ",
-              outs, " outputs");
+  const Begins begins("many_rows", at);
+  const Outputs to("many_rows", x_in, biases, begins.biases, outs, each);
+  const int64_t deep = (to.ins + 31) / 32, count = to.count();
+  TORCH_CHECK(weights.dim() == 5 && weights.scalar_type() == at::kBFloat16 && weights.is_contiguous() &&
+                  weights.size(0) >= begins.weights + count * each * deep && weights.size(1) >= 1 &&
+                  weights.size(1) <= kParts && weights.sizes().slice(2).equals({2, 16, 32}),
+              "many_rows: weights ", weights.sizes(), " are not those of ", to.ins, " inputs and ",
+              outs, " outputs from ", begins.weights, " on");
   TORCH_CHECK(matrix_units(), "many_rows: the processor has no matrix units for bfloat16");
-  if (outputs.rows == 0 || count == 0) return outputs.made;
+  if (to.rows == 0 || count == 0) return to.made;
   const at::Tensor x = x_in.contiguous();
-  const Product of{x.const_data_ptr<float>(), static_cast<const uint16_t*>(weights.const_data_ptr()),
-                   bias.const_data_ptr<float>(), std::move(outputs.panels), outputs.rows, outputs.ins, deep,
-                   weights.size(2), static_cast<Gate>(gate)};
-  const int64_t threads = at::get_num_threads(), sides = (of.rows + kSide - 1) / kSide;
+  const int64_t parts = weights.size(1);
+  const uint16_t* first = static_cast<const uint16_t*>(weights.const_data_ptr());
+  const Product of{x.const_data_ptr<float>(), first + begins.weights * 2 * parts * kTile, to, deep, parts,
+                   static_cast<Gate>(gate)};
+  const int64_t threads = at::get_num_threads(), sides = (to.rows + kSide - 1) / kSide;
   const int64_t side = 2 * kParts * deep * kTile * sizeof(uint16_t);
   const int64_t together = std::clamp<int64_t>(
       std::min((sides + threads - 1) / threads, kCache / std::max<int64_t>(side, 1)), 1, kMostSides);
@@ -95,7 +97,7 @@ at::Tensor attnopt::many_rows(const at::Tensor& x_in, const at::Tensor& weights,
              count * (share + 1) / shares, a.get());
     }
   });
-  return outputs.made;
+  return to.made;
 }
 
 // Asks the processor, and the system for the use of them, once per process.
@@ -110,8 +112,8 @@ bool attnopt::matrix_units() {
 
 #else
 
-at::Tensor attnopt::many_rows(const at::Tensor&, const at::Tensor&, const at::Tensor&, at::IntArrayRef,
-                              int64_t) {
+at::Tensor attnopt::many_rows(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
+                              at::IntArrayRef, at::IntArrayRef, int64_t) {
   TORCH_CHECK(false, "many_rows: compiled for a processor without matrix units");
 }
 

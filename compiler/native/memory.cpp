@@ -3,7 +3,8 @@
 // New memory has to be found by the system page by page, and under a hypervisor by the host too: of a
 // long prompt that may take a fifth of the time. While a thread keeps memory, its large tensors are
 // taken from what others of them have let go, and what is let go is left to the system should it
-// need some (MADV_FREE). What is in use and what lies idle are together never more than once was in use.
+// need some (MADV_FREE). What is in use and what lies idle are together at most 1.5 times what once was in
+// use: pieces are of one size each, and not all fit when their turn comes.
 
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
@@ -101,9 +102,9 @@ class Kept final : public c10::Allocator {
     shrink();
   }
 
-  // Give the oldest of what is idle back, where all is more than was in use at once.
+  // Give the oldest of what is idle back, where all is 1.5 times what was in use at once, or more.
   void shrink() {
-    while (!idle_.empty() && (holders_ == 0 || idle_bytes_ + used_bytes_ > most_)) {
+    while (!idle_.empty() && (holders_ == 0 || idle_bytes_ + used_bytes_ > most_ + most_ / 2)) {
       munmap(idle_.front().at, idle_.front().size);
       idle_bytes_ -= idle_.front().size;
       idle_.erase(idle_.begin());

@@ -9,10 +9,10 @@
 #include <torch/library.h>
 
 TORCH_LIBRARY_FRAGMENT(attnopt, m) {
-  m.def("few_rows(Tensor x, Tensor weights, Tensor biases, int[] outs, int gate) -> Tensor");
+  m.def("few_rows(Tensor x, Tensor weights, Tensor? biases, int[] at, int[] outs, int gate) -> Tensor");
   m.def("hold_memory(bool on) -> ()", attnopt::hold_memory);
   m.def("keep_memory(bool on) -> ()", attnopt::keep_memory);
-  m.def("many_rows(Tensor x, Tensor weights, Tensor biases, int[] outs, int gate) -> Tensor");
+  m.def("many_rows(Tensor x, Tensor weights, Tensor? biases, int[] at, int[] outs, int gate) -> Tensor");
   m.def("matrix_units() -> bool", attnopt::matrix_units);
   m.def("one_token(Tensor q, Tensor k, Tensor v, float scale) -> Tensor");
   m.def("prompt(Tensor q, Tensor k, Tensor v, float scale) -> Tensor");

@@ -201,7 +201,9 @@ assert all(map(mapped, places)), "as much lies idle as was in use"
 third = made(one, 200)
 where = third.data_ptr()
 del third
-assert mapped(where) and not mapped(places[0]), "and the oldest is given back where it is more"
+assert all(map(mapped, (where, *places))), "and half of that more"
+made(one, 90)
+assert mapped(where) and not any(map(mapped, places)), "beyond, the oldest is given back"
 del one
 assert mapped(where), "the other may want it"
 left = made(other, 120)

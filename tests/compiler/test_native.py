@@ -53,17 +53,19 @@ def test_few_rows_is_linear(rows: int, ins: int, kept: torch.dtype) -> None:
     weights, biases = _maps(ins, kept)
     packed = layouts.panels(weights)
     assert packed.dtype == kept
-    made = torch.ops.attnopt.few_rows(x, packed, layouts.biases(biases, weights), OUTS, 0)
+    made = torch.ops.attnopt.few_rows(x, packed, layouts.biases(biases, weights), [0, 0], OUTS, 0)
     assert_close(made, torch.cat(_linear(x, weights, biases), -1))
 
 
 def test_few_rows_of_nothing() -> None:
     weights, biases = _maps(24, torch.float32)
-    given = layouts.panels(weights), layouts.biases(biases, weights), OUTS, 0
+    given = layouts.panels(weights), layouts.biases(biases, weights), [0, 0], OUTS, 0
     assert torch.ops.attnopt.few_rows(torch.randn(0, 24), *given).shape == (0, 74)
     weights, _ = _maps(0, torch.float32)
     added = layouts.biases(biases, weights)
-    made = torch.ops.attnopt.few_rows(torch.randn(2, 0), layouts.panels(weights), added, OUTS, 0)
+    made = torch.ops.attnopt.few_rows(
+        torch.randn(2, 0), layouts.panels(weights), added, [0, 0], OUTS, 0
+    )
     assert_close(made, torch.cat(_linear(torch.randn(2, 0), weights, biases), -1))
 
 
@@ -73,14 +75,37 @@ def test_few_rows_says_what_does_not_fit() -> None:
     packed, added = layouts.panels(weights), layouts.biases(biases, weights)
     for wrong in (packed[:, 1:], packed[1:], packed.mT, packed.flatten()):
         with pytest.raises(RuntimeError, match=r"few_rows: weights .* are not those of 24 inputs"):
-            few(x, wrong, added, OUTS, 0)
+            few(x, wrong, added, [0, 0], OUTS, 0)
     with pytest.raises(RuntimeError, match="inputs are float32, not Double"):
-        few(x.double(), packed, added, OUTS, 0)
+        few(x.double(), packed, added, [0, 0], OUTS, 0)
     with pytest.raises(RuntimeError, match="weights are float32, float16 or bfloat16, not Double"):
-        few(x, packed.double(), added, OUTS, 0)
+        few(x, packed.double(), added, [0, 0], OUTS, 0)
     for wrong in (added[1:], added.double()):
         with pytest.raises(RuntimeError, match="biases are not float32"):
-            few(x, packed, wrong, OUTS, 0)
+            few(x, packed, wrong, [0, 0], OUTS, 0)
+
+
+def test_maps_lie_one_behind_the_other() -> None:
+    """Where a call's weights and biases begin, of those of others."""
+    x, weights = torch.randn(5, 24), [torch.randn(out, 24) for out in (33, 64)]
+    added: list[Tensor | None] = [torch.randn(33), torch.randn(64)]
+    for name, layout in (("few_rows", layouts.panels), ("many_rows", layouts.tiles)):
+        if name == "many_rows" and not torch.ops.attnopt.matrix_units():
+            continue
+        run = getattr(torch.ops.attnopt, name)
+        first, second = (layout([weight]) for weight in weights)
+        both, biases = torch.cat((first, second)), layouts.biases(added, weights)
+        at = [len(first), 64]
+        want = _linear(x, weights, added)[1]
+        assert_close(run(x, both, biases, at, [64], 0), want)
+        assert_close(run(x, both, None, at, [64], 0), _linear(x, weights, [None, None])[1])
+        for wrong in ([-1, 0], [0, -1], [0], [0, 0, 0]):
+            with pytest.raises(RuntimeError, match=f"{name}: weights and biases begin at"):
+                run(x, both, biases, wrong, [64], 0)
+        with pytest.raises(RuntimeError, match=r"not those of 24 inputs and .* outputs from"):
+            run(x, both, biases, [at[0] + 1, 64], [64], 0)
+        with pytest.raises(RuntimeError, match="biases are not float32, 64 from 65 on"):
+            run(x, both, biases, [at[0], 65], [64], 0)
 
 
 GATES = {1: F.silu, 2: lambda x: F.gelu(x, approximate="tanh")}
@@ -98,11 +123,11 @@ def test_a_map_gates_another(gate: int, rows: int, out: int, kept: torch.dtype) 
     want = GATES[gate](gates) * others
     both = [layouts.paired(*weights)]
     added = layouts.paired(*layouts.biases(biases, weights).chunk(2))
-    few = torch.ops.attnopt.few_rows(x, layouts.panels(both), added, [out], gate)
+    few = torch.ops.attnopt.few_rows(x, layouts.panels(both), added, [0, 0], [out], gate)
     scale = want.abs().max()
     assert_close(few / scale, want / scale)
     if torch.ops.attnopt.matrix_units():
-        many = torch.ops.attnopt.many_rows(x, layouts.tiles(both), added, [out], gate)
+        many = torch.ops.attnopt.many_rows(x, layouts.tiles(both), added, [0, 0], [out], gate)
         assert_close(many / scale, want / scale)
 
 
@@ -112,14 +137,14 @@ def test_gates_of_what_is_large_and_what_is_no_number() -> None:
     for gate, form in GATES.items():
         for value in (-3e38, -90.0, -1e-30, 0.0, 1e-30, 90.0, 3e38, inf, -inf, nan):
             added = torch.tensor([value] * 32 + [1.0] * 32)
-            made = torch.ops.attnopt.few_rows(x, weights, added, [32], gate)
+            made = torch.ops.attnopt.few_rows(x, weights, added, [0, 0], [32], gate)
             want = form(torch.full((1, 32), value))
             assert torch.equal(made.isnan(), want.isnan()), value
             assert_close(
                 made.nan_to_num(0.0, 3.3e38, -3.3e38), want.nan_to_num(0.0, 3.3e38, -3.3e38)
             )
     with pytest.raises(RuntimeError, match="few_rows: no gate is 3"):
-        torch.ops.attnopt.few_rows(x, weights, added, [32], 3)
+        torch.ops.attnopt.few_rows(x, weights, added, [0, 0], [32], 3)
 
 
 @pytest.fixture
@@ -137,8 +162,8 @@ def test_many_rows_is_linear(rows: int, ins: int, kept: torch.dtype) -> None:
     weights, biases = _maps(ins, kept)
     packed = layouts.tiles(weights)
     parts = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 1}
-    assert packed.shape[2] == parts[kept]
-    made = torch.ops.attnopt.many_rows(x, packed, layouts.biases(biases, weights), OUTS, 0)
+    assert packed.shape[1] == parts[kept]
+    made = torch.ops.attnopt.many_rows(x, packed, layouts.biases(biases, weights), [0, 0], OUTS, 0)
     assert_close(made, torch.cat(_linear(x, weights, biases), -1))
 
 
@@ -146,7 +171,7 @@ def test_many_rows_is_linear(rows: int, ins: int, kept: torch.dtype) -> None:
 def test_many_rows_is_as_near_as_torch() -> None:
     """A product of parts loses no more than one of float32, of numbers of all sizes."""
     x, weight = (torch.randn(200, 512) * 2.0 ** torch.randint(-20, 20, (200, 512)) for _ in "xw")
-    given = layouts.tiles([weight]), layouts.biases([None], [weight]), [200], 0
+    given = layouts.tiles([weight]), None, [0, 0], [200], 0
     made = torch.ops.attnopt.many_rows(x, *given)
     exact = x.double() @ weight.double().T
     sizes = x.double().abs() @ weight.double().abs().T
@@ -160,7 +185,7 @@ def test_many_rows_keeps_to_the_row_what_is_no_number() -> None:
     weights, biases = _maps(24, torch.float32)
     x = torch.randn(40, 24)
     x[3, 5], x[35, 23] = float("nan"), float("inf")
-    given = layouts.tiles(weights), layouts.biases(biases, weights), OUTS, 0
+    given = layouts.tiles(weights), layouts.biases(biases, weights), [0, 0], OUTS, 0
     outputs = torch.ops.attnopt.many_rows(x, *given).split(OUTS, -1)
     for made, want in zip(outputs, _linear(x, weights, biases), strict=True):
         whole = want.isfinite().all(1)
@@ -174,16 +199,16 @@ def test_many_rows_says_what_does_not_fit() -> None:
     many, x = torch.ops.attnopt.many_rows, torch.randn(2, 24)
     weights, biases = _maps(24, torch.float32)
     packed, added = layouts.tiles(weights), layouts.biases(biases, weights)
-    odd = [packed[1:], packed.float(), packed.flatten(), packed[:, :0], packed[:, :, :0]]
-    odd += [packed[..., :16], packed[..., :8, :], packed[:, :, :, :1], packed.mT]
+    odd = [packed[1:], packed.float(), packed.flatten(), packed[:, :0]]
+    odd += [packed[..., :16], packed[..., :8, :], packed[:, :, :1], packed.mT]
     for wrong in (*(x.contiguous() for x in odd[:-1]), odd[-1]):
         with pytest.raises(RuntimeError, match=r"many_rows: weights .* are not those of 24 inputs"):
-            many(x, wrong, added, OUTS, 0)
+            many(x, wrong, added, [0, 0], OUTS, 0)
     with pytest.raises(RuntimeError, match="inputs are float32, not Double"):
-        many(x.double(), packed, added, OUTS, 0)
+        many(x.double(), packed, added, [0, 0], OUTS, 0)
     with pytest.raises(RuntimeError, match="biases are not float32"):
-        many(x, packed, added[1:], OUTS, 0)
-    assert many(x[:0], packed, added, OUTS, 0).shape == (0, sum(OUTS))
+        many(x, packed, added[1:], [0, 0], OUTS, 0)
+    assert many(x[:0], packed, added, [0, 0], OUTS, 0).shape == (0, sum(OUTS))
 
 
 @pytest.mark.parametrize(
@@ -322,7 +347,7 @@ for rows, keys, dim in ((1, 3, 5), (2, 65, 24), (7, 400, 40)):
     want = (q.double() @ k.double().mT).softmax(-1) @ v.double()
     assert_close(torch.ops.attnopt.one_token(q, k, v, 1.0), want)
     x, w = torch.randn(rows, dim), torch.randn(33, dim).bfloat16().float() / 4
-    few = torch.ops.attnopt.few_rows(x, layouts.panels([w]), layouts.biases([None], [w]), [33], 0)
+    few = torch.ops.attnopt.few_rows(x, layouts.panels([w]), None, [0, 0], [33], 0)
     assert_close(few, x.double() @ w.double().T)
     seen = torch.ones(rows, keys, dtype=torch.bool).tril(keys - rows)
     scores = (q.double() @ k.double().mT).masked_fill(~seen, float("-inf"))

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 
 from attnopt.compiler import native
-from attnopt.compiler.decode import Decoder, derive
+from attnopt.compiler.decode import Decoder, derive, linear_maps
 from attnopt.compiler.decode.generate import Generation, generate
 from attnopt.compiler.decode.linear_maps import LinearMaps
 from attnopt.compiler.decode.state import State
@@ -306,7 +306,7 @@ def test_a_compiled_step_runs_the_operators_in_cpp() -> None:
 def test_weights_and_caches_lie_in_large_pages() -> None:
     """Each is the first of its own, and so begins with one."""
     module, *_ = _through_few_rows(nn.Linear(12, 4096))
-    weights = next(x for x in module.buffers() if x.dim() == 3)
+    (weights,) = _read_by_operators(module)
     (cache,) = small().state(64, 300).caches
     for first in (weights, cache[0]):
         assert first.data_ptr() % (1 << 21) == 0
@@ -358,7 +358,7 @@ def test_a_map_that_gates_another_is_one_call_with_it() -> None:
     found, wanted, x = _through_few_rows(Units())
     few = torch.ops.attnopt.few_rows.default
     calls = found.graph.find_nodes(op="call_function", target=few)
-    assert sorted(int(node.args[4]) for node in calls) == [0, 0, 1, 2]
+    assert sorted(int(node.args[5]) for node in calls) == [0, 0, 1, 2]
     assert not found.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
     for got, want in zip(found(x), wanted, strict=True):
         assert_close(got, want)
@@ -381,20 +381,43 @@ def test_weights_that_lose_nothing_are_read_in_16_bits() -> None:
     with torch.no_grad():
         model.whole.weight[0, 0] = 1 + 2.0**-20
     found, wanted, x = _through_few_rows(model)
-    copies = {name: b.dtype for name, b in found.named_buffers() if name.endswith("_weights")}
-    assert sorted(map(str, copies.values())) == [
-        "torch.bfloat16", "torch.float16", "torch.float32",
-    ]  # fmt: skip
+    copies = {str(weights.dtype) for weights in _read_by_operators(found)}
+    assert copies == {"torch.bfloat16", "torch.float16", "torch.float32"}
     for got, want in zip(found(x), wanted, strict=True):
         assert_close(got, want)
 
 
-def _through_few_rows(model: nn.Module) -> tuple[fx.GraphModule, list[Tensor], Tensor]:
+def _read_by_operators(module: Any) -> list[Tensor]:
+    """The weights that calls of few_rows and many_rows read, each tensor once."""
+    operators = torch.ops.attnopt.few_rows.default, torch.ops.attnopt.many_rows.default
+    calls = [node for node in module.graph.nodes if node.target in operators]
+    return [getattr(module, name) for name in {node.args[1].target: 0 for node in calls}]
+
+
+def test_small_weights_lie_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As few tensors as may be, unless they are large; each weight is kept once for all graphs."""
+    for together, count in ((1 << 26, 1), (1, 3)):
+        monkeypatch.setattr(linear_maps, "_TOGETHER", together)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 70, bias=False),
+                              nn.ReLU(), nn.Linear(70, 12))  # fmt: skip
+        maps = LinearMaps(torch.ops.attnopt.few_rows.default, layouts.panels)
+        forms = [_through_few_rows(model, maps) for _ in range(2)]
+        for form, wanted, x in forms:
+            assert len(_read_by_operators(form)) == count
+            assert_close(form(x), wanted)
+        first, second = (_read_by_operators(form) for form, *_ in forms)
+        assert [id(x) for x in first] == [id(x) for x in second]
+
+
+def _through_few_rows(
+    model: nn.Module, maps: LinearMaps | None = None
+) -> tuple[fx.GraphModule, list[Tensor], Tensor]:
     assert native.ready() == ""
     x = torch.randn(1, 3, 12)
     made = torch.export.export(model.eval(), (x,)).run_decompositions({}).module()
     assert isinstance(made, fx.GraphModule)
-    maps = LinearMaps(torch.ops.attnopt.few_rows.default, layouts.panels)
+    maps = maps or LinearMaps(torch.ops.attnopt.few_rows.default, layouts.panels)
     return maps.through(made), model(x), x
 
 
@@ -455,12 +478,8 @@ def test_what_follows_a_prompt_runs_through_the_operators_too() -> None:
         assert "attention_in_cpp" in {getattr(n.target, "__name__", "") for n in form.graph.nodes}
     slack = decoder.with_slack(3)
     assert slack is decoder  # it has no windows
-    names = [
-        {x.data_ptr() for name, x in form.named_buffers() if name.endswith("_weights")}
-        for form in forms
-        if isinstance(form, fx.GraphModule)
-    ]
-    assert names[0] & names[1]  # kept once
+    kept = [{x.data_ptr() for x in _read_by_operators(form)} for form in forms]
+    assert kept[0] & kept[1]  # once
 
 
 def test_prompts_run_through_the_operators_in_cpp() -> None:
@@ -472,7 +491,7 @@ def test_prompts_run_through_the_operators_in_cpp() -> None:
     units = torch.ops.attnopt.matrix_units()
     assert bool(form.graph.find_nodes(op="call_function", target=many)) == units
     last = form.graph.find_nodes(op="call_function", target=few)  # of the last position alone
-    assert [node.args[3] for node in last] == [[32], [50]]
+    assert [node.args[4] for node in last] == [[32], [50]]
 
 
 def test_under_autocast_torch_runs() -> None:
