@@ -143,13 +143,11 @@ class LinearMaps:
         for keys in alike.values():
             parts = [new[key] for key in keys]
             added = [biases for _, biases in parts if biases is not None]
-            joined = self._pages.copied(torch.cat([weights for weights, _ in parts]))
+            joined = self._pages.joined([weights for weights, _ in parts])
             biases = torch.cat(added).detach() if added else None
             rows = numbers = 0
             for key, (of, add) in zip(keys, parts, strict=True):
-                self._kept[key] = Kept(joined, biases, (rows, numbers))
-                if add is None:
-                    self._kept[key] = Kept(joined, None, (rows, 0))
+                self._kept[key] = Kept(joined, None if add is None else biases, (rows, numbers))
                 rows += len(of)
                 numbers += 0 if add is None else len(add)
 

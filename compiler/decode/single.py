@@ -44,7 +44,6 @@ class Call:
     graph: Callable[[list[Any]], Sequence[Any]]
     args: tuple[Any, ...]
     conditions: Conditions
-    outputs: Sequence[Any]
 
 
 @dataclass(frozen=True)
@@ -149,11 +148,14 @@ class Single:
         if known is None or not known.of(self, state):
             known = state.compiled = Known(self, state.tables, state.caches)
         self._seen.call = None
-        tokens = [x.detach() for x in tokens]  # views of nothing, whatever the caller's are
+        # Views of nothing, whose strides do not move with the position, whatever the caller's do.
+        tokens = [x.clone(memory_format=torch.contiguous_format) for x in tokens]
         made: Made = self.compiled(*tokens, state.tables, state.caches, state.length)
-        call, self._seen.call = self._seen.call, None
-        if call is not None and not known.asked and _same(call.outputs, made):
-            known.learn(Step(call, tokens, state.length), state.capacity)
+        seen, self._seen.call = self._seen.call, None
+        if seen is not None and not known.asked:
+            call, outputs = seen
+            if len(outputs) == len(made) and all(map(operator.is_, outputs, made)):
+                known.learn(Step(call, tokens, state.length), state.capacity)
         return made
 
 
@@ -166,11 +168,6 @@ def _with_most_likely(module: fx.GraphModule) -> fx.GraphModule:
     output.args = ((logits, likely),)
     module.recompile()
     return module
-
-
-def _same(outputs: Sequence[Any], made: Made) -> bool:
-    """Whether what a graph gave is what the call that it was in gave."""
-    return len(outputs) == len(made) and all(map(operator.is_, outputs, made))
 
 
 def _backend(seen: local) -> Callable[..., Callable[..., Any]]:
@@ -188,7 +185,7 @@ def _backend(seen: local) -> Callable[..., Callable[..., Any]]:
         def noted(args: list[Any]) -> Any:
             given = tuple(args)  # the list is emptied
             outputs = graph(args)
-            seen.call = Call(graph, given, conditions, outputs)
+            seen.call = Call(graph, given, conditions), outputs
             return outputs
 
         made.current_callable = noted
@@ -211,8 +208,6 @@ def _of_state(guards: Sequence[Any]) -> list[bool]:
 
 def _bound(first: Step, second: Step, capacity: int) -> Bound | None:
     """What two steps of a state had in common; none where they do not tell it."""
-    if len({id(x) for x in second.tokens}) < len(second.tokens):
-        return None
     tokens, starts = list[tuple[int, int]](), list[tuple[int, int]]()
     moved = second.start - first.start
     for at, (was, now) in enumerate(zip(first.call.args, second.call.args, strict=True)):

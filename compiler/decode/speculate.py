@@ -169,12 +169,12 @@ class _Reader:
 
     def guess(self, at: int, how: Sampling, generator: torch.Generator | None) -> Tensor:
         """Choose the tokens of column `at` and write them there; what they were drawn with
-        `[batch, vocabulary]`, or the logits without sampling."""
-        logits = self._step(at, last=True)[:, -1]
+        `[batch, vocabulary]`, or the tokens without sampling."""
         if not how.do_sample:
-            self.tokens[:, at] = most_likely(logits)
-            return logits
-        chance = how.probabilities(logits)
+            likely = self.decoder.next(self.state, *self._given(at))
+            self.tokens[:, at] = likely[:, 0]
+            return likely
+        chance = how.probabilities(self._step(at, last=True)[:, -1])
         self.tokens[:, at] = torch.multinomial(chance, 1, generator=generator)[:, 0]
         return chance
 
@@ -183,6 +183,9 @@ class _Reader:
         self.decoder.rewind(self.state, min(end, self.state.length))
 
     def _step(self, end: int, last: bool) -> Tensor:
+        return self.decoder.step(self.state, *self._given(end), last=last)
+
+    def _given(self, end: int) -> list[Tensor]:
         part = slice(self.state.length, end)
         given = inputs_of(self.decoder, self.tokens[:, part], self.positions[:, part])
-        return self.decoder.step(self.state, *given, last=last)
+        return [x.clone(memory_format=torch.contiguous_format) for x in given]

@@ -94,7 +94,7 @@ at::Tensor attnopt::few_rows(const at::Tensor& x_in, const at::Tensor& weights,
   const Begins begins("few_rows", at);
   const Outputs to("few_rows", x_in, biases, begins.biases, outs, each);
   TORCH_CHECK(weights.dim() == 2 && weights.is_contiguous() && weights.size(1) == kPanel &&
-                  weights.size(0) >= begins.weights + to.count() * each * to.ins,
+                  begins.weights <= weights.size(0) - to.count() * each * to.ins,
               "few_rows: weights ", weights.sizes(), " are not those of ", to.ins, " inputs and ",
               outs, " outputs from ", begins.weights, " on");
   const at::Tensor x = x_in.contiguous();

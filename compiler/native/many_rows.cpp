@@ -72,7 +72,7 @@ at::Tensor attnopt::many_rows(const at::Tensor& x_in, const at::Tensor& weights,
   const Outputs to("many_rows", x_in, biases, begins.biases, outs, each);
   const int64_t deep = (to.ins + 31) / 32, count = to.count();
   TORCH_CHECK(weights.dim() == 5 && weights.scalar_type() == at::kBFloat16 && weights.is_contiguous() &&
-                  weights.size(0) >= begins.weights + count * each * deep && weights.size(1) >= 1 &&
+                  begins.weights <= weights.size(0) - count * each * deep && weights.size(1) >= 1 &&
                   weights.size(1) <= kParts && weights.sizes().slice(2).equals({2, 16, 32}),
               "many_rows: weights ", weights.sizes(), " are not those of ", to.ins, " inputs and ",
               outs, " outputs from ", begins.weights, " on");

@@ -102,7 +102,7 @@ class Kept final : public c10::Allocator {
     shrink();
   }
 
-  // Give the oldest of what is idle back, where all is 1.5 times what was in use at once, or more.
+  // Give the oldest of what is idle back, where all is more than 1.5 times what was in use at once.
   void shrink() {
     while (!idle_.empty() && (holders_ == 0 || idle_bytes_ + used_bytes_ > most_ + most_ / 2)) {
       munmap(idle_.front().at, idle_.front().size);

@@ -48,9 +48,11 @@ class Pages:
             room, self._left = self._left[:size], self._left[-(-size // APART) * APART :]
             return room
 
-    def copied(self, x: Tensor) -> Tensor:
-        """A contiguous copy of a tensor on the CPU."""
-        return self.zeros(x.shape, x.dtype).copy_(x)
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """Tensors of one dtype on the CPU, that are alike but for their lengths, one behind the
+        other."""
+        made = self.zeros((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
+        return torch.cat(list(parts), out=made)
 
 
 def mapped(size: int) -> memoryview | None:

@@ -62,7 +62,7 @@ struct Outputs {
     }
     if (!biases) return;
     TORCH_CHECK(biases->scalar_type() == at::kFloat && biases->is_contiguous() &&
-                    biases->numel() >= begin + count() * of * kPanel,
+                    begin <= biases->numel() - count() * of * kPanel,
                 name, ": biases are not float32, ", count() * of * kPanel, " from ", begin, " on");
     bias_ = biases->const_data_ptr<float>() + begin;
   }

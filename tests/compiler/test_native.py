@@ -102,10 +102,12 @@ def test_maps_lie_one_behind_the_other() -> None:
         for wrong in ([-1, 0], [0, -1], [0], [0, 0, 0]):
             with pytest.raises(RuntimeError, match=f"{name}: weights and biases begin at"):
                 run(x, both, biases, wrong, [64], 0)
-        with pytest.raises(RuntimeError, match=r"not those of 24 inputs and .* outputs from"):
-            run(x, both, biases, [at[0] + 1, 64], [64], 0)
-        with pytest.raises(RuntimeError, match="biases are not float32, 64 from 65 on"):
-            run(x, both, biases, [at[0], 65], [64], 0)
+        for beyond in (at[0] + 1, 2**63 - 1):
+            with pytest.raises(RuntimeError, match=r"not those of 24 inputs and .* outputs from"):
+                run(x, both, biases, [beyond, 64], [64], 0)
+        for beyond in (65, 2**63 - 1):
+            with pytest.raises(RuntimeError, match=f"biases are not float32, 64 from {beyond} on"):
+                run(x, both, biases, [at[0], beyond], [64], 0)
 
 
 GATES = {1: F.silu, 2: lambda x: F.gelu(x, approximate="tanh")}

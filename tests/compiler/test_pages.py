@@ -37,12 +37,12 @@ def test_tensors_lie_apart_from_each_other() -> None:
     assert all(x.data_ptr() % 256 == 0 for x in made)
 
 
-def test_copies_do_not_share_what_was_copied() -> None:
-    x = torch.randn(400, 500).t()
-    made = Pages().copied(x)
-    assert torch.equal(made, x) and made.is_contiguous()
+def test_what_is_joined_is_copied() -> None:
+    parts = [torch.randn(400, 500).t(), torch.randn(3, 400)]
+    made = Pages().joined(parts)
+    assert torch.equal(made, torch.cat(parts)) and made.is_contiguous()
     made[0] = 0
-    assert bool(x[0].all())
+    assert bool(parts[0][0].all())
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="large pages are asked for on Linux")

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 
 from attnopt.compiler import native
-from attnopt.compiler.decode import Decoder, derive, linear_maps
+from attnopt.compiler.decode import Decoder, derive, linear_maps, single
 from attnopt.compiler.decode.generate import Generation, generate
 from attnopt.compiler.decode.linear_maps import LinearMaps
 from attnopt.compiler.decode.state import State
@@ -149,7 +149,8 @@ def test_steps_that_skip_the_guards_say_what_does_not_fit(both: Both) -> None:
         both.fast.next(state, torch.full((2, 1), token))
     state.length = 9
     assert state.compiled is not None and state.compiled.bound is not None
-    for given in ((), (IDS[:, :1], IDS[:, :1]), (IDS[:1, :1],), (IDS[:, :0],)):
+    one, fewer, more = (torch.full((rows, 1), 3) for rows in (2, 1, 3))
+    for given in ((), (one, one), (fewer,), (more,), (IDS[:, :0],)):
         with pytest.raises(Problem, match="A707"):
             both.fast.next(state, *given)
     with pytest.raises(Problem, match="9 tokens and 2 more do not fit into 10"):
@@ -158,6 +159,43 @@ def test_steps_that_skip_the_guards_say_what_does_not_fit(both: Both) -> None:
     with pytest.raises(Problem, match="10 tokens and 1 more do not fit into 10"):
         both.fast.next(state, IDS[:, :1])
     assert state.length == 10
+
+
+def test_tokens_whose_stride_moves_as_the_position_does(both: Both) -> None:
+    """As slices of a tensor do that grows by what is generated."""
+    states = both.states(IDS, 15)
+    for width, token in ((8, 4), (9, 9), (10, 30), (10, 17), (10, 20), (30, 2), (1, 5)):
+        given = torch.full((2, width), 99)  # no token of the model's
+        given[:, -1] = token
+        made = both.fast.step(states[0], given[:, -1:], last=True)
+        assert_close(made, both.plain.step(states[1], given[:, -1:], last=True))
+    known = states[0].compiled
+    assert known is not None and known.bound is not None
+
+
+def test_outputs_that_are_not_the_graphs_are_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where something is done to what the compiled graph gives, all of it runs."""
+
+    whole = single.compile_fx
+
+    def compile_fx(*args: Any, **how: Any) -> Callable[..., Any]:
+        made = whole(*args, **how)
+        return lambda *given: [-x for x in made(*given)]
+
+    monkeypatch.setattr(single, "compile_fx", compile_fx)
+    torch._dynamo.reset()
+    fast, plain = small(), small()
+    fast.compile()
+    states = [each.state(2, 12) for each in (fast, plain)]
+    for each, state in zip((fast, plain), states, strict=True):
+        each.prefill(state, IDS, last=True)
+    for token in (4, 9, 30, 17):
+        given = torch.full((2, 1), token)
+        assert_close(
+            fast.step(states[0], given, last=True), -plain.step(states[1], given, last=True)
+        )
+    assert states[0].compiled is not None and states[0].compiled.bound is None
+    torch._dynamo.reset()
 
 
 def test_states_in_turn_and_in_another_order(both: Both) -> None:
