@@ -17,8 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-from torch._inductor.output_code import CompiledFxGraph
 
 from attnopt.compiler.compiled import Compiled
 from attnopt.compiler.decode.conditions import Conditions
@@ -174,6 +172,9 @@ def _backend(seen: local) -> Callable[..., Callable[..., Any]]:
     """Inductor, whose graphs note their calls in `seen`: below what AOTAutograd puts around them,
     which takes a twentieth of a small model's step. It must not hold the `Single`, which torch
     would keep with what it compiled."""
+
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner  # takes long to import
+    from torch._inductor.output_code import CompiledFxGraph
 
     def inner(form: fx.GraphModule, inputs: Sequence[Any], **how: Any) -> Any:
         made = compile_fx_inner(form, inputs, **how)
