@@ -103,7 +103,7 @@ def save(
 
 def _decoding(program: Program) -> tuple[dict[str, Any], dict[str, folders.Content]]:
     """What the plan tells of decoding with a cache, and the file for it where it can be done."""
-    from attnopt.compiler.decode.derive import derive
+    from attnopt.compiler.decode import derive
     from attnopt.compiler.decode.stored import unweighted
 
     try:

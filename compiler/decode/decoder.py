@@ -17,7 +17,7 @@ from attnopt.compiler.decode.in_cpp import InCpp, autocast, in_cpp
 from attnopt.compiler.decode.latents import find
 from attnopt.compiler.decode.phases import Cache, Kind, phase, places, tables
 from attnopt.compiler.decode.sampling import most_likely
-from attnopt.compiler.decode.single import HELP, Made, Single
+from attnopt.compiler.decode.single import HELP, Made, Single, own
 from attnopt.compiler.decode.split import Split
 from attnopt.compiler.decode.state import State, empty_caches
 from attnopt.compiler.errors import Problem
@@ -279,8 +279,8 @@ class Decoder:
             else:
                 start = () if kind == "prefill" else (state.length,)
                 form = self._form(kind, last)
-                if isinstance(form, Compiled):  # guards look at strides, and at what a view is of
-                    tokens = [x.clone(memory_format=torch.contiguous_format) for x in tokens]
+                if isinstance(form, Compiled):
+                    tokens = [own(x) for x in tokens]
                 with self._memory.kept():
                     made = form(*tokens, state.tables, state.caches, *start), None
         state.read(new)

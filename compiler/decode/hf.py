@@ -80,8 +80,6 @@ class Past:
         if positions is None:
             at = torch.arange(self.state.length, needed, device=ids.device)
             positions = at.expand(ids.shape)
-        # Slices of what grows have other strides each time, for which compiled steps ask guards.
-        ids, positions = (x.clone(memory_format=torch.contiguous_format) for x in (ids, positions))
         read = [positions if "position" in name else ids for name in decoder.split.tokens]
         return decoder.step(self.state, *read, last=last)
 

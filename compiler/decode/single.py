@@ -35,6 +35,12 @@ INDUCTOR = {
 Made = tuple[Tensor, Tensor | None]  # logits, and the most likely tokens where they are known
 
 
+def own(x: Tensor) -> Tensor:
+    """Tokens in memory of their own: a view of nothing, whose strides tell its shape alone. Those
+    of a slice of what grows move as the position does, and guards look at both."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 @dataclass(frozen=True)
 class Call:
     """A call of a compiled graph, which takes a list."""
@@ -59,17 +65,15 @@ class Bound:
         """Whether these are tokens that can be read without asking the guards."""
         same = len(tokens) == len(self.like) and state.length in self.positions
         return same and all(
-            x.shape == y.shape
-            and x.stride() == y.stride()
-            and x.dtype == y.dtype
-            and x.device == y.device
+            x.shape == y.shape and x.dtype == y.dtype and x.device == y.device
             for x, y in zip(tokens, self.like, strict=False)
         )
 
     def __call__(self, start: int, tokens: Sequence[Tensor]) -> Made:
         args = list(self.args)
         for at, which in self.tokens:
-            args[at] = tokens[which]
+            x = tokens[which]
+            args[at] = x if x.stride() == self.like[which].stride() else own(x)
         for at, ahead in self.starts:
             args[at] = start + ahead
         logits, likely = self.graph(args)
@@ -146,8 +150,7 @@ class Single:
         if known is None or not known.of(self, state):
             known = state.compiled = Known(self, state.tables, state.caches)
         self._seen.call = None
-        # Views of nothing, whose strides do not move with the position, whatever the caller's do.
-        tokens = [x.clone(memory_format=torch.contiguous_format) for x in tokens]
+        tokens = [own(x) for x in tokens]
         made: Made = self.compiled(*tokens, state.tables, state.caches, state.length)
         seen, self._seen.call = self._seen.call, None
         if seen is not None and not known.asked:

@@ -187,5 +187,4 @@ class _Reader:
 
     def _given(self, end: int) -> list[Tensor]:
         part = slice(self.state.length, end)
-        given = inputs_of(self.decoder, self.tokens[:, part], self.positions[:, part])
-        return [x.clone(memory_format=torch.contiguous_format) for x in given]
+        return inputs_of(self.decoder, self.tokens[:, part], self.positions[:, part])
