@@ -38,7 +38,7 @@ class Offers:
     @property
     def timed(self) -> bool:
         """Whether steps can be timed: on the machine at hand alone."""
-        return self.search.bench.notes.device == "cpu"
+        return self.search.bench.place.timed
 
     @property
     def warnings(self) -> list[str]:

@@ -14,12 +14,13 @@ from attnopt.autotune.baselines import baselines
 from attnopt.autotune.cache_entry import CacheEntry, most_bytes
 from attnopt.autotune.data import gather
 from attnopt.autotune.environment import environment
-from attnopt.autotune.optimize import original
+from attnopt.autotune.place import original
 from attnopt.autotune.replay import report_of, same_model
 from attnopt.autotune.request import Wanted
 from attnopt.autotune.result import Result, Speed
 from attnopt.autotune.timing import Contender, compare
 from attnopt.compiler.artifact import load as load_folder
+from attnopt.compiler.device import usable
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.intake.loaded import require_weights
 from attnopt.compiler.intake.source import load
@@ -80,13 +81,15 @@ def check(
     a tenth; the accuracy bound `max_drop` or the report's. The median decides, as in `optimize`.
     Raises `Problem` A410 for bounds that mean nothing, A505 when there is no readable report, A513
     when the model is not the one the folder was made from, A514 when the run was judged by a metric
-    of the user's and none is given, and A515 when its figures are estimates.
+    of the user's and none is given, A515 when its figures are estimates, and A411 when they are of
+    a device that cannot be used here.
     """
     say = progress or (lambda what, share: None)
     _require_bounds(min_speed, max_drop)
     home = Path(folder)
     report = report_of(home)
     _require_measured(report, home)
+    there = usable(report.device)
     same_model(report, Path(model))
     _same_metric(report, metric)
     wanted = Wanted(_path(text), _path(calibration), _path(inputs), batch, length)
@@ -95,8 +98,8 @@ def check(
         trust=trust, attention=attention, dtype=dtype,
     )  # fmt: skip
     require_weights(loaded)
-    data = gather(loaded, wanted, str(model))
-    given, optimized = original(loaded), load_folder(home)
+    data = gather(loaded, wanted, str(model)).to(there)
+    given, optimized = original(loaded, there), load_folder(home, there)
     base = baselines(given, data.timing)
     timing = compare(
         [*base.contenders, Contender("optimized", optimized)],
@@ -185,7 +188,8 @@ def _require_bounds(min_speed: float | None, max_drop: float | None) -> None:
 
 
 def _require_measured(report: Result, home: Path) -> None:
-    if report.target != "cpu":
+    timed = report.speed is not None and report.speed.ratio.kind == "measured"
+    if report.target != "cpu" and not (timed and report.device != "cpu"):
         raise Problem(
             "A515", f"the figures of this run are estimates for {report.target}",
             where=str(home), why="nothing was measured, so nothing can be measured again here",

@@ -8,7 +8,7 @@ it cannot change, or on the one batch that all of them were cut from.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,18 @@ class Data:
     real: bool = False
     words: dict[str, str] = field(default_factory=dict)
     training: tuple[Batch, ...] = ()
+
+    def to(self, device: torch.device) -> Data:
+        """The same data with the inputs on a device."""
+
+        def moved(batches: tuple[Batch, ...]) -> tuple[Batch, ...]:
+            return tuple(batch.to(device) for batch in batches)
+
+        return replace(
+            self, timing=moved(self.timing), calibration=moved(self.calibration),
+            heldout=moved(self.heldout), evaluation=moved(self.evaluation),
+            training=moved(self.training),
+        )  # fmt: skip
 
     @property
     def workload(self) -> Workload:

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from attnopt.autotune.data import gather
+from attnopt.autotune.place import Place, at_home, device_of, original
 from attnopt.autotune.request import (
     HealBudget,
     Request,
@@ -32,6 +34,7 @@ from attnopt.autotune.request import (
 from attnopt.autotune.result import Result
 from attnopt.autotune.run import Run
 from attnopt.compiler.artifact import check_writable, save, source_sha256, work_folder
+from attnopt.compiler.device import CPU
 from attnopt.compiler.errors import NothingFound
 from attnopt.compiler.intake.loaded import Loaded, require_weights
 from attnopt.compiler.intake.source import evaluating, from_module, load
@@ -48,7 +51,7 @@ def optimize(
     *,
     budget: float | str | None = None,
     max_drop: float | str = 0.01,
-    target: str = "cpu",
+    target: str | None = None,
     effort: str = "quick",
     trials: int | None = None,
     timeout: float | str | None = None,
@@ -67,6 +70,7 @@ def optimize(
     dtype: str | None = None,
     heal: str | HealBudget | None = None,
     kv_bytes: float | str | None = None,
+    device: str | torch.device | None = None,
     progress: Progress | None = None,
     command: str = "",
 ) -> Result:
@@ -79,7 +83,10 @@ def optimize(
     model (eager, sdpa), `dtype` what a model computes in ("float32"; left out, as it is stored).
     `heal` trains the touched sites of the winner before it is saved, for a time ("5m") or on a
     number of tokens ("200ktok"). `kv_bytes` (0.5 or "50%") asks for the least loss of which a
-    decoder keeps at most that share of its cache, in the place of speed. The result object is what
+    decoder keeps at most that share of its cache, in the place of speed. `device` is where the
+    model runs, is fitted and trained ("cuda", "cuda:1"; left out, where a module is, and the CPU
+    for a file); `target` what speeds are of: left out, of that device, measured; of another GPU
+    ("a100") they are estimated. The result object is what
     `report.json` holds; with `out` the folder is written. Raises `Problem` for what the user can
     mend, and `NothingFound` when the model has no attention that could be raised.
     """
@@ -92,11 +99,12 @@ def optimize(
         _path(out), seed, resume, metric, wanted, command,
         parse_healing(heal) if isinstance(heal, str) else heal,
         parse_kv_bytes(kv_bytes) if isinstance(kv_bytes, str) else kv_bytes,
+        str(device or device_of(model) or CPU),
     )  # fmt: skip
     if request.out is not None:
         check_writable(request.out)
     source = "" if isinstance(model, nn.Module) else str(model)
-    with evaluating(model):
+    with evaluating(model), at_home(model):
         loaded, sha = _loaded(
             model, example_inputs, request, allow_globals, trust, attention, dtype
         )
@@ -112,6 +120,7 @@ def run(
 ) -> Result:
     """Optimize a loaded model; see `optimize`."""
     begun = time.monotonic()
+    place = Place.of(request.device, request.target)
     require_weights(loaded)
     torch.manual_seed(request.seed)
     say = progress or (lambda what, share: None)
@@ -120,12 +129,15 @@ def run(
     require_sites(program)
     data = gather(loaded, request.data, source, training=request.heal is not None)
     program.example = data.timing[0] if data.real else program.example
+    given = original(loaded, place.device)
+    if place.device != CPU:
+        program, data = program.to(place.device), data.to(place.device)
     work = work_folder(request.out) if request.out is not None else None
     if work is not None and not request.resume:
         for name in ("study.journal", "measurements.jsonl", CHECKPOINT):
             (work / name).unlink(missing_ok=True)
     session = Run(
-        original(loaded), program, data, request, task=loaded.task, work=work, sha=sha, progress=say
+        given, program, data, request, place, task=loaded.task, work=work, sha=sha, progress=say
     )
     built, result = session.go()
     result = replace(
@@ -144,7 +156,8 @@ def run(
     if result.healing is not None and result.healing.accepted:
         batches["training"] = data.training
     fitted = any("APPROXIMATE" in o.exactness.upper() for o in built.outcomes if o.applied)
-    folder = save(request.out, built.program, result.plan, result, batches if fitted else {})
+    home = built.program if place.device == CPU else built.program.to(CPU)
+    folder = save(request.out, home, result.plan, result, batches if fitted else {})
     return replace(result, folder=str(folder))
 
 
@@ -181,20 +194,12 @@ def _require_coverage(program: Program, share: float) -> None:
     )  # fmt: skip
 
 
-def original(loaded: Loaded) -> Callable[..., Any]:
-    """The model as given, in eval mode."""
-    if loaded.module is not None:
-        return loaded.module
-    assert loaded.exported is not None
-    return loaded.exported.module()
-
-
 def _loaded(
     model: str | Path | nn.Module, example_inputs: Any, request: Request, allow: tuple[str, ...],
     trust: bool, attention: str | None, dtype: str | None,
 ) -> tuple[Loaded, str]:  # fmt: skip
     if isinstance(model, nn.Module):
-        return from_module(model, example_inputs), ""
+        return from_module(model, tree_map_only(Tensor, Tensor.cpu, example_inputs)), ""
     data = request.data
     loaded = load(
         str(model), inputs=data.inputs, text=data.text, batch=data.batch, length=data.length,

@@ -71,11 +71,12 @@ class Request:
 
     `budget` is a factor over the fastest baseline, `max_drop` a fraction, `timeout` seconds;
     `kv_bytes` the share of a decoder's cache that may be kept, where that is what is asked for.
+    `device` is where the model runs, as torch calls it; `target` what speeds are of (None: that).
     """
 
     budget: float | None = None
     max_drop: float = 0.01
-    target: str = "cpu"
+    target: str | None = None
     effort: Effort = "quick"
     trials: int | None = None
     timeout: float | None = None
@@ -87,6 +88,7 @@ class Request:
     command: str = ""
     heal: HealBudget | None = None
     kv_bytes: float | None = None
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.heal is not None and not isinstance(self.heal, HealBudget):

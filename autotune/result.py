@@ -298,6 +298,7 @@ class Result:
     seed: int = 0
     seconds: float = 0.0
     model_sha256: str = ""
+    device: str = "cpu"
     folder: str | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -347,6 +348,7 @@ class Result:
             "model_sha256": self.model_sha256,
             "workload": record.dump(self.workload),
             "target": self.target,
+            "device": self.device,
             "max_drop": self.max_drop,
             "speed": record.dump(self.speed),
             "accuracy": record.dump(self.accuracy),

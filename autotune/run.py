@@ -19,6 +19,7 @@ from attnopt.autotune.environment import environment
 from attnopt.autotune.heal import healed
 from attnopt.autotune.order import approximate, healing, ordered
 from attnopt.autotune.pace import Pace, estimated, measured
+from attnopt.autotune.place import Place
 from attnopt.autotune.request import Request
 from attnopt.autotune.result import AccuracyEntry, Ceiling, HealingEntry, Relaxation, Result
 from attnopt.autotune.search import Limits, Search, Tried
@@ -46,6 +47,7 @@ class Run:
     program: Program
     data: Data
     request: Request
+    place: Place
     task: str
     work: Path | None
     sha: str
@@ -59,7 +61,7 @@ class Run:
 
     def go(self) -> tuple[Built, Result]:
         """Run the whole flow."""
-        known_target(self.request.target)
+        known_target(self.place.target)
         self.bench = self._bench()
         if self.request.kv_bytes is not None:
             self._require_cache()
@@ -88,7 +90,7 @@ class Run:
                 why="what a smaller cache loses is measured, and nothing is tried without",
                 help="give --text FILE, or --inputs FILE with batches enough to judge on",
             )  # fmt: skip
-        require_cache(self.program, timed=self.request.target == "cpu")
+        require_cache(self.program, timed=self.place.timed)
         self.bench.without = _padded()
         if self.data.workload.fill < 1:
             self.warnings.append(
@@ -100,12 +102,13 @@ class Run:
     def _bench(self) -> Workbench:
         scope = {
             "model": self.sha or self.program.name, "environment": _stable(environment()),
-            "target": self.request.target, "metric": self.request.metric,
+            "target": self.place.target, "device": str(self.place.device),
+            "metric": self.request.metric,
             "form": _form(self.program),
         }  # fmt: skip
         return Workbench(
             self.original, self.program, self.data, task=self.task, metric=self.request.metric,
-            device=self.request.target, seed=self.request.seed, work=self.work, scope=scope,
+            place=self.place, seed=self.request.seed, work=self.work, scope=scope,
             progress=self.progress, healed=self.request.heal is not None,
         )  # fmt: skip
 
@@ -129,12 +132,12 @@ class Run:
         return pace
 
     def _pace(self, built: Built, seconds: float = 8.0) -> Pace:
-        if self.request.target != "cpu":
-            return estimated(self.bench, built, known_target(self.request.target))
+        if not self.place.timed:
+            return estimated(self.bench, built, known_target(self.place.target))
         return measured(self.bench, built, seconds, self.request.budget)
 
     def _profile(self, exact: Built) -> Profile | None:
-        if self.request.target != "cpu":
+        if not self.place.timed:
             return None
         steps = [step for step in exact.plan.steps if read_pass(step.rewrite).scope == "site"]
         padded = self.bench.apply(Plan(tuple(steps)))  # a packed program has no sites any more
@@ -318,7 +321,8 @@ class Run:
         counted = self._cost()
         base = pace.ratio / chosen.gain if chosen else pace.ratio
         result = Result(
-            model=self.program.name, workload=self.data.workload, target=request.target,
+            model=self.program.name, workload=self.data.workload,
+            target=self.place.target, device=str(self.place.device),
             budget=request.budget, max_drop=request.max_drop, met=met, plan=pace.plan,
             environment=environment(), baselines=pace.baselines, optimized=pace.optimized,
             speed=pace.speed, accuracy=entry, ceiling=self._ceiling(),

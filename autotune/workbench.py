@@ -18,6 +18,7 @@ from attnopt.autotune.baselines import Baselines, baselines, compiled_form, diff
 from attnopt.autotune.data import Data
 from attnopt.autotune.order import compose
 from attnopt.autotune.outputs import tensors
+from attnopt.autotune.place import Place
 from attnopt.autotune.teacher import Teacher
 from attnopt.autotune.timing import Contender, Timing, compare
 from attnopt.codegen.roofline import estimate
@@ -92,7 +93,7 @@ class Workbench:
         *,
         task: str,
         metric: str | None = None,
-        device: str = "cpu",
+        place: Place | None = None,
         seed: int = 0,
         work: Path | None = None,
         scope: Mapping[str, Any] | None = None,
@@ -108,8 +109,9 @@ class Workbench:
         )
         self.without = frozenset[str]()  # exact passes that do not pay here
         self.seed, self.progress = seed, progress or (lambda what, share: None)
+        self.place = place or Place()
         self.notes = Notes(
-            program, data.calibration, data.heldout, device, seed, data.training, work,
+            program, data.calibration, data.heldout, self.place.target, seed, data.training, work,
             self.progress, healed,
         )  # fmt: skip
         self.searching = Teacher(original, data.heldout, task)
@@ -248,11 +250,11 @@ class Workbench:
         key = f"gain {_key(self.compose(steps))} over {_key(over.plan)}"
 
         def measure() -> float:
-            if self.notes.device != "cpu":
-                device = target(self.notes.device)
+            if not self.place.timed:
+                known = target(self.place.target)
                 built = self.build(steps, verify=False)
                 return (
-                    estimate(over.program, device).seconds / estimate(built.program, device).seconds
+                    estimate(over.program, known).seconds / estimate(built.program, known).seconds
                 )
             pair = [
                 Contender("over", over.module),

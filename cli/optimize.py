@@ -19,7 +19,15 @@ RUNS = Path("attnopt-out")
 def optimize(
     ctx: typer.Context,
     model: options.Model,
-    target: Annotated[str, typer.Option(help="cpu, or the name of a GPU to estimate for.")] = "cpu",
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="What speeds are of: the device, timed (default), or a GPU, by name, estimated."
+        ),
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="Where the model runs, is fitted and healed: cpu, cuda, cuda:1.")
+    ] = "cpu",
     budget: Annotated[
         str | None,
         typer.Option(help="How many times as fast, e.g. 2x (default: as fast as it gets)."),
@@ -88,6 +96,7 @@ def optimize(
         "budget": None if budget is None else parse_budget(budget),
         "max_drop": parse_share(max_drop),
         "target": target,
+        "device": device,
         "effort": effort,
         "trials": trials,
         "timeout": None if timeout is None else parse_seconds(timeout),
@@ -117,7 +126,8 @@ def _check(demands: dict[str, Any]) -> None:
     from attnopt.compiler.folder import check_writable
 
     Request(**demands)
-    target(demands["target"])
+    if demands["target"] is not None:
+        target(demands["target"])
     check_writable(demands["out"])
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from attnopt.compiler import folder as folders
+from attnopt.compiler.device import CPU, usable
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.folder import check_writable, work_folder, write
 from attnopt.compiler.intake.export_model import load_export
@@ -119,18 +120,21 @@ def _decoding(program: Program) -> tuple[dict[str, Any], dict[str, folders.Conte
     return told, {DECODE: lambda path: torch.export.save(made, path)}
 
 
-def load(folder: str | Path) -> Optimized:
-    """The optimized model of a finished run, callable like the model it was made from.
+def load(folder: str | Path, device: str | torch.device = CPU) -> Optimized:
+    """The optimized model of a finished run, callable like the model it was made from, on a device
+    ("cuda", "cuda:1").
 
     The file is looked through before it is opened. Raises `Problem` A505 when the folder holds no
-    run, and A102 to A107 when its model cannot be trusted or read.
+    run, A102 to A107 when its model cannot be trusted or read, and A411 for a device that cannot be
+    used.
     """
+    there = usable(device)
     home = _home(folder)
     plan = _document(home / PLAN)
     exported = _opened(home, ((), {})).exported
     assert exported is not None
     report = _document(home / REPORT) if (home / REPORT).is_file() else {}
-    return Optimized(exported, plan, report, home)
+    return Optimized(exported, plan, report, home, there)
 
 
 def program_of(folder: str | Path) -> Loaded:

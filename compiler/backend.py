@@ -31,7 +31,7 @@ from attnopt.compiler.contract import Notes, read_pass
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.lower import lower
 from attnopt.compiler.pipeline import apply_pass
-from attnopt.compiler.program import Batch, Program
+from attnopt.compiler.program import Batch, Program, attribute
 from attnopt.compiler.raising import raise_program
 from attnopt.compiler.raising.anchor import SDPA, SOFTMAX
 from attnopt.compiler.trace import normalise, without_own_writes, writes
@@ -136,7 +136,8 @@ def _rewritten(
 def _fitted(before: Program, after: Program, lifted: Mapping[str, str]) -> set[str]:
     """The names of the inputs whose weights a fit has replaced."""
     read = {str(node.target) for node in after.graph.nodes if node.op == "get_attr"} & lifted.keys()
-    return {lifted[name] for name in read if after.weight(name) is not before.weight(name)}
+    return {lifted[name] for name in read
+            if attribute(after.module, name) is not attribute(before.module, name)}  # fmt: skip
 
 
 def _guarded(
@@ -237,8 +238,8 @@ def _read_by_masks(program: Program, graph: fx.GraphModule, lifted: Mapping[str,
 
 
 def _applied(program: Program) -> Program:
-    notes = Notes(program, device=_device(program))
-    for name in (*PASSES, *(() if notes.device == "cpu" else ON_A_GPU)):
+    notes = Notes(program, target=_target(program))
+    for name in (*PASSES, *(() if notes.target == "cpu" else ON_A_GPU)):
         program, outcomes = apply_pass(program, read_pass(name), ("*",), notes, verify=False)
         for outcome in outcomes:
             said = outcome.note if outcome.applied else f"left alone: {outcome.reason}"
@@ -246,7 +247,7 @@ def _applied(program: Program) -> Program:
     return program
 
 
-def _device(program: Program) -> str:
+def _target(program: Program) -> str:
     """The name of the GPU that the graph's inputs lie on, or "cpu"."""
     for node in program.graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")

@@ -87,7 +87,7 @@ class Notes:
 
     `original` is the raised program before any rewrite (the teacher). `calibration` are batches to
     fit on; `heldout` are batches for accept-or-revert decisions inside a pass, apart from both the
-    calibration and the evaluation data. `device` is where it will run ("cpu", or the name of a
+    calibration and the evaluation data. `target` is what it will run on ("cpu", or the name of a
     known GPU). Empty calibration means there is no real data: passes that need it miss. `training`
     are more batches of the same kind, for what trains (empty: it trains on `calibration`). `work`
     is a folder where a long pass may keep what it needs to go on after an interruption; it tells
@@ -98,7 +98,7 @@ class Notes:
     original: Program
     calibration: Sequence[Batch] = ()
     heldout: Sequence[Batch] = ()
-    device: str = "cpu"
+    target: str = "cpu"
     seed: int = 0
     training: Sequence[Batch] = ()
     work: Path | None = None

@@ -46,13 +46,14 @@ class Gram:
         )
 
     def add(self, x: Tensor, y: Tensor | None = None) -> None:
-        """Add rows x `[rows, p]` with targets y `[rows, r]`, in any floating dtype."""
+        """Add rows x `[rows, p]` with targets y `[rows, r]`, in any floating dtype; they are
+        multiplied where they lie."""
         wide = x.double()
-        self.xx.addmm_(wide.T, wide)
+        self.xx += (wide.T @ wide).cpu()
         self.rows += len(x)
         if y is not None:
             target = y.double()
-            self.xy.addmm_(wide.T, target)
+            self.xy += (wide.T @ target).cpu()
             self.yy += float(target.square().sum())
 
     def error(self, weight: Tensor) -> float:
@@ -117,7 +118,7 @@ def moments(program: Program, names: Sequence[str], batches: Sequence[Batch]) ->
     """The Gram of each named node's value with a constant column, over the real tokens."""
     found: dict[str, Gram] = {}
     for batch in batches:
-        values = peek(program, names, batch)
+        values = peek(program, names, batch, there=True)
         for name in names:
             x = with_one(rows(values[name].double(), real(program, name, batch)))
             found.setdefault(name, Gram.empty(x.shape[1])).add(x)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from attnopt.compiler.compiled import Compiled
+from attnopt.compiler.device import CPU, moved
 from attnopt.compiler.errors import Notice, Problem
 from attnopt.compiler.plan import Plan
 from attnopt.compiler.signature import Signature
@@ -46,8 +47,9 @@ class Optimized:
     """A loaded run: call it like the model. `signature` says which inputs it takes.
 
     `plan` is what was done to it, `report` its report.json. It is for inference: no weight asks for
-    a gradient. Where the plan says `compiled`, the first call compiles it with torch.compile; where
-    that cannot be done it runs uncompiled, with one warning.
+    a gradient. `device` is where its weights are and its inputs have to be. Where the plan says
+    `compiled`, the first call compiles it with torch.compile; where that cannot be done it runs
+    uncompiled, with one warning.
     """
 
     def __init__(
@@ -56,10 +58,13 @@ class Optimized:
         plan: Mapping[str, Any],
         report: Mapping[str, Any],
         folder: Path,
+        device: torch.device = CPU,
     ) -> None:
         self.exported, self.report, self.folder = exported, dict(report), folder
+        self.device = device
         self.signature = Signature.of(exported)
-        self.module: Callable[..., Any] = exported.module().requires_grad_(False)
+        made = moved(exported.module(), device)
+        self.module: Callable[..., Any] = made.requires_grad_(False)
         self._plan = dict(plan)
         if plan.get("compiled"):
             self.module = Compiled(
@@ -98,7 +103,7 @@ class Optimized:
                 why=str(told.get("why_not", "the run was saved before caches were derived")),
                 help="" if told else "run optimize again",
             )  # fmt: skip
-        return restored(path, self.exported)
+        return restored(path, self.exported, self.device)
 
     def draft(
         self, texts: Sequence[Batch | Tensor] | Tensor = (), remember: bool = False, **how: Any

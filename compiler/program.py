@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.utils import _pytree as pytree
 
 from attnopt.compiler import attend
+from attnopt.compiler.device import CPU, move_graph
 from attnopt.compiler.ops import ATTENTION, as_tokens
 from attnopt.compiler.site import Site, Sublayer, Unraised
 from attnopt.compiler.spec import AttentionSpec, parse_spec
@@ -27,12 +29,20 @@ from attnopt.compiler.spec import AttentionSpec, parse_spec
 class Batch:
     """One call of the model: inputs, and which positions are real.
 
-    `valid` is bool `[batch, seq]`, True at real tokens, or None when every position is real.
+    `valid` is bool `[batch, seq]`, True at real tokens, or None when every position is real. It
+    stays on the CPU wherever the inputs are.
     """
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     valid: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with its inputs on a device."""
+        args, kwargs = pytree.tree_map_only(
+            Tensor, lambda x: x.to(device), (tuple(self.args), dict(self.kwargs))
+        )
+        return replace(self, args=args, kwargs=kwargs)
 
 
 @dataclass
@@ -100,10 +110,16 @@ class Program:
         """The spec that the graph holds now for a site."""
         return parse_spec(str(self.node(site.node).args[4]))
 
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are and it runs; the CPU where it has none with values."""
+        held = chain(self.module.parameters(), self.module.buffers())
+        return next((tensor.device for tensor in held if not tensor.is_meta), CPU)
+
     def weight(self, name: str) -> Tensor:
-        """A parameter or buffer by dotted name."""
+        """A parameter or buffer by dotted name, to compute with: on the CPU, wherever it lies."""
         found: Tensor = attribute(self.module, name)
-        return found
+        return found if found.is_meta else found.cpu()
 
     def parameter_nodes(self, name: str) -> list[fx.Node]:
         """The get_attr nodes that read the parameter `name`."""
@@ -113,12 +129,31 @@ class Program:
         """A copy with a graph of its own and shared weights."""
         return replace(self, module=copy_module(self.module))
 
+    def to(self, device: torch.device) -> Program:
+        """The same program on a device: weights (shared where they are there already), the
+        example, and what its graph makes."""
+        made = replace(self, module=copy_module(self.module), example=self.example.to(device))
+        tensors = (*self.module.named_parameters(remove_duplicate=False),
+                   *self.module.named_buffers(remove_duplicate=False))  # fmt: skip
+        known = dict[int, Tensor]()  # tied weights stay one
+        for name, value in tensors:
+            if id(value) not in known:
+                known[id(value)] = value.to(device)
+            made._put(name, known[id(value)])
+        move_graph(made.graph, device)
+        made.module.recompile()
+        return made
+
     def with_sites(self, sites: Iterable[Site]) -> Program:
         """The same program with other sites recorded."""
         return replace(self, sites=tuple(sites))
 
     def set_weight(self, name: str, value: Tensor) -> None:
-        """Replace the parameter `name` (the shape may change), or add it, in this copy alone."""
+        """Replace the parameter `name` (the shape may change), or add it, in this copy alone; it is
+        put where the others are."""
+        self._put(name, value.to(self.device))
+
+    def _put(self, name: str, value: Tensor) -> None:
         path, _, leaf = name.rpartition(".")
         owner = _own_submodule(self.module, path) if path else self.module
         is_buffer = leaf in owner._buffers
@@ -143,7 +178,7 @@ class Program:
         self.set_weight(name, value)
         with self.graph.inserting_before(before):
             node = self.graph.get_attr(name)
-        node.meta["val"] = _fake_like(before, value)
+        node.meta["val"] = _fake_like(before, attribute(self.module, name))
         return node
 
     def call(
@@ -243,16 +278,20 @@ def record(program: Program, names: Sequence[str], batch: Batch) -> tuple[dict[s
     return recorder.found, out
 
 
-def peek(program: Program, names: Sequence[str], batch: Batch) -> dict[str, Any]:
-    """The values of the named nodes for one batch; what comes after the last of them does not
-    run."""
+def peek(
+    program: Program, names: Sequence[str], batch: Batch, there: bool = False
+) -> dict[str, Any]:
+    """The values of the named nodes for one batch, on the CPU, or `there` where the program runs;
+    what comes after the last of them does not run."""
     for name in names:
         program.node(name)
     recorder = _Recorder(program.module, names, stop=True)
     flat, _ = pytree.tree_flatten((batch.args, dict(batch.kwargs)))
     with torch.no_grad(), suppress(_Enough):
         recorder.run(*_ordered(program, batch, flat), enable_io_processing=False)
-    return recorder.found
+    if there:
+        return recorder.found
+    return dict(pytree.tree_map_only(Tensor, Tensor.cpu, recorder.found))
 
 
 def inputs(program: Program, batch: Batch) -> list[Any]:

@@ -256,7 +256,7 @@ def _padded(mask: Tensor, test: Test) -> Iterator[Tensor]:
     length = mask.shape[1]
     ends = torch.tensor([max(1, length - i * 2) for i in range(len(mask))])
     right = torch.arange(length)[None, :] < ends[:, None]
-    for keep in (right, right.flip(1)):
+    for keep in (right.to(mask.device), right.flip(1).to(mask.device)):
         real = torch.where(_real(mask, test), mask, samples[says][0])
         yield torch.where(keep, real, samples[~says][0])
 

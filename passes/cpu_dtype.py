@@ -59,8 +59,8 @@ class CpuDtype(Pass):
     )  # fmt: skip
 
     def rewrite(self, target: Any, program: Program, notes: Notes) -> Edit | Miss:
-        if notes.device != "cpu":
-            return Miss(f"the target is `{notes.device}`, not a CPU")
+        if notes.target != "cpu":
+            return Miss(f"the target is `{notes.target}`, not a CPU")
         found = [node for node in program.graph.nodes if _half(node) and node.target in PRODUCTS]
         if not found:
             return Miss("no matrix product of the program is in bfloat16 or float16")

@@ -33,11 +33,11 @@ class GenerateKernel(Pass):
 
     def rewrite(self, target: Site, program: Program, notes: Notes) -> Edit | Miss:
         """Give the site's spec with the dispatched backend, or say why it stays as it is."""
-        if notes.device == "cpu":
+        if notes.target == "cpu":
             return Miss("the target is `cpu`, for which Triton generates no code")
         if find_spec("triton") is None:
             return Miss("triton is not installed", help="pip install 'attnopt[gpu]'")
         spec = program.spec(target)
         if spec.backend == "triton":
             return Miss("it already runs on the backend `triton`", at=target.node)
-        return Edit(spec=spec.with_(backend="triton"), note=f"dispatched on {notes.device}")
+        return Edit(spec=spec.with_(backend="triton"), note=f"dispatched on {notes.target}")

@@ -62,7 +62,7 @@ class Decoder:
     @cached_property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next((p.device for p in self.program.module.parameters()), torch.device("cpu"))
+        return self.program.device
 
     def state(self, batch: int, capacity: int, masks: Mapping[str, Tensor] | None = None) -> State:
         """An empty state for sequences of at most `capacity` tokens.

@@ -134,7 +134,8 @@ def find(
     sinks = "sinks" in spec.extras
     if ((spec.softcap or sinks) and bool(key_bias.any())) or (sinks and bool(bias.any())):
         return None
-    kept = [x.to(dtype or k.meta["val"].dtype) for x in (up_k, up_v, bias)]
+    like = dtype or k.meta["val"].dtype
+    kept = [x.to(program.device, like) for x in (up_k, up_v, bias)]
     return Latent(spec, latent.name, shared.name if shared else None, *kept)
 
 
@@ -228,8 +229,6 @@ class _Reading:
         self.program, self.parts, self.k, self.v = program, parts, k, v
         self.given = [latent] if shared is None else [latent, shared]
         self.sizes = [int(node.meta["val"].shape[-1]) for node in self.given]
-        weight = next(program.module.parameters(), torch.empty(0))
-        self.device = torch.device("cpu") if weight.is_meta else weight.device
 
     @property
     def width(self) -> int:
@@ -260,7 +259,7 @@ class _Reading:
         tried = torch.randn(_TRIALS, self.width, generator=generator, dtype=torch.float64)
         sides = zip(self._at(tried), (keys, values), (up_k, up_v), strict=True)
         for made, base, maps in sides:
-            off = (made - (base[:, :1] + tried.to(maps.device) @ maps)).abs().max()
+            off = (made - (base[:, :1] + tried @ maps)).abs().max()
             if not off <= _SLACK * (made - base[:, :1]).abs().max().clamp(min=1e-30):
                 return None
         if bool(up_v[:, rank:].any()):
@@ -280,7 +279,7 @@ class _Reading:
         for node, part in zip(self.given, tokens.split(self.sizes, dim=1), strict=True):
             fake = node.meta["val"]
             rows = 1 if is_symbol(fake.shape[0]) else int(fake.shape[0])
-            shaped = part.view(*(1,) * (fake.dim() - 2), *part.shape).to(self.device)
+            shaped = part.view(*(1,) * (fake.dim() - 2), *part.shape)
             given[node] = shaped.expand(rows, *shaped.shape[1:])
         evaluator = _Wide(self.program, sizes, given)
         with torch.no_grad():

@@ -108,11 +108,11 @@ def _drawn(node: fx.Node, value: Tensor) -> Tensor:
     """Random tokens of a shape: rows of the tables that the input looks up, or normal numbers."""
     generator = torch.Generator().manual_seed(0)
     if value.is_floating_point():
-        return torch.randn(value.shape, generator=generator).to(value.dtype)
+        return torch.randn(value.shape, generator=generator).to(value)
     rows = vocabulary(node)
     if rows is None:
         return value
-    return torch.randint(0, rows, value.shape, generator=generator).to(value.dtype)
+    return torch.randint(0, rows, value.shape, generator=generator).to(value)
 
 
 def _inputs(program: Program) -> tuple[list[fx.Node], list[fx.Node]]:

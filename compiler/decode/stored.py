@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attnopt.compiler.decode.decoder import Decoder
 from attnopt.compiler.decode.derive import derive
+from attnopt.compiler.device import CPU
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.intake.export_model import load_export
 from attnopt.compiler.lower import export
@@ -30,8 +31,11 @@ def unweighted(program: Program) -> torch.export.ExportedProgram:
     return made
 
 
-def restored(path: Path, model: torch.export.ExportedProgram) -> Decoder:
-    """The decoder in a file that `unweighted` was saved to, with the weights of a model.
+def restored(
+    path: Path, model: torch.export.ExportedProgram, device: torch.device = CPU
+) -> Decoder:
+    """The decoder in a file that `unweighted` was saved to, with the weights of a model, on a
+    device.
 
     Raises `Problem` A505 where the two do not belong together, and those of `load_export`.
     """
@@ -46,7 +50,8 @@ def restored(path: Path, model: torch.export.ExportedProgram) -> Decoder:
         )  # fmt: skip
     for name in graph.state_dict:
         graph.state_dict[name] = model.state_dict[name]
-    return derive(trace(loaded), check=False)
+    program = trace(loaded)
+    return derive(program if device == CPU else program.to(device), check=False)
 
 
 def _kept(spec: AttentionSpec) -> Callable[..., Tensor]:

@@ -29,7 +29,7 @@ from attnopt.compiler.healing.settings import Settings
 from attnopt.compiler.healing.touched import Touched, touched
 from attnopt.compiler.healing.working import Working
 from attnopt.compiler.packed_ops import PACKED_ATTENTION
-from attnopt.compiler.program import Batch, Program
+from attnopt.compiler.program import Batch, Program, attribute
 
 Progress = Callable[[str, float], None]
 CHECKS = 2  # how often the held-out loss is taken on the way
@@ -104,7 +104,7 @@ def start(
     if not names:
         return Miss("no site differs from the original's: there is nothing to heal")
     saved = checkpoint or Checkpoint()
-    weights = {name: program.weight(name) for mine in names.values() for name in mine}
+    weights = {name: attribute(program.module, name) for mine in names.values() for name in mine}
     student, teacher = Working.of(program), Working.of(original)
     factors = Factors(weights, settings)
     products = Products.of(student, teacher, factors, heldout[0])

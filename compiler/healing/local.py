@@ -114,8 +114,8 @@ class Local:
 
     def _pair(self, program: Program, region: Region, batch: Batch) -> Pair:
         batch = self.student.ready(batch)
-        values = peek(program, region.inputs, batch)
-        target = peek(self.teacher.program, [region.end], batch)[region.end]
+        values = peek(program, region.inputs, batch, there=True)
+        target = peek(self.teacher.program, [region.end], batch, there=True)[region.end]
         valid = real(self.teacher.program, region.end, batch)
         return Pair(values, rows(target, valid), valid)
 

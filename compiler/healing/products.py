@@ -18,7 +18,7 @@ import torch
 from attnopt.compiler.cpu_support import cpu_flags, native_products
 from attnopt.compiler.healing import loss
 from attnopt.compiler.healing.factors import Factors
-from attnopt.compiler.healing.working import Working, device_of
+from attnopt.compiler.healing.working import Working
 from attnopt.compiler.program import Batch
 from attnopt.compiler.verify import own_dtype
 
@@ -69,4 +69,4 @@ def _harmless(student: Working, teacher: Working, factors: Factors, batch: Batch
 
 
 def _on_cpu(form: Working) -> bool:
-    return device_of(form.program).type == "cpu" and own_dtype(form.program) is torch.float32
+    return form.program.device.type == "cpu" and own_dtype(form.program) is torch.float32

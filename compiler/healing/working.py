@@ -42,7 +42,7 @@ class Working:
         """The working form of a program; it shares the weights where their dtype stays."""
         own = own_dtype(program)
         narrow = own in (torch.float16, torch.bfloat16)
-        if narrow and (own is torch.float16 or device_of(program).type == "cpu"):
+        if narrow and (own is torch.float16 or program.device.type == "cpu"):
             program = widened(program, torch.float32)
         module = lower(program, _fast)
         named = module.named_parameters(remove_duplicate=False)
@@ -57,7 +57,7 @@ class Working:
 
     def ready(self, batch: Batch) -> Batch:
         """The batch where this form runs, its floating-point inputs in its dtype."""
-        device, dtype = device_of(self.program), own_dtype(self.program)
+        device, dtype = self.program.device, own_dtype(self.program)
 
         def there(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
@@ -137,8 +137,3 @@ def _called(node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
         q, k, v, extras, line = args
         return attend.fast(q, k, v, extras, parse_spec(str(line)))
     return cast(Any, node.target)(*args, **kwargs)
-
-
-def device_of(program: Program) -> torch.device:
-    """Where the program's weights are."""
-    return next((p.device for p in program.module.parameters()), torch.device("cpu"))

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_aggregate
 
+from attnopt.compiler.device import CPU
 from attnopt.compiler.program import Program, attribute
 
 LIMIT = (
@@ -24,7 +26,7 @@ class Unknown(Exception):
 
 
 class Evaluator:
-    """Evaluates nodes of one program at given symbol sizes.
+    """Evaluates nodes of one program at given symbol sizes, on the CPU wherever the program is.
 
     `sizes` maps symbol name -> int; symbols not named keep the example's size. `given` maps node ->
     tensor. `override`, when set, may replace the value of a node (probes freeze norms with it).
@@ -46,6 +48,7 @@ class Evaluator:
         self.override = override
         self.values: dict[fx.Node, Any] = dict(self.given)
         self._concrete: dict[Any, int] = {}
+        self.away = program.device != CPU
 
     def __call__(self, node: fx.Node) -> Any:
         """The value of a node.
@@ -78,6 +81,8 @@ class Evaluator:
             raise Unknown(f"`{node.name}` is a {node.op}")
         self._check_size(node)
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: self.values[n])
+        if self.away:
+            args, kwargs = map_aggregate((args, kwargs), _on_cpu)
         try:
             value = node.target(*args, **kwargs)  # type: ignore[operator]
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
@@ -108,7 +113,7 @@ class Evaluator:
         example = example_input(self.program, node)
         if not isinstance(example, Tensor):
             return example
-        return resized(example, [self._at(size) for size in node.meta["val"].shape])
+        return resized(example.cpu(), [self._at(size) for size in node.meta["val"].shape])
 
     def _at(self, size: Any) -> int:
         """A size at the evaluator's sizes; substitution is slow, and few sizes differ."""
@@ -178,4 +183,8 @@ def _parameter(value: Any) -> Any:
         if value.numel() > LIMIT:
             raise Unknown("a probe needs the values of a weight that has none (meta device)")
         return torch.ones(value.shape, dtype=value.dtype)
-    return value.detach()
+    return value.detach().cpu()
+
+
+def _on_cpu(leaf: Any) -> Any:
+    return CPU if isinstance(leaf, torch.device) else leaf

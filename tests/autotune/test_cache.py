@@ -18,6 +18,7 @@ from attnopt.autotune.accuracy import Accuracy
 from attnopt.autotune.cache_run import CacheRun, Settled
 from attnopt.autotune.cache_search import CacheSearch, Kept, Limits, best, loses_less
 from attnopt.autotune.heal import HealedPlan
+from attnopt.autotune.place import Place
 from attnopt.autotune.report import markdown
 from attnopt.autotune.report_html import page
 from attnopt.autotune.request import HealBudget
@@ -25,6 +26,7 @@ from attnopt.autotune.result import HealingEntry, Result
 from attnopt.autotune.workbench import Journal, Workbench
 from attnopt.compiler.contract import Notes, passes
 from attnopt.compiler.decode import derive
+from attnopt.compiler.device import CPU
 from attnopt.compiler.pipeline import apply_plan
 from attnopt.compiler.plan import Plan, Step
 from tests.autotune import cache_bench as cb
@@ -107,7 +109,7 @@ def test_latents_are_not_held_against_steps_of_another_device(
 ) -> None:
     monkeypatch.setattr("attnopt.autotune.cache_offer.race", _measured_again)
     bench = cb.bench()
-    monkeypatch.setattr(bench, "notes", replace(bench.notes, device="a100"))
+    monkeypatch.setattr(bench, "place", Place(CPU, "a100", timed=False))
     run = CacheRun(bench, bench.build([]), cb.request())
     latent = run.search.look(["latent_kv{keep=0.5}"])
     assert latent.latent and run.offers.too_slow(latent) == ""

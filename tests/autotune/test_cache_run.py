@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attnopt.autotune.cache_run import require_cache
 from attnopt.autotune.optimize import optimize
+from attnopt.autotune.place import Place
 from attnopt.autotune.run import Run
 from attnopt.autotune.step_time import _Steps, load_of, race
 from attnopt.compiler.decode import derive
@@ -68,6 +69,7 @@ def test_a_run_without_data_is_refused_before_anything_is_timed(
 ) -> None:
     bench, run = cb.bench(), object.__new__(Run)
     run.request, run.program, run.warnings = cb.request(), cb.program(), []
+    run.place = Place()
     run.data = replace(bench.data, **{missing: False if missing == "real" else ()})
     monkeypatch.setattr(run, "_bench", lambda: bench)
     monkeypatch.setattr(run, "_pace", lambda built: pytest.fail("it was timed"))
@@ -84,6 +86,7 @@ def test_what_only_pays_on_padded_batches_is_left_out_and_told(
     valid = torch.ones(3, 16, dtype=torch.bool)
     valid[:, 12:] = not padded
     run.request, run.program, run.warnings = cb.request(), cb.program(), []
+    run.place = Place()
     run.data = replace(bench.data, timing=(replace(bench.data.timing[0], valid=valid),))
     monkeypatch.setattr(bench, "without", frozenset[str]())
     run.bench = bench

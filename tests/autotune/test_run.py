@@ -16,6 +16,7 @@ from attnopt.autotune.accuracy import Accuracy
 from attnopt.autotune.data import Data
 from attnopt.autotune.entries import relaxation
 from attnopt.autotune.order import approximate, healing, ordered
+from attnopt.autotune.place import Place
 from attnopt.autotune.request import Request
 from attnopt.autotune.result import Number, Speed
 from attnopt.autotune.run import Run
@@ -181,7 +182,7 @@ def test_a_metric_that_fails_does_so_before_anything_is_timed(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = object.__new__(Run)
-    run.request = Request(metric="math:isnan")  # a model is no number
+    run.request, run.place = Request(metric="math:isnan"), Place()  # a model is no number
     monkeypatch.setattr(run, "_bench", lambda: bench)
     monkeypatch.setattr(run, "_exactly", lambda: pytest.fail("it was timed"))
     with pytest.raises(Problem, match="`math:isnan` failed") as caught:

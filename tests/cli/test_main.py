@@ -145,7 +145,7 @@ def test_every_option_arrives(command: Command, tmp_path: Path, monkeypatch: Any
         "--resume", "--metric", "mine:score", "--text", text, "--calibration", text,
         "--inputs", text, "--batch", "8", "--length", "64", "--allow-global", "a.B",
         "--allow-global", "c.D", "--trust", "--attention", "eager", "--dtype", "float32",
-        "--heal", "200ktok", "--heal-rank", "8",
+        "--heal", "200ktok", "--heal-rank", "8", "--device", "cpu",
     )  # fmt: skip
     assert ended.code == 0
     given = asked[0]
@@ -156,6 +156,7 @@ def test_every_option_arrives(command: Command, tmp_path: Path, monkeypatch: Any
         "metric": "mine:score", "text": text, "calibration": text, "inputs": text, "batch": 8,
         "length": 64, "allow_globals": ("a.B", "c.D"), "trust": True, "attention": "eager",
         "dtype": "float32", "heal": HealBudget(tokens=200_000, rank=8), "kv_bytes": None,
+        "device": "cpu",
     }  # fmt: skip
     assert command("optimize", "m.pt", "--kv-bytes", "50%").code == 0
     assert asked[1]["kv_bytes"] == 0.5

@@ -39,7 +39,7 @@ def _for_a_gpu() -> Program:
     node.args = (*node.args[:4], spec.text)
     program.module.recompile()
     program = program.with_sites([first, replace(second, spec=spec)])
-    notes = Notes(program, device="h100")
+    notes = Notes(program, target="h100")
     made, outcomes = apply_pass(program, read_pass("generate_kernel"), ("*",), notes)
     assert all(outcome.applied for outcome in outcomes)
     return made

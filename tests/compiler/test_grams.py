@@ -97,7 +97,7 @@ def test_one_pass_serves_every_site(monkeypatch: pytest.MonkeyPatch) -> None:
 
     program = decoder().copy()
     calls: list[int] = []
-    monkeypatch.setattr(grams, "peek", lambda *args: calls.append(1) or peek(*args))
+    monkeypatch.setattr(grams, "peek", lambda *args, **how: calls.append(1) or peek(*args, **how))
     known = Notes(program, [batch(1), batch(2)], [batch(3)])
     names = [site.q.source for site in program.sites]  # type: ignore[union-attr]
     first = input_moments(known, [names[0]])[names[0]]
@@ -123,9 +123,11 @@ def test_too_much_to_keep_is_made_one_site_at_a_time(monkeypatch: pytest.MonkeyP
 def test_what_is_tried_at_one_program_shares_its_moments(monkeypatch: pytest.MonkeyPatch) -> None:
     program, batches, ran = decoder().copy(), [batch(1), batch(2)], list[Sequence[str]]()
 
-    def counted(program: Program, names: Sequence[str], given: Batch) -> dict[str, Any]:
+    def counted(
+        program: Program, names: Sequence[str], given: Batch, there: bool
+    ) -> dict[str, Any]:
         ran.append(names)
-        return peek(program, names, given)
+        return peek(program, names, given, there)
 
     monkeypatch.setattr(grams, "peek", counted)
     first, second = (site.q.source for site in program.sites)  # type: ignore[union-attr]

@@ -55,7 +55,7 @@ def program(dtype: torch.dtype) -> Program:
 
 
 def answer(made: Program, device: str = "cpu") -> Edit | Miss:
-    return CpuDtype().rewrite(made, made, Notes(made, device=device))
+    return CpuDtype().rewrite(made, made, Notes(made, target=device))
 
 
 def without_flags(monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:

@@ -21,7 +21,7 @@ from tests.tolerance import assert_close
 def test_it_fires_for_a_gpu_and_changes_nothing_here() -> None:
     before = decoder()
     after, outcomes = apply_pass(
-        before, read_pass("generate_kernel"), ("*",), Notes(before, device="h100")
+        before, read_pass("generate_kernel"), ("*",), Notes(before, target="h100")
     )
     assert len(outcomes) == len(before.sites)
     assert all(o.applied and o.note == "dispatched on h100" for o in outcomes)
@@ -29,7 +29,7 @@ def test_it_fires_for_a_gpu_and_changes_nothing_here() -> None:
     inputs = before.example.kwargs
     assert_close(lower(after)(**inputs)["logits"], lower(before)(**inputs)["logits"])
     _, outcomes = apply_pass(
-        after, read_pass("generate_kernel"), ("*",), Notes(after, device="h100")
+        after, read_pass("generate_kernel"), ("*",), Notes(after, target="h100")
     )
     assert not any(o.applied for o in outcomes) and "already" in outcomes[0].reason
 
@@ -37,7 +37,7 @@ def test_it_fires_for_a_gpu_and_changes_nothing_here() -> None:
 def test_what_is_saved_keeps_the_op_and_gradients_flow() -> None:
     before = decoder()
     after, _ = apply_pass(
-        before, read_pass("generate_kernel"), ("*",), Notes(before, device="a100")
+        before, read_pass("generate_kernel"), ("*",), Notes(before, target="a100")
     )
     exported = export(after)
     assert torch.ops.attnopt.attention.default in [n.target for n in exported.graph.nodes]
@@ -58,7 +58,7 @@ def test_not_for_a_cpu_nor_without_triton(monkeypatch: pytest.MonkeyPatch) -> No
     assert all(not o.applied and "`cpu`" in o.reason for o in outcomes)
     monkeypatch.setattr(generate_kernel, "find_spec", lambda name: None)
     _, outcomes = apply_pass(
-        before, read_pass("generate_kernel"), ("*",), Notes(before, device="h100")
+        before, read_pass("generate_kernel"), ("*",), Notes(before, target="h100")
     )
     assert all(not o.applied and "triton is not installed" in o.reason for o in outcomes)
 

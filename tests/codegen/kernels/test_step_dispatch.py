@@ -327,7 +327,7 @@ def test_a_step_takes_less_than_twenty_microseconds_beyond_its_launches(
 
 
 def _dispatched(program: Program) -> Program:
-    notes = Notes(program, device="h100")
+    notes = Notes(program, target="h100")
     return apply_pass(program, read_pass("generate_kernel"), ("*",), notes)[0]
 
 

@@ -1,0 +1,325 @@
+"""What attnopt does on the CPU it does on a device beside it: no tensor of the one meets one of the
+other, and what comes out is the same."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.cpp_extension import get_cxx_compiler
+
+import attnopt
+from attnopt.autotune.check import check
+from attnopt.autotune.place import Place, device_of
+from attnopt.codegen.target import target
+from attnopt.compiler.contract import Notes, Pass, passes
+from attnopt.compiler.decode import derive
+from attnopt.compiler.decode.generate import Generation, generate
+from attnopt.compiler.device import CPU, usable
+from attnopt.compiler.errors import Problem
+from attnopt.compiler.healing.checkpoint import Checkpoint
+from attnopt.compiler.healing.heal import Healed, heal
+from attnopt.compiler.healing.settings import Settings
+from attnopt.compiler.intake.source import from_module
+from attnopt.compiler.pipeline import apply_pass, read
+from attnopt.compiler.program import Batch, Program
+from tests.device import twin
+from tests.families import FAMILIES, VOCABULARY
+from tests.tolerance import assert_close
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which(shlex.split(get_cxx_compiler())[0]) is None,
+    reason="the device is built with a C++ compiler, on Linux",
+)
+DECODERS = ("llama", "gpt2")
+KINDS = (*DECODERS, "bert", "vit")
+ROWS, LENGTH = 2, 12
+
+
+@pytest.fixture(scope="module")
+def there() -> torch.device:
+    """The device beside the CPU."""
+    return torch.device(twin(), 0)
+
+
+@cache
+def model(kind: str) -> Program:
+    """A tiny model of a family, on the CPU."""
+    family = next(family for family in FAMILIES if family.name == kind)
+    torch.manual_seed(0)
+    return read(from_module(family.build(family.spellings[0]), family.inputs(ROWS, LENGTH)))
+
+
+@cache
+def batches(kind: str, count: int) -> tuple[Batch, ...]:
+    """Batches of a family's inputs."""
+    family = next(family for family in FAMILIES if family.name == kind)
+    torch.manual_seed(1)
+    made = [family.inputs(ROWS, LENGTH) for _ in range(count)]
+    masks = [each.get("attention_mask") for each in made]
+    return tuple(
+        Batch((), each, None if mask is None else mask.bool())
+        for each, mask in zip(made, masks, strict=True)
+    )
+
+
+def on_cpu(value: Any) -> Any:
+    """Outputs on the CPU."""
+    return pytree.tree_map_only(Tensor, Tensor.cpu, value)
+
+
+def notes(kind: str, device: torch.device) -> Notes:
+    """Notes of a model with its data, both on a device."""
+    data = [batch.to(device) for batch in batches(kind, 6)]
+    return Notes(model(kind).to(device), data[:4], data[4:])
+
+
+def test_the_device_refuses_what_a_gpu_would(there: torch.device) -> None:
+    ours, cpu = torch.ones(2, 3, device=there), torch.ones(2, 3)
+    assert ours.device == there
+    for mixed in (lambda: ours + cpu, lambda: ours @ cpu.T, lambda: torch.where(cpu > 0, ours, 0)):
+        with pytest.raises(RuntimeError, match="same device"):
+            mixed()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_program_moves_and_comes_back(kind: str, there: torch.device) -> None:
+    home, batch = model(kind), batches(kind, 1)[0]
+    away = home.to(there)
+    made = away.run(batch.to(there))
+    assert all(leaf.device == there for leaf in pytree.tree_leaves(made))
+    assert away.device == there and home.device == CPU and away.sites == home.sites
+    back = away.to(CPU)
+    assert back.device == CPU and back.example.kwargs.keys() == home.example.kwargs.keys()
+    for found in (on_cpu(made), back.run(batch)):
+        pytree.tree_map(assert_close, found, home.run(batch))
+
+
+def test_tied_weights_stay_one_tensor(there: torch.device) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.second.weight = self.first.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            made: Tensor = self.second(self.first(x))
+            return made
+
+    away = read(from_module(Tied().eval(), (torch.randn(2, 8),))).to(there)
+    weights = [p for p in away.module.parameters() if p.dim() == 2]
+    assert len({weight.data_ptr() for weight in weights}) == 1
+
+
+@pytest.mark.parametrize("kind", ("llama", "bert"))
+@pytest.mark.parametrize("name", sorted(passes().keys() - {"heal"}))
+def test_a_pass_does_the_same_on_both(name: str, kind: str, there: torch.device) -> None:
+    rewrite, batch = passes()[name](), batches(kind, 6)[5]
+    (here, said), (away, told) = (_applied(rewrite, notes(kind, device)) for device in (CPU, there))
+    assert [(o.target, o.applied, o.reason) for o in told] == [
+        (o.target, o.applied, o.reason) for o in said
+    ]
+    pytree.tree_map(assert_close, on_cpu(away.run(batch.to(there))), here.run(batch))
+
+
+def _applied(rewrite: Pass, known: Notes) -> tuple[Program, Sequence[Any]]:
+    torch.manual_seed(0)
+    return apply_pass(known.original, rewrite, ("*",), known)
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+@pytest.mark.parametrize("line", ("", "merge_kv_heads", "latent_kv", "sliding_window"))
+def test_a_decoder_gives_the_same_tokens(line: str, kind: str, there: torch.device) -> None:
+    program = model(kind)
+    if line:
+        program, _ = _applied(passes()[line](), notes(kind, CPU))
+    ids = batches(kind, 1)[0].kwargs["input_ids"]
+    for how in (
+        Generation(max_new_tokens=6),
+        Generation(max_new_tokens=6, do_sample=True, top_k=5, seed=3),
+    ):
+        expected = generate(derive(program, check=False), ids, how)
+        made = generate(derive(program.to(there)), ids.to(there), how)
+        assert made.device == there and torch.equal(made.cpu(), expected)
+
+
+def healed(device: torch.device, checkpoint: Checkpoint | None = None) -> Healed:
+    """A healing of a merged model on a device."""
+    known = notes("llama", device)
+    changed, _ = _applied(passes()["merge_kv_heads"](), known)
+    made = heal(
+        changed, known.original, known.calibration, known.heldout,
+        Settings(tokens=8 * ROWS * LENGTH, local=4 * ROWS * LENGTH, rate=0.02), checkpoint,
+    )  # fmt: skip
+    assert isinstance(made, Healed), made
+    return made
+
+
+def test_healing_trains_on_the_device_as_on_the_cpu(
+    there: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("attnopt.compiler.healing.products.native_products", lambda *_: False)
+    here, away = healed(CPU), healed(there)
+    assert away.accepted and away.after < away.before
+    assert {value.device for value in away.weights.values()} == {there}
+    assert away.weights.keys() == here.weights.keys()
+    assert (away.before, away.after) == pytest.approx((here.before, here.after), rel=1e-3)
+
+
+class _Stopped(Exception):
+    pass
+
+
+def test_healing_on_the_device_goes_on_after_an_interruption(
+    there: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Checkpoint(tmp_path / "healing.pt", seconds=0.0)
+    saved = Checkpoint.save
+
+    def interrupted(self: Checkpoint, state: Any) -> None:
+        saved(self, state)
+        if state["stage"] == 1 and state["at"] == 3:
+            raise _Stopped
+
+    with monkeypatch.context() as patched, pytest.raises(_Stopped):
+        patched.setattr(Checkpoint, "save", interrupted)
+        healed(there, kept)
+    again = healed(there, replace(kept))
+    assert again.after == healed(there).after and not kept.path.exists()  # type: ignore[union-attr]
+
+
+class _Logits(nn.Module):
+    """A language model that names its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        family = next(family for family in FAMILIES if family.name == "llama")
+        self.model = family.build("sdpa")
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.model(input_ids)}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of batches."""
+    path = tmp_path_factory.mktemp("data") / "inputs.pt"
+    torch.manual_seed(2)
+    ids = torch.randint(3, VOCABULARY, (48, LENGTH))
+    torch.save([{"input_ids": part} for part in ids.split(ROWS)], path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(
+    there: torch.device, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[attnopt.Result, nn.Module]]:
+    """A whole run on the device: searched, healed and saved, with speeds of a GPU estimated."""
+    torch.manual_seed(0)
+    given = _Logits().eval().to(there)
+    made = attnopt.optimize(
+        given, {"input_ids": torch.randint(3, VOCABULARY, (ROWS, LENGTH), device=there)},
+        inputs=data, target="a100", max_drop=0.9, trials=2, timeout=20, heal="2ktok",
+        kv_bytes=0.5, out=tmp_path_factory.mktemp("out") / "run",
+    )  # fmt: skip
+    yield made, given
+
+
+def test_a_whole_run_fits_heals_and_judges_on_the_device(
+    run: tuple[attnopt.Result, nn.Module], there: torch.device
+) -> None:
+    result, given = run
+    assert result.met and result.device == str(there) and result.target == "a100"
+    assert result.healing is not None and result.healing.accepted, result.warnings
+    assert result.speed is not None and result.speed.ratio.kind == "estimated"
+    assert device_of(given) == there
+
+
+def test_its_folder_opens_on_the_cpu_and_on_the_device(
+    run: tuple[attnopt.Result, nn.Module], there: torch.device
+) -> None:
+    folder = run[0].folder
+    assert folder is not None
+    here, away = attnopt.load(folder), attnopt.load(folder, device=there)
+    ids = torch.randint(3, VOCABULARY, (ROWS, 7))
+    assert_close(away(input_ids=ids.to(there))["logits"], here(input_ids=ids)["logits"])
+    made = away.generate(ids.to(there), max_new_tokens=5)
+    assert made.device == there
+    assert torch.equal(made.cpu(), here.generate(ids, max_new_tokens=5))
+
+
+def test_speeds_of_the_device_at_hand_are_measured_there(
+    there: torch.device, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        Place, "of", staticmethod(lambda device, wanted: Place(usable(device), "a100", True))
+    )
+    torch.save(_Logits().eval(), tmp_path / "model.pt")
+    source = str(tmp_path / "model.pt")
+    result = attnopt.optimize(
+        source, inputs=data, device=there, max_drop=0, out=tmp_path / "run", trust=True
+    )
+    assert result.speed is not None and result.speed.ratio.kind == "measured"
+    found = check(tmp_path / "run", source, inputs=data, seconds=1.0, min_speed=0.01, trust=True)
+    assert found.ok and found.drop is not None
+
+
+@pytest.mark.parametrize("name", ("nope", "meta", "cuda:77"))
+def test_a_device_that_cannot_be_used_is_refused(name: str) -> None:
+    with pytest.raises(Problem, match="A411"):
+        usable(name)
+
+
+def test_a_place_is_what_was_asked_for(
+    there: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert Place.of("cpu", None) == Place(CPU, "cpu", True) == Place.of("cpu", "cpu")
+    assert Place.of("cpu", "a100") == Place(CPU, "a100", False)
+    assert Place.of(str(there), "a100") == Place(there, "a100", False)
+    with pytest.raises(Problem, match=r"A411.*--target cpu"):
+        Place.of(str(there), "cpu")
+    with pytest.raises(Problem, match=r"A411.*no figures"):
+        Place.of(str(there), None)
+    monkeypatch.setattr("attnopt.autotune.place.usable", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr("attnopt.autotune.place.at_hand", lambda number: target("h100"))
+    assert Place.of("cuda", None) == Place(torch.device("cuda", 0), "h100", True)
+    assert not Place.of("cuda", "a100").timed
+
+
+def test_a_model_on_two_devices_is_refused(there: torch.device) -> None:
+    spread = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).to(there))
+    with pytest.raises(Problem, match=r"A411.*cpu and twin:0"):
+        device_of(spread)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_torch_compile_raises_graphs_of_the_device(
+    kind: str, there: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[str] = []
+
+    def uncompiled(module: nn.Module, inputs: object, config_patches: object = None) -> nn.Module:
+        taken.extend(str(node.target) for node in module.graph.nodes)  # type: ignore[union-attr]
+        return module
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", uncompiled)
+    family = next(family for family in FAMILIES if family.name == kind)
+    made = family.build(family.spellings[-1]).to(there)
+    inputs = {name: x.to(there) for name, x in family.inputs(ROWS, LENGTH).items()}
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = made(**inputs)
+        found = torch.compile(made, backend="attnopt")(**inputs)
+    assert_close(found, expected)
+    assert not any("softmax" in name for name in taken)
+    assert found.device == there
