@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from attnopt.autotune.place import facing
 from attnopt.autotune.statistics import Interval, bootstrap, mean_of
 from attnopt.autotune.teacher import Model, Scores, Teacher
 from attnopt.compiler.errors import Problem
@@ -250,7 +251,7 @@ def _named(metric: str | Metric) -> tuple[Metric, str]:
 def _number_of(function: Metric, name: str, model: Model) -> float:
     """What the user's metric says of a model. Raises `Problem` A407 where it fails."""
     try:
-        return float(function(model))
+        return float(function(facing(model)))
     except Exception as error:  # it is the user's code: whatever it raises is told as its own
         raise Problem(
             "A407", f"the metric `{name}` failed", why=f"{type(error).__name__}: {error}",

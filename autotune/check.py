@@ -14,13 +14,13 @@ from attnopt.autotune.baselines import baselines
 from attnopt.autotune.cache_entry import CacheEntry, most_bytes
 from attnopt.autotune.data import gather
 from attnopt.autotune.environment import environment
-from attnopt.autotune.place import original
+from attnopt.autotune.place import Place, at_home, original, read_at_home
 from attnopt.autotune.replay import report_of, same_model
 from attnopt.autotune.request import Wanted
 from attnopt.autotune.result import Result, Speed
 from attnopt.autotune.timing import Contender, compare
 from attnopt.compiler.artifact import load as load_folder
-from attnopt.compiler.device import usable
+from attnopt.compiler.device import Carried, usable
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.intake.loaded import require_weights
 from attnopt.compiler.intake.source import load
@@ -89,7 +89,8 @@ def check(
     home = Path(folder)
     report = report_of(home)
     _require_measured(report, home)
-    there = usable(report.device)
+    there = Carried(usable(report.device))
+    _require_the_same(report, home)
     same_model(report, Path(model))
     _same_metric(report, metric)
     wanted = Wanted(_path(text), _path(calibration), _path(inputs), batch, length)
@@ -98,54 +99,56 @@ def check(
         trust=trust, attention=attention, dtype=dtype,
     )  # fmt: skip
     require_weights(loaded)
-    data = gather(loaded, wanted, str(model)).to(there)
-    given, optimized = original(loaded, there), load_folder(home, there)
-    base = baselines(given, data.timing)
-    timing = compare(
-        [*base.contenders, Contender("optimized", optimized)],
-        data.timing,
-        seconds=seconds,
-        progress=say,
-    )
-    speed = Speed.of(
-        {c.name: timing.ratio("optimized", c.name, report.seed) for c in base.contenders}
-    )
-    bound = _speed_bound(report) if min_speed is None else min_speed
-    fast, line = _judged(speed, bound)
-    lines = [line]
-    allowed = report.max_drop if max_drop is None else max_drop
-    drop = upper = None
-    close = True
-    if data.evaluation or metric is not None:
-        accuracy = evaluate(
-            given, optimized, data.evaluation, loaded.task, say, metric=metric, seed=report.seed
+    with at_home(loaded.module):
+        loaded = read_at_home(loaded)
+        data = gather(loaded, wanted, str(model)).to(there.device)
+        given, optimized = original(loaded, there), load_folder(home, there.device)
+        base = baselines(given, data.timing)
+        timing = compare(
+            [*base.contenders, Contender("optimized", optimized)],
+            data.timing,
+            seconds=seconds,
+            progress=say,
         )
-        drop, upper = accuracy.drop, accuracy.drop_upper
-        verdict = accuracy.verdict(allowed)
-        close = verdict == "pass"
-        lines.append(f"drop {drop:.2%}, at most {upper:.2%} ({allowed:.2%} allowed): {verdict}")
-    else:
-        close = report.accuracy is None and max_drop is None
-        lines.append(
-            "drop not measured: there is no evaluation data; give --text FILE or --inputs FILE"
+        speed = Speed.of(
+            {c.name: timing.ratio("optimized", c.name, report.seed) for c in base.contenders}
         )
-    small, share, share_bound = True, None, None
-    if report.cache is not None:
-        small, share, share_bound, line = _cache(report.cache, optimized)
-        lines.append(line)
-    return Verdict(
-        fast and close and small,
-        speed.ratio.value,
-        speed.ratio.value if speed.ratio.low is None else speed.ratio.low,
-        bound,
-        drop,
-        upper,
-        allowed,
-        tuple(lines),
-        environment(),
-        share,
-        share_bound,
-    )
+        bound = _speed_bound(report) if min_speed is None else min_speed
+        fast, line = _judged(speed, bound)
+        lines = [line]
+        allowed = report.max_drop if max_drop is None else max_drop
+        drop = upper = None
+        close = True
+        if data.evaluation or metric is not None:
+            accuracy = evaluate(
+                given, optimized, data.evaluation, loaded.task, say, metric=metric, seed=report.seed
+            )
+            drop, upper = accuracy.drop, accuracy.drop_upper
+            verdict = accuracy.verdict(allowed)
+            close = verdict == "pass"
+            lines.append(f"drop {drop:.2%}, at most {upper:.2%} ({allowed:.2%} allowed): {verdict}")
+        else:
+            close = report.accuracy is None and max_drop is None
+            lines.append(
+                "drop not measured: there is no evaluation data; give --text FILE or --inputs FILE"
+            )
+        small, share, share_bound = True, None, None
+        if report.cache is not None:
+            small, share, share_bound, line = _cache(report.cache, optimized)
+            lines.append(line)
+        return Verdict(
+            fast and close and small,
+            speed.ratio.value,
+            speed.ratio.value if speed.ratio.low is None else speed.ratio.low,
+            bound,
+            drop,
+            upper,
+            allowed,
+            tuple(lines),
+            environment(),
+            share,
+            share_bound,
+        )
 
 
 def _cache(entry: CacheEntry, optimized: Optimized) -> tuple[bool, float, float, str]:
@@ -194,6 +197,16 @@ def _require_measured(report: Result, home: Path) -> None:
             "A515", f"the figures of this run are estimates for {report.target}",
             where=str(home), why="nothing was measured, so nothing can be measured again here",
             help="run optimize without --target for figures of this machine",
+        )  # fmt: skip
+
+
+def _require_the_same(report: Result, home: Path) -> None:
+    here = Place.of(report.device, None).target
+    if here != report.target:
+        raise Problem(
+            "A515", f"the figures of this run are of {report.target}, this machine has {here}",
+            where=str(home), why="ratios of one GPU are no bounds for another",
+            help="check it on the GPU of the run, or run optimize here",
         )  # fmt: skip
 
 

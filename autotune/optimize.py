@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from attnopt.autotune.data import gather
-from attnopt.autotune.place import Place, at_home, device_of, original
+from attnopt.autotune.place import Place, at_home, device_of, home, original, read_at_home
 from attnopt.autotune.request import (
     HealBudget,
     Request,
@@ -34,7 +34,7 @@ from attnopt.autotune.request import (
 from attnopt.autotune.result import Result
 from attnopt.autotune.run import Run
 from attnopt.compiler.artifact import check_writable, save, source_sha256, work_folder
-from attnopt.compiler.device import CPU
+from attnopt.compiler.device import CPU, Carried
 from attnopt.compiler.errors import NothingFound
 from attnopt.compiler.intake.loaded import Loaded, require_weights
 from attnopt.compiler.intake.source import evaluating, from_module, load
@@ -70,7 +70,7 @@ def optimize(
     dtype: str | None = None,
     heal: str | HealBudget | None = None,
     kv_bytes: float | str | None = None,
-    device: str | torch.device | None = None,
+    device: str | int | torch.device | None = None,
     progress: Progress | None = None,
     command: str = "",
 ) -> Result:
@@ -84,23 +84,26 @@ def optimize(
     `heal` trains the touched sites of the winner before it is saved, for a time ("5m") or on a
     number of tokens ("200ktok"). `kv_bytes` (0.5 or "50%") asks for the least loss of which a
     decoder keeps at most that share of its cache, in the place of speed. `device` is where the
-    model runs, is fitted and trained ("cuda", "cuda:1"; left out, where a module is, and the CPU
-    for a file); `target` what speeds are of: left out, of that device, measured; of another GPU
-    ("a100") they are estimated. The result object is what
+    model runs, is fitted and trained ("cuda", "cuda:1"; left out, where a module is, and for a file
+    the GPU that `target` names where it is here, else the CPU); `target` what speeds are of: left
+    out, of that device, measured; of another GPU ("a100") they are estimated. The result is what
     `report.json` holds; with `out` the folder is written. Raises `Problem` for what the user can
     mend, and `NothingFound` when the model has no attention that could be raised.
     """
     budget = parse_budget(budget) if isinstance(budget, str) else budget
     max_drop = parse_share(max_drop) if isinstance(max_drop, str) else max_drop
     seconds = parse_seconds(timeout) if isinstance(timeout, str) else timeout
+    there = device_of(model) if device is None else device
     wanted = Wanted(_path(text), _path(calibration), _path(inputs), batch, length)
     request = Request(
         budget, max_drop, target, effort, trials, seconds,  # type: ignore[arg-type]
         _path(out), seed, resume, metric, wanted, command,
         parse_healing(heal) if isinstance(heal, str) else heal,
         parse_kv_bytes(kv_bytes) if isinstance(kv_bytes, str) else kv_bytes,
-        str(device or device_of(model) or CPU),
+        None if there is None else str(torch.device(there) if isinstance(there, int) else there),
     )  # fmt: skip
+    if request.device is not None:
+        Place.of(request.device, request.target)
     if request.out is not None:
         check_writable(request.out)
     source = "" if isinstance(model, nn.Module) else str(model)
@@ -119,9 +122,19 @@ def run(
     progress: Progress | None = None,
 ) -> Result:
     """Optimize a loaded model; see `optimize`."""
+    require_weights(loaded)
+    if request.device is None and loaded.module is not None:
+        found = device_of(loaded.module) or CPU
+        request = request if found == CPU else replace(request, device=str(found))
+    with at_home(loaded.module):
+        return _run(read_at_home(loaded), request, source, sha, progress)
+
+
+def _run(
+    loaded: Loaded, request: Request, source: str, sha: str, progress: Progress | None
+) -> Result:
     begun = time.monotonic()
     place = Place.of(request.device, request.target)
-    require_weights(loaded)
     torch.manual_seed(request.seed)
     say = progress or (lambda what, share: None)
     say("tracing", 0.0)
@@ -129,9 +142,10 @@ def run(
     require_sites(program)
     data = gather(loaded, request.data, source, training=request.heal is not None)
     program.example = data.timing[0] if data.real else program.example
-    given = original(loaded, place.device)
-    if place.device != CPU:
-        program, data = program.to(place.device), data.to(place.device)
+    there = Carried(place.device)
+    given = original(loaded, there)
+    if place.device != CPU:  # after the original, which a program may share its weights with
+        program, data = program.to(place.device, there), data.to(place.device)
     work = work_folder(request.out) if request.out is not None else None
     if work is not None and not request.resume:
         for name in ("study.journal", "measurements.jsonl", CHECKPOINT):
@@ -199,7 +213,7 @@ def _loaded(
     trust: bool, attention: str | None, dtype: str | None,
 ) -> tuple[Loaded, str]:  # fmt: skip
     if isinstance(model, nn.Module):
-        return from_module(model, tree_map_only(Tensor, Tensor.cpu, example_inputs)), ""
+        return from_module(model, tree_map_only(Tensor, home, example_inputs)), ""
     data = request.data
     loaded = load(
         str(model), inputs=data.inputs, text=data.text, batch=data.batch, length=data.length,

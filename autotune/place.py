@@ -5,17 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.export.passes import move_to_device_pass
+from torch.utils._pytree import tree_map_only
 
 from attnopt.codegen.target import CPU as CPU_TARGET
-from attnopt.codegen.target import at_hand
-from attnopt.compiler.device import CPU, moved, usable
+from attnopt.codegen.target import at_hand, target
+from attnopt.compiler.device import CPU, Carried, moved, usable
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.intake.loaded import Loaded
+from attnopt.compiler.optimized import Optimized
 
 
 @dataclass(frozen=True)
@@ -28,11 +31,11 @@ class Place:
     timed: bool = True
 
     @staticmethod
-    def of(device: str, wanted: str | None) -> Place:
-        """The place by the names that were given: a device of torch, and a target or None, the
-        device itself. Raises `Problem` A401 for an unknown target, and A411 for a device that
-        cannot be used, or is not the target."""
-        found = usable(device)
+    def of(device: str | None, wanted: str | None) -> Place:
+        """The place by the names that were given: a device of torch (None: the target where it is
+        here, else the CPU), and a target (None: the device). Raises `Problem` A401 for an unknown
+        target, and A411 for a device that cannot be used, or is not the target."""
+        found = usable(device or ("cuda" if _is_here(wanted) else CPU))
         if found.type == "cpu":
             return Place(found, wanted or CPU_TARGET, wanted in (None, CPU_TARGET))
         if wanted == CPU_TARGET:
@@ -50,13 +53,56 @@ class Place:
         return Place(found, name, name == here)
 
 
-def original(loaded: Loaded, device: torch.device = CPU) -> Callable[..., Any]:
-    """The model as given, in eval mode, on a device; a module in memory is moved itself (see
-    `at_home`), with all that shares its weights."""
+def _is_here(wanted: str | None) -> bool:
+    """Whether a target is the first GPU at hand."""
+    if wanted is None or wanted == CPU_TARGET or not torch.cuda.is_available():
+        return False
+    return at_hand().name == target(wanted).name
+
+
+def read_at_home(loaded: Loaded) -> Loaded:
+    """A loaded model with its example inputs on the CPU, and an exported program there too."""
+    args, kwargs = tree_map_only(Tensor, home, (loaded.args, loaded.kwargs))
+    exported = loaded.exported
+    if exported is not None and any(x.device != CPU for x in exported.state_dict.values()):
+        exported = move_to_device_pass(exported, "cpu")
+    return replace(loaded, args=args, kwargs=kwargs, exported=exported)
+
+
+def home(tensor: Tensor) -> Tensor:
+    """A tensor on the CPU, unless it has no values."""
+    return tensor if tensor.is_meta else tensor.cpu()
+
+
+def original(loaded: Loaded, there: Carried) -> Callable[..., Any]:
+    """The model as given, in eval mode, on a device; a module in memory is moved itself, and back
+    by `at_home`, so that what shares its weights may be moved with it."""
     if loaded.module is not None:
-        return loaded.module if device == CPU else loaded.module.to(device)
+        return loaded.module if there.device == CPU else loaded.module.to(there.device)
     assert loaded.exported is not None
-    return moved(loaded.exported.module(), device)
+    return moved(loaded.exported.module(), there)
+
+
+class Facing:
+    """A model on a device as a metric sees it that knows of none: it takes inputs of the CPU, and
+    its outputs are there. All else is the model's own."""
+
+    def __init__(self, model: Any, device: torch.device) -> None:
+        self._model, self._device = model, device
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The outputs on the CPU."""
+        args, kwargs = tree_map_only(Tensor, lambda x: x.to(self._device), (args, kwargs))
+        return tree_map_only(Tensor, Tensor.cpu, self._model(*args, **kwargs))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def facing(model: Any) -> Any:
+    """The model, as `Facing` where it is not on the CPU."""
+    found = model.device if isinstance(model, Optimized) else device_of(model)
+    return model if found in (None, CPU) else Facing(model, found)
 
 
 @contextmanager
@@ -68,10 +114,12 @@ def at_home(model: object) -> Iterator[None]:
         return
     assert isinstance(model, nn.Module)
     try:
-        model.to(CPU)
+        if before != CPU:
+            model.to(CPU)
         yield
     finally:
-        model.to(before)
+        if {x.device for x in (*model.parameters(), *model.buffers())} != {before}:
+            model.to(before)
 
 
 def device_of(model: object) -> torch.device | None:

@@ -71,7 +71,8 @@ class Request:
 
     `budget` is a factor over the fastest baseline, `max_drop` a fraction, `timeout` seconds;
     `kv_bytes` the share of a decoder's cache that may be kept, where that is what is asked for.
-    `device` is where the model runs, as torch calls it; `target` what speeds are of (None: that).
+    `target` is what speeds are of, and `device` where the model runs, as torch calls it; left out,
+    each is the other where that is here, and the CPU where neither is said.
     """
 
     budget: float | None = None
@@ -88,7 +89,7 @@ class Request:
     command: str = ""
     heal: HealBudget | None = None
     kv_bytes: float | None = None
-    device: str = "cpu"
+    device: str | None = None
 
     def __post_init__(self) -> None:
         if self.heal is not None and not isinstance(self.heal, HealBudget):

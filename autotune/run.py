@@ -115,8 +115,14 @@ class Run:
     def _exactly(self) -> Pace:
         """The exact rewrites, raced; where they gain nothing over the baselines, without those that
         only pay on padded batches."""
-        pace = self._pace(self.bench.build([]))
         padded = _padded()
+        if not self.place.timed:  # how many tokens are left is known when it runs
+            self.bench.without = padded
+            if self.data.workload.fill < 1:
+                self.warnings.append(
+                    f"{', '.join(sorted(padded))} was left out: what it gains is not estimated"
+                )
+        pace = self._pace(self.bench.build([]))
         used = {o.rewrite.partition("{")[0] for o in pace.built.outcomes if o.applied} & padded
         if pace.speed.verdict == "faster" or not used:
             return pace

@@ -21,6 +21,7 @@ from torch import Tensor
 from attnopt.autotune import outputs as out
 from attnopt.autotune.environment import environment
 from attnopt.autotune.statistics import Interval, Spread, bootstrap, median_of, spread
+from attnopt.compiler.device import finish
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.program import Batch
 
@@ -234,18 +235,13 @@ def _sample(
     clock: Callable[[], float],
 ) -> float:
     with torch.no_grad():
-        _synchronise(device)
+        finish(device)
         start = clock()
         for _ in range(repeats):
             for batch in batches:
                 contender.model(*batch.args, **batch.kwargs)
-        _synchronise(device)
+        finish(device)
         return clock() - start
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def rotated(contenders: Sequence[T], turn: int) -> list[T]:

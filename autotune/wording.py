@@ -149,7 +149,8 @@ def demands(result: Result) -> str:
     kept = (
         "exact rewrites only" if result.max_drop == 0 else f"at most {share(result.max_drop)} drop"
     )
-    return f"{budget}, {kept}, on {result.target}"
+    there = "" if result.device == "cpu" else f", fitted and judged on {result.device}"
+    return f"{budget}, {kept}, on {result.target}{there}"
 
 
 def workload(result: Result) -> str:

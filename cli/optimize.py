@@ -26,8 +26,12 @@ def optimize(
         ),
     ] = None,
     device: Annotated[
-        str, typer.Option(help="Where the model runs, is fitted and healed: cpu, cuda, cuda:1.")
-    ] = "cpu",
+        str | None,
+        typer.Option(
+            help="Where the model runs, is fitted and healed: cpu, cuda, cuda:1 (default: the "
+            "target where it is here, else cpu)."
+        ),
+    ] = None,
     budget: Annotated[
         str | None,
         typer.Option(help="How many times as fast, e.g. 2x (default: as fast as it gets)."),

@@ -36,6 +36,12 @@ def _unusable(name: str | torch.device, why: str) -> Problem:
     )  # fmt: skip
 
 
+def finish(device: torch.device) -> None:
+    """Wait until a device has done what it was given."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)
+
+
 def move_graph(graph: fx.Graph, device: torch.device) -> None:
     """Have the nodes of a graph make their tensors on a device, and know them there."""
 
@@ -51,10 +57,32 @@ def move_graph(graph: fx.Graph, device: torch.device) -> None:
             node.meta["val"] = pytree.tree_map(known, node.meta["val"])
 
 
-def moved(module: fx.GraphModule, device: torch.device) -> fx.GraphModule:
-    """A module with all that its graph makes on a device, itself; its weights are moved in place,
-    with all that shares them."""
-    if device != CPU:
-        move_graph(module.graph, device)
-        module.to(device).recompile()
+class Carried:
+    """Tensors on a device by those that they were made of: each goes there once, so that what
+    shares memory here shares it there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._known = dict[Any, tuple[Tensor, Tensor]]()
+
+    def __call__(self, value: Tensor) -> Tensor:
+        """The tensor there; itself where it is there already."""
+        place = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
+        if place not in self._known:
+            self._known[place] = (value, value.detach().to(self.device))
+        return self._known[place][1]
+
+
+def moved(module: fx.GraphModule, there: Carried) -> fx.GraphModule:
+    """A module with its weights, and all that its graph makes, on a device, itself; tensors that
+    others share with it stay where they are."""
+    if there.device == CPU:
+        return module
+    for part in module.modules():
+        for name, held in part.named_parameters(recurse=False):
+            part.register_parameter(name, torch.nn.Parameter(there(held), held.requires_grad))
+        for name, value in part.named_buffers(recurse=False):
+            part._buffers[name] = there(value)
+    move_graph(module.graph, there.device)
+    module.recompile()
     return module

@@ -49,17 +49,25 @@ class Gram:
         """Add rows x `[rows, p]` with targets y `[rows, r]`, in any floating dtype; they are
         multiplied where they lie."""
         wide = x.double()
-        self.xx += (wide.T @ wide).cpu()
+        _add_product(self.xx, wide, wide)
         self.rows += len(x)
         if y is not None:
             target = y.double()
-            self.xy += (wide.T @ target).cpu()
+            _add_product(self.xy, wide, target)
             self.yy += float(target.square().sum())
 
     def error(self, weight: Tensor) -> float:
         """Sum of squares of x W - y over all rows added, for W `[p, r]` float64."""
         fitted = torch.einsum("pr,pq,qr->", weight, self.xx, weight)
         return max(0.0, self.yy - 2 * float((weight * self.xy).sum()) + float(fitted))
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a^T b to a sum on the CPU."""
+    if a.device == total.device:
+        total.addmm_(a.T, b)
+    else:
+        total += (a.T @ b).cpu()
 
 
 def with_one(x: Tensor) -> Tensor:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from attnopt.compiler.compiled import Compiled
-from attnopt.compiler.device import CPU, moved
+from attnopt.compiler.device import CPU, Carried, moved
 from attnopt.compiler.errors import Notice, Problem
 from attnopt.compiler.plan import Plan
 from attnopt.compiler.signature import Signature
@@ -43,6 +44,12 @@ class Outputs(dict[Any, Any]):
         return super().__getitem__(key)
 
 
+pytree.register_pytree_node(
+    Outputs, lambda made: (list(made.values()), list(made)),
+    lambda values, names: Outputs(zip(names, values, strict=True)),
+)  # fmt: skip
+
+
 class Optimized:
     """A loaded run: call it like the model. `signature` says which inputs it takes.
 
@@ -63,7 +70,8 @@ class Optimized:
         self.exported, self.report, self.folder = exported, dict(report), folder
         self.device = device
         self.signature = Signature.of(exported)
-        made = moved(exported.module(), device)
+        self._carried = Carried(device)
+        made = moved(exported.module(), self._carried)
         self.module: Callable[..., Any] = made.requires_grad_(False)
         self._plan = dict(plan)
         if plan.get("compiled"):
@@ -76,9 +84,21 @@ class Optimized:
         """The outputs in the structure that the model returns. Raises `Problem` A506 on other
         inputs.
         """
+        self._require_here((args, kwargs))
         fitted, named = self.signature.fit(args, kwargs)
         outputs = self.module(*fitted, **named)
         return Outputs(outputs) if isinstance(outputs, dict) else outputs
+
+    def _require_here(self, inputs: Any) -> None:
+        """Raise `Problem` A411 for tensors that are not where the weights are."""
+        for leaf in pytree.tree_leaves(inputs):
+            if isinstance(leaf, Tensor) and leaf.device != self.device and leaf.dim() > 0:
+                raise Problem(
+                    "A411", f"the inputs are on {leaf.device}, the model is on {self.device}",
+                    where=str(self.folder),
+                    help="move the inputs there, or load the run with "
+                    f'device="{leaf.device}"',
+                )  # fmt: skip
 
     @property
     def plan(self) -> Plan:
@@ -103,7 +123,7 @@ class Optimized:
                 why=str(told.get("why_not", "the run was saved before caches were derived")),
                 help="" if told else "run optimize again",
             )  # fmt: skip
-        return restored(path, self.exported, self.device)
+        return restored(path, self.exported, self._carried)
 
     def draft(
         self, texts: Sequence[Batch | Tensor] | Tensor = (), remember: bool = False, **how: Any
@@ -177,6 +197,7 @@ class Optimized:
         from attnopt.compiler.decode.speculate import stream_speculatively
 
         settings = read(how)
+        self._require_here(input_ids)
         draft = self._usual_draft if speculate is True else speculate or None
         if draft is None:
             return stream(self.decoder, input_ids, settings, attention_mask)

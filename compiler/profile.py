@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from attnopt.compiler.device import finish
 from attnopt.compiler.program import Batch, Program, _ordered
 from attnopt.compiler.regions import PARTS, Part, site_parts, sublayer_nodes
 
@@ -134,8 +135,8 @@ class _Timed(fx.Interpreter):
 def _finish(result: Any) -> Any:
     """Wait until a result on a GPU is there."""
     for tensor in pytree.tree_leaves(result):
-        if isinstance(tensor, Tensor) and tensor.is_cuda:
-            torch.cuda.synchronize(tensor.device)
+        if isinstance(tensor, Tensor):
+            finish(tensor.device)
             break
     return result
 

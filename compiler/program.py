@@ -19,7 +19,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.utils import _pytree as pytree
 
 from attnopt.compiler import attend
-from attnopt.compiler.device import CPU, move_graph
+from attnopt.compiler.device import CPU, Carried, move_graph
 from attnopt.compiler.ops import ATTENTION, as_tokens
 from attnopt.compiler.site import Site, Sublayer, Unraised
 from attnopt.compiler.spec import AttentionSpec, parse_spec
@@ -30,7 +30,7 @@ class Batch:
     """One call of the model: inputs, and which positions are real.
 
     `valid` is bool `[batch, seq]`, True at real tokens, or None when every position is real. It
-    stays on the CPU wherever the inputs are.
+    need not be where the inputs are.
     """
 
     args: tuple[Any, ...] = ()
@@ -112,8 +112,10 @@ class Program:
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are and it runs; the CPU where it has none with values."""
-        held = chain(self.module.parameters(), self.module.buffers())
+        """Where its weights are and it runs; without weights, where its example is."""
+        example = pytree.tree_leaves((self.example.args, dict(self.example.kwargs)))
+        given = (leaf for leaf in example if isinstance(leaf, Tensor))
+        held = chain(self.module.parameters(), self.module.buffers(), given)
         return next((tensor.device for tensor in held if not tensor.is_meta), CPU)
 
     def weight(self, name: str) -> Tensor:
@@ -129,17 +131,15 @@ class Program:
         """A copy with a graph of its own and shared weights."""
         return replace(self, module=copy_module(self.module))
 
-    def to(self, device: torch.device) -> Program:
-        """The same program on a device: weights (shared where they are there already), the
-        example, and what its graph makes."""
+    def to(self, device: torch.device, carried: Carried | None = None) -> Program:
+        """The same program on a device: weights (those that were `carried` there already are
+        shared), the example, and what its graph makes."""
+        there = carried or Carried(device)
         made = replace(self, module=copy_module(self.module), example=self.example.to(device))
         tensors = (*self.module.named_parameters(remove_duplicate=False),
                    *self.module.named_buffers(remove_duplicate=False))  # fmt: skip
-        known = dict[int, Tensor]()  # tied weights stay one
         for name, value in tensors:
-            if id(value) not in known:
-                known[id(value)] = value.to(device)
-            made._put(name, known[id(value)])
+            made._put(name, there(value))
         move_graph(made.graph, device)
         made.module.recompile()
         return made

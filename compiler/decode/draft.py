@@ -28,6 +28,7 @@ from attnopt.compiler.decode.decoder import Decoder
 from attnopt.compiler.decode.generate import inputs_of
 from attnopt.compiler.decode.sampling import Sampling, most_likely
 from attnopt.compiler.decode.split import split
+from attnopt.compiler.device import finish
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.layout import is_symbol
 from attnopt.compiler.program import Batch, Program
@@ -179,8 +180,10 @@ def seconds(decoder: Decoder, tokens: int) -> float:
     taken = []
     for _ in range(REPEATS + 1):
         state.length = CONTEXT  # what it holds does not matter here
+        finish(decoder.device)
         start = time.perf_counter()
         decoder.step(state, *given, last=tokens == 1)
+        finish(decoder.device)
         taken.append(time.perf_counter() - start)
     return min(taken[1:])
 
@@ -231,7 +234,7 @@ def _logits(out: Any, batch: Batch) -> Tensor:
 def _batches(decoder: Decoder, texts: Sequence[Batch | Tensor]) -> list[Batch]:
     found, left = list[Batch](), TOKENS
     for text in texts:
-        made = text if isinstance(text, Batch) else _batch(decoder, text)
+        made = (text if isinstance(text, Batch) else _batch(decoder, text)).to(decoder.device)
         shapes = [x.shape for x in pytree.tree_leaves((made.args, dict(made.kwargs)))
                   if isinstance(x, Tensor) and x.dim() > 1]  # fmt: skip
         rows, length = max((tuple(shape[:2]) for shape in shapes), key=lambda s: s[0] * s[1])

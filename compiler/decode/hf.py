@@ -12,6 +12,7 @@ from attnopt.compiler.decode.decoder import Decoder
 from attnopt.compiler.decode.state import State
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.intake.hf_config import require_transformers
+from attnopt.compiler.program import attribute
 
 ROOM = 256  # tokens that a state has room for beyond the prompt; it doubles when they are used up
 
@@ -190,7 +191,7 @@ def _embeddings(decoder: Decoder) -> torch.nn.Embedding:
             "A707", f"the decoder has no one table of embeddings, but {len(tables)}",
             help="take it from the original model",
         )  # fmt: skip
-    weight = program.weight(tables.pop()).detach()
+    weight = attribute(program.module, tables.pop()).detach()
     made: torch.nn.Embedding = torch.nn.Embedding.from_pretrained(weight)
     return made
 

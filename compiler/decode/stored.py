@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnopt.compiler.decode.decoder import Decoder
 from attnopt.compiler.decode.derive import derive
-from attnopt.compiler.device import CPU
+from attnopt.compiler.device import CPU, Carried
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.intake.export_model import load_export
 from attnopt.compiler.lower import export
@@ -32,10 +32,10 @@ def unweighted(program: Program) -> torch.export.ExportedProgram:
 
 
 def restored(
-    path: Path, model: torch.export.ExportedProgram, device: torch.device = CPU
+    path: Path, model: torch.export.ExportedProgram, there: Carried | None = None
 ) -> Decoder:
-    """The decoder in a file that `unweighted` was saved to, with the weights of a model, on a
-    device.
+    """The decoder in a file that `unweighted` was saved to, with the weights of a model, where
+    these were carried.
 
     Raises `Problem` A505 where the two do not belong together, and those of `load_export`.
     """
@@ -51,7 +51,9 @@ def restored(
     for name in graph.state_dict:
         graph.state_dict[name] = model.state_dict[name]
     program = trace(loaded)
-    return derive(program if device == CPU else program.to(device), check=False)
+    if there is not None and there.device != CPU:
+        program = program.to(there.device, there)
+    return derive(program, check=False)
 
 
 def _kept(spec: AttentionSpec) -> Callable[..., Tensor]:

@@ -19,13 +19,14 @@ from torch.utils import _pytree as pytree
 from torch.utils.cpp_extension import get_cxx_compiler
 
 import attnopt
+from attnopt.autotune.accuracy import evaluate
 from attnopt.autotune.check import check
-from attnopt.autotune.place import Place, device_of
+from attnopt.autotune.place import Place, device_of, facing
 from attnopt.codegen.target import target
-from attnopt.compiler.contract import Notes, Pass, passes
+from attnopt.compiler.contract import Notes, Pass, passes, read_pass
 from attnopt.compiler.decode import derive
 from attnopt.compiler.decode.generate import Generation, generate
-from attnopt.compiler.device import CPU, usable
+from attnopt.compiler.device import CPU, Carried, usable
 from attnopt.compiler.errors import Problem
 from attnopt.compiler.healing.checkpoint import Checkpoint
 from attnopt.compiler.healing.heal import Healed, heal
@@ -43,6 +44,14 @@ pytestmark = pytest.mark.skipif(
 )
 DECODERS = ("llama", "gpt2")
 KINDS = (*DECODERS, "bert", "vit")
+FITTED = ("llama", "gpt2", "bert")
+LINES = {"sliding_window": "sliding_window{left=4 sink=2}"}  # for sequences as short as these
+IDLE = {"cpu_dtype", "generate_kernel", "refit", "toeplitz_bias", "unpad"}  # at all of them
+OFF = {  # passes that find nothing to do at one of them
+    "llama": {"prune_heads", "route_heads", "share_kv_layers"},
+    "gpt2": {"fold_repeated_kv"},
+    "bert": {"fold_repeated_kv", "fuse_blocks"},
+}
 ROWS, LENGTH = 2, 12
 
 
@@ -105,30 +114,22 @@ def test_a_program_moves_and_comes_back(kind: str, there: torch.device) -> None:
         pytree.tree_map(assert_close, found, home.run(batch))
 
 
-def test_tied_weights_stay_one_tensor(there: torch.device) -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
-            self.second.weight = self.first.weight
-
-        def forward(self, x: Tensor) -> Tensor:
-            made: Tensor = self.second(self.first(x))
-            return made
-
-    away = read(from_module(Tied().eval(), (torch.randn(2, 8),))).to(there)
-    weights = [p for p in away.module.parameters() if p.dim() == 2]
-    assert len({weight.data_ptr() for weight in weights}) == 1
+def test_what_shares_memory_shares_it_there(there: torch.device) -> None:
+    carried, weight = Carried(there), torch.randn(3, 4)
+    made = carried(weight)
+    assert made.device == there and carried(nn.Parameter(weight)) is made
+    assert carried(weight.T) is not made and carried(made) is not weight
 
 
-@pytest.mark.parametrize("kind", ("llama", "bert"))
-@pytest.mark.parametrize("name", sorted(passes().keys() - {"heal"}))
+@pytest.mark.parametrize("kind", FITTED)
+@pytest.mark.parametrize("name", sorted(passes().keys() - {"heal"} - IDLE))
 def test_a_pass_does_the_same_on_both(name: str, kind: str, there: torch.device) -> None:
-    rewrite, batch = passes()[name](), batches(kind, 6)[5]
+    rewrite, batch = read_pass(LINES.get(name, name)), batches(kind, 6)[5]
     (here, said), (away, told) = (_applied(rewrite, notes(kind, device)) for device in (CPU, there))
     assert [(o.target, o.applied, o.reason) for o in told] == [
         (o.target, o.applied, o.reason) for o in said
     ]
+    assert any(o.applied for o in told) == (name not in OFF[kind])
     pytree.tree_map(assert_close, on_cpu(away.run(batch.to(there))), here.run(batch))
 
 
@@ -256,6 +257,47 @@ def test_its_folder_opens_on_the_cpu_and_on_the_device(
     made = away.generate(ids.to(there), max_new_tokens=5)
     assert made.device == there
     assert torch.equal(made.cpu(), here.generate(ids, max_new_tokens=5))
+    weights = dict(away.module.named_parameters())  # type: ignore[attr-defined]
+    held = {p.data_ptr() for p in away.decoder.program.module.parameters()}
+    assert {p.data_ptr() for p in weights.values()} <= held  # they are there once
+    away.draft()  # on the batches that the run kept, which are on the CPU; it may find none
+
+
+def test_inputs_elsewhere_are_refused(
+    run: tuple[attnopt.Result, nn.Module], there: torch.device
+) -> None:
+    assert run[0].folder is not None
+    away, ids = attnopt.load(run[0].folder, device=there), torch.ones(1, 4, dtype=torch.int64)
+    for call in (lambda: away(input_ids=ids), lambda: away.generate(ids, max_new_tokens=1)):
+        with pytest.raises(Problem, match=r"A411.*on cpu, the model is on twin:0"):
+            call()
+
+
+def test_a_model_of_a_function_is_put_back(
+    there: torch.device, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = _Logits().eval()
+    example = {"input_ids": torch.randint(3, VOCABULARY, (ROWS, LENGTH))}
+    monkeypatch.setattr(sys.modules[__name__], "kept", lambda: (given, example), raising=False)
+    more = {"inputs": data, "target": "a100", "max_drop": 0}
+    result = attnopt.optimize(f"{__name__}:kept", device=there, **more)
+    assert result.device == str(there) and device_of(given) == CPU
+    given.to(there)
+    away = {"input_ids": example["input_ids"].to(there)}
+    monkeypatch.setattr(sys.modules[__name__], "kept", lambda: (given, away))
+    del more["inputs"]  # these are on the CPU
+    result = attnopt.optimize(f"{__name__}:kept", **more)
+    assert result.device == str(there) == str(device_of(given))
+
+
+def test_packing_is_left_out_of_estimates() -> None:
+    """What it leaves to compute is known when it runs, and not before."""
+    family = next(family for family in FAMILIES if family.name == "bert")
+    result = attnopt.optimize(
+        family.build("sdpa"), family.inputs(3, LENGTH), target="a100", max_drop=0
+    )
+    assert any("unpad was left out" in line for line in result.warnings)
+    assert not any(o.rewrite.startswith("unpad") and o.applied for o in result.outcomes)
 
 
 def test_speeds_of_the_device_at_hand_are_measured_there(
@@ -266,12 +308,34 @@ def test_speeds_of_the_device_at_hand_are_measured_there(
     )
     torch.save(_Logits().eval(), tmp_path / "model.pt")
     source = str(tmp_path / "model.pt")
+    waited = list[object]()
+    module = torch.get_device_module(there)
+    monkeypatch.setattr(module, "synchronize", waited.append)
     result = attnopt.optimize(
         source, inputs=data, device=there, max_drop=0, out=tmp_path / "run", trust=True
     )
     assert result.speed is not None and result.speed.ratio.kind == "measured"
+    assert len(waited) > 20 and set(waited) == {there}  # around each sample
     found = check(tmp_path / "run", source, inputs=data, seconds=1.0, min_speed=0.01, trust=True)
     assert found.ok and found.drop is not None
+
+
+def agreement(model: Any) -> float:
+    """A metric that knows of no device: the share of tokens that follow themselves."""
+    ids = torch.arange(3, 3 + 2 * LENGTH).reshape(2, LENGTH)
+    out = model(input_ids=ids)
+    return 1.0 + float((out["logits"].argmax(-1) == ids).float().mean())
+
+
+def test_a_metric_takes_tensors_of_the_cpu(
+    run: tuple[attnopt.Result, nn.Module], there: torch.device
+) -> None:
+    result, given = run
+    assert result.folder is not None
+    away = attnopt.load(result.folder, device=there)
+    found = evaluate(given, away, (), "other", metric=agreement)
+    here = attnopt.load(result.folder)
+    assert found.metric == agreement(here) and found.metric_original == agreement(facing(given))
 
 
 @pytest.mark.parametrize("name", ("nope", "meta", "cuda:77"))
@@ -294,6 +358,18 @@ def test_a_place_is_what_was_asked_for(
     monkeypatch.setattr("attnopt.autotune.place.at_hand", lambda number: target("h100"))
     assert Place.of("cuda", None) == Place(torch.device("cuda", 0), "h100", True)
     assert not Place.of("cuda", "a100").timed
+
+
+def test_a_target_that_is_here_is_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Place.of(None, None) == Place() and Place.of(None, "cpu") == Place()
+    assert Place.of(None, "h100") == Place(CPU, "h100", False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("attnopt.autotune.place.at_hand", lambda number=0: target("h100"))
+    monkeypatch.setattr("attnopt.autotune.place.usable", torch.device)
+    assert Place.of(None, "h100") == Place(torch.device("cuda"), "h100", True)
+    assert Place.of(None, "a100") == Place(CPU, "a100", False)
+    assert Place.of("cpu", "h100") == Place(CPU, "h100", False)
+    assert Place.of(None, None) == Place()
 
 
 def test_a_model_on_two_devices_is_refused(there: torch.device) -> None:
