@@ -1,5 +1,8 @@
 """A device beside the CPU, on any machine: what a GPU would refuse, tensors of two devices in one
-kernel, it refuses too."""
+kernel, it refuses too.
+
+`tests/test_on_a_device.py` runs the files here: `pytest tests/device/programs.py` is one of them.
+"""
 
 from __future__ import annotations
 
