@@ -113,10 +113,12 @@ class Program:
     @property
     def device(self) -> torch.device:
         """Where its weights are and it runs; without weights, where its example is."""
-        example = pytree.tree_leaves((self.example.args, dict(self.example.kwargs)))
-        given = (leaf for leaf in example if isinstance(leaf, Tensor))
-        held = chain(self.module.parameters(), self.module.buffers(), given)
+        held = chain(self.module.parameters(), self.module.buffers(), self._given())
         return next((tensor.device for tensor in held if not tensor.is_meta), CPU)
+
+    def _given(self) -> Iterator[Tensor]:
+        leaves = pytree.tree_leaves((self.example.args, dict(self.example.kwargs)))
+        yield from (leaf for leaf in leaves if isinstance(leaf, Tensor))
 
     def weight(self, name: str) -> Tensor:
         """A parameter or buffer by dotted name, to compute with: on the CPU, wherever it lies."""
