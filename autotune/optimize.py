@@ -35,7 +35,7 @@ from attnopt.autotune.result import Result
 from attnopt.autotune.run import Run
 from attnopt.compiler.artifact import check_writable, save, source_sha256, work_folder
 from attnopt.compiler.device import CPU, Carried
-from attnopt.compiler.errors import NothingFound
+from attnopt.compiler.errors import NothingFound, Problem
 from attnopt.compiler.intake.loaded import Loaded, require_weights
 from attnopt.compiler.intake.source import evaluating, from_module, load
 from attnopt.compiler.pipeline import read
@@ -213,6 +213,12 @@ def _loaded(
     trust: bool, attention: str | None, dtype: str | None,
 ) -> tuple[Loaded, str]:  # fmt: skip
     if isinstance(model, nn.Module):
+        if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+            raise Problem(
+                "A118", f"{type(model).__name__} has no weights",
+                why="some of them are on the meta device, so there is nothing to measure",
+                help="load them first, for example by .to_empty() and .load_state_dict()",
+            )  # fmt: skip
         return from_module(model, tree_map_only(Tensor, home, example_inputs)), ""
     data = request.data
     loaded = load(

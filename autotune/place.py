@@ -109,7 +109,7 @@ def facing(model: Any) -> Any:
 def at_home(model: object) -> Iterator[None]:
     """Have a module in memory on the CPU, where it is read, and put it back in the end."""
     before = device_of(model)
-    if before is None or before.type == "meta":
+    if before is None:
         yield
         return
     assert isinstance(model, nn.Module)
@@ -123,12 +123,13 @@ def at_home(model: object) -> Iterator[None]:
 
 
 def device_of(model: object) -> torch.device | None:
-    """Where a module in memory is; None for one without weights, and for what is no module.
+    """Where a module in memory is; None for one without weights, or without their values, and for
+    what is no module.
 
     Raises `Problem` A411 where it is on several devices.
     """
     held = () if not isinstance(model, nn.Module) else (*model.parameters(), *model.buffers())
-    found = {tensor.device: None for tensor in held}
+    found = {tensor.device: None for tensor in held if not tensor.is_meta}
     if len(found) > 1:
         raise Problem(
             "A411", f"the model's weights are on {' and '.join(map(str, found))}",

@@ -15,6 +15,7 @@ from torch import nn
 from attnopt.autotune.accuracy import Accuracy
 from attnopt.autotune.data import Data
 from attnopt.autotune.entries import relaxation
+from attnopt.autotune.optimize import optimize
 from attnopt.autotune.order import approximate, healing, ordered
 from attnopt.autotune.place import Place
 from attnopt.autotune.request import Request
@@ -176,6 +177,14 @@ def test_a_relaxation_says_what_would_do(
     pace = SimpleNamespace(ratio=ratio, kind="measured", speed=_pace(None, ratio, "faster").speed)
     made = relaxation(plans.tried(), ratio, 2.0, cast(Any, pace), 0.0004, accuracy)
     assert said in made.words and unsaid not in made.words
+
+
+def test_a_module_on_the_meta_device_has_no_weights() -> None:
+    with torch.device("meta"):
+        model = torch.nn.Linear(2, 2)
+    with pytest.raises(Problem, match="no weights") as caught:
+        optimize(model, (torch.ones(1, 2),))
+    assert caught.value.code == "A118"
 
 
 def test_a_metric_that_fails_does_so_before_anything_is_timed(
