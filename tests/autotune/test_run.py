@@ -69,7 +69,7 @@ def test_unpad_is_left_out_where_it_does_not_pay(
 
     monkeypatch.setattr(bench, "__class__", Bench)
     run = object.__new__(Run)
-    run.bench, run.data, run.warnings = bench, bench.data, []
+    run.bench, run.data, run.warnings, run.place = bench, bench.data, [], Place()
 
     def pace(built: Any, seconds: float = 8.0) -> Any:
         return _pace(built, packed, verdict) if built.outcomes else _pace(built, padded, "slower")
@@ -85,7 +85,7 @@ def test_a_model_without_padding_is_timed_once(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, timed = object.__new__(Run), list[Any]()
-    run.bench, run.data, run.warnings = bench, bench.data, []
+    run.bench, run.data, run.warnings, run.place = bench, bench.data, [], Place()
 
     def pace(built: Any, seconds: float = 8.0) -> Any:
         timed.append(built)
