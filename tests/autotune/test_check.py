@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from attnopt.autotune import check as checking
 from attnopt.autotune.accuracy import Accuracy
@@ -19,6 +20,7 @@ from attnopt.autotune.data import Data
 from attnopt.autotune.result import Result
 from attnopt.autotune.timing import Contender, Timing
 from attnopt.compiler.errors import Problem
+from attnopt.compiler.intake.loaded import Loaded
 from tests.autotune.results import full
 
 
@@ -54,7 +56,7 @@ def _checked(
     bytes per token, and nothing else is done."""
     optimized = SimpleNamespace(decoder=SimpleNamespace(bytes_per_token=lambda: kept))
     contenders = tuple(Contender(name, print) for name in (EAGER, COMPILED) if name in seconds)
-    loaded = SimpleNamespace(module=print, task="other")
+    loaded = Loaded(torch.nn.Identity(), None, (), {}, "model", "callable")
     for name, answer in {
         "load": loaded, "require_weights": None, "gather": Data(()), "load_folder": optimized,
         "baselines": Baselines(contenders), "compare": Timing(seconds),
